@@ -1,0 +1,3 @@
+"""mmjax trains multimodal models in stages, on JAX."""
+
+__version__ = '0.1.0'

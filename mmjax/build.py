@@ -1,0 +1,193 @@
+"""From a config to a run: task, plan, groups, mesh and settings, all built before step 0."""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmjax import optim, parallel, stages, step
+from mmjax.config import View, thaw
+from mmjax.data import pipeline, samplers
+from mmjax.data.dataset import DataError, Dataset
+from mmjax.stages import EarlyStop, Stage
+from mmjax.task import Evaluator, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+    """When evaluations, checkpoints and log lines happen; in updates."""
+
+    evaluate: int  # 0: at the end of each stage only
+    evaluate_epochs: float
+    evaluate_at_start: bool
+    checkpoint: int
+    keep: int
+    log: int
+    tensorboard: bool
+
+    def evaluates(self, stage: Stage, stage_step: int) -> bool:
+        every = self.evaluate or round(self.evaluate_epochs * stage.steps_per_epoch)
+        return stage_step == stage.steps or bool(every and stage_step % every == 0)
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a mode needs; holds plain values, never the config."""
+
+    task: Task
+    mesh: jax.sharding.Mesh
+    settings: step.Settings
+    stages: tuple[Stage, ...]
+    groups: optim.Groups
+    data: Dataset
+    evaluators: dict[str, Evaluator]
+    batch_size: int
+    cadence: Cadence
+    best: EarlyStop  # metric and mode of the checkpoint that is kept as best
+    not_finite: tuple[str, int]
+    init: tuple[tuple[str, ...], tuple[str, ...]]
+    loader: dict[str, int]
+    fingerprint: dict[str, Any]
+    abstract: Any  # variables as jax.ShapeDtypeStruct
+    batch: dict[str, np.ndarray]  # zeros in the shape of a batch
+    notes: list[str]
+
+    def sampler(self, stage: Stage) -> samplers.Sampler:
+        return samplers.make(
+            thaw(stage.sampler), self.data.index, len(self.data), self.batch_size,
+            seed=self.settings.seed, stage=stage.index, lengths=self.data.lengths,
+        )  # fmt: skip
+
+    def abstract_state(self, stage: Stage) -> step.State:
+        """Returns the state in `stage` as ShapeDtypeStructs with their shardings."""
+        make = lambda variables: step.create(variables, stage, self.groups, self.settings)
+        shapes = jax.eval_shape(make, self.abstract)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes, parallel.weights(shapes, self.mesh),
+        )  # fmt: skip
+
+    def init_variables(self) -> Any:
+        """Makes fresh variables on the mesh, no leaf ever whole where it is sharded."""
+        key = jax.random.key(self.settings.seed)
+        shardings = parallel.weights(self.abstract, self.mesh)
+        variables = jax.jit(self.task.init, out_shardings=shardings)(key, self.batch)
+        loaded = self.task.pretrained(variables)
+        if loaded is variables:
+            return variables
+        return jax.tree.map(
+            lambda new, old, s: jax.device_put(np.asarray(new, old.dtype), s),
+            loaded, self.abstract, shardings,
+        )  # fmt: skip
+
+
+def make_task(config: View, assets=None) -> Task:
+    """Imports `mmjax.tasks.<config.task>` (or 'package.module:Class') and builds its task."""
+    module, _, name = config.task.partition(':')
+    try:
+        found = importlib.import_module(module if name else f'mmjax.tasks.{module}')
+    except ModuleNotFoundError as error:
+        if error.name and not (module.startswith(error.name) or error.name.startswith('mmjax')):
+            raise
+        raise DataError(f"config.task '{config.task}' is no module: {error}") from None
+    cls = getattr(found, name or 'Recipe', None)
+    if not (inspect.isclass(cls) and issubclass(cls, Task)):
+        raise DataError(f"config.task '{config.task}' names no Task")
+    return cls(config, assets=assets)
+
+
+def run(config_dict: Mapping, *, assets=None) -> Run:
+    """Builds the run that a config describes, and refuses keys that nobody read.
+
+    `assets`: a workdir whose saved tokenizer and the like are used instead of fresh ones.
+    """
+    config = View(config_dict)
+    notes = [f'config.stage.{name} is not in config.stages' for name in stages.unused(config)]
+    parsed = stages.parse(config)
+    mesh = parallel.mesh(config.mesh.to_dict())
+    settings = step.Settings(config.seed, config.accumulation, config.precision, config.ema)
+    if settings.precision not in ('float32', 'bfloat16', 'float16'):
+        raise DataError(f"precision '{settings.precision}' is not float32, bfloat16 or float16")
+    if not 0 <= settings.ema < 1:
+        raise DataError(f'ema={settings.ema} is not in [0, 1)')
+    parallel.check_batch(config.batch_size, settings.accumulation, mesh)
+    cadence = Cadence(
+        config.evaluate.every_steps, config.evaluate.every_epochs, config.evaluate.at_start,
+        config.checkpoint.every_steps, config.checkpoint.keep,
+        config.log.every_steps, config.log.tensorboard,
+    )  # fmt: skip
+    for key, value in dataclasses.asdict(cadence).items():
+        if value < 0 or (key in ('checkpoint', 'keep', 'log') and value < 1):
+            raise DataError(f'the cadence {key}={value} in the config is too small')
+    best = EarlyStop(config.best.metric, config.best.mode, patience=1)
+    policy = (config.not_finite.policy, config.not_finite.budget)
+    if policy[0] not in ('stop', 'skip'):
+        raise DataError(f"not_finite.policy is 'stop' or 'skip', not '{policy[0]}'")
+    init = (tuple(config.init.allow_fresh), tuple(config.init.allow_unused))
+    loader = {'workers': config.data.workers, 'threads': config.data.threads}
+    batch_size, rules = config.batch_size, tuple(config.rules)
+    config.data.ignore('root', 'cache')
+
+    task = make_task(config, assets)
+    data, evaluators = task.dataset('train'), task.evaluators()
+    rules_default = task.rules()
+    unread = config.unread()
+    if unread:
+        raise DataError(f"config key '{unread[0]}' is read by nobody" + (
+            f' (nor are {", ".join(unread[1:])})' if unread[1:] else ''))  # fmt: skip
+    check_metrics(parsed, best, evaluators)
+
+    def sampler(stage):
+        return samplers.make(thaw(stage.sampler), data.index, len(data), batch_size,
+                             seed=settings.seed, stage=stage.index, lengths=data.lengths)  # fmt: skip
+
+    plan = stages.plan(parsed, lambda stage: sampler(stage).steps_per_epoch, batch_size)
+    batch = blank_batch(data, sampler(plan[0]), settings)
+    abstract = jax.eval_shape(task.init, jax.random.key(0), batch)
+    groups = optim.resolve(
+        abstract['params'], abstract.get('batch_stats', {}), rules, rules_default
+    )
+    optim.check_groups(groups, plan)
+    fingerprint = {**data.fingerprint(), 'seed': settings.seed, 'batch_size': batch_size}
+    return Run(task, mesh, settings, plan, groups, data, evaluators, batch_size, cadence, best,
+               policy, init, loader, fingerprint, abstract, batch, notes)  # fmt: skip
+
+
+def blank_batch(data: Dataset, sampler: samplers.Sampler, settings) -> dict[str, np.ndarray]:
+    """Returns the first batch of a run with zeros in it: shapes and types to build on."""
+    first = next(iter(pipeline.batches(data, sampler, seed=settings.seed, stage=0, stop=1,
+                                       train=True, threads=0)))  # fmt: skip
+    return {key: np.zeros_like(value) for key, value in first.items()}
+
+
+def check_metrics(parsed, best: EarlyStop, evaluators: Mapping) -> None:
+    """Raises where a metric to watch does not begin with the name of an evaluator."""
+    watched = [('best.metric', best.metric)]
+    watched += [(f'stage.{s.name}.early_stop.metric', s.early_stop.metric) for s, _ in parsed]
+    for key, metric in watched:
+        if metric and metric.split('/')[0] not in evaluators:
+            known = ', '.join(evaluators) or 'none'
+            raise DataError(f"{key} '{metric}' is not '<evaluator>/<metric>'; evaluators: {known}")
+
+
+def check_terms(run: Run) -> None:
+    """Traces every distinct stage's step once without compiling; a wrong loss name ends here."""
+    for stage in dict.fromkeys(run.stages):
+        state = run.abstract_state(stage)
+        weights = {name: np.float32(1) for name in stage.losses}
+        rates = optim.rates(stage, run.groups.names, 0)
+        try:
+            jax.eval_shape(
+                lambda s, b, r, w: step.train_step(
+                    s, b, r, w, task=run.task, stage=stage, groups=run.groups,
+                    settings=run.settings),
+                state, run.batch, rates, weights,
+            )  # fmt: skip
+        except ValueError as error:
+            if 'loss_weights' in str(error):
+                raise DataError(f'stage.{stage.name}: {error}') from None
+            raise

@@ -1,0 +1,39 @@
+"""Random access to the examples of one split, and the errors that data raise. Free of jax."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+
+class DataError(Exception):
+    """A fault in the user's data or configuration, told in one sentence with file, line or key."""
+
+
+class Dataset(abc.ABC):
+    """One split: examples by row, and an index of small arrays that samplers read.
+
+    It is pickled into loader processes, so it holds paths and numbers, opens files lazily and
+    never imports jax. `example` must be a pure function of (row, rng, train).
+    """
+
+    split: str
+    index: Mapping[str, np.ndarray]  # each [len(self)], for samplers: identity, length, page, ...
+    skipped: Mapping[str, int] = {}  # reason → records left out while preparing
+    lengths: ClassVar[Sequence[int]] = ()  # bucket lengths `collate` knows; empty: one shape
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def example(self, row: int, rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
+        """Decodes, augments (when `train`) and tokenizes one record."""
+
+    def collate(self, examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:
+        """Stacks examples to a batch; `bucket` is the length to pad to where lengths vary, else 0."""
+        return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+    @abc.abstractmethod
+    def fingerprint(self) -> dict[str, str | int]:
+        """What identifies the data: name, version, split, size, digest of its tables."""

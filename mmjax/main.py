@@ -1,0 +1,165 @@
+"""The command line: `python -m mmjax.main --config=FILE[:words] [--mode=…] [--config.key=value …]`.
+
+Only light modules are imported before the flags are read, so that --help answers at once.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from mmjax.data.dataset import DataError
+
+MODES = ('train', 'evaluate', 'predict', 'prepare', 'embed', 'export')
+MAY_CHANGE = re.compile(r'log\..*|data\.workers|data\.threads|data\.cache')  # on resume
+
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='FILE.py or FILE.py:word,word')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'where the run lives [runs/<config>-<words>]')
+_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'what to do')
+_INPUT = flags.DEFINE_string('input', None, 'what --mode=predict answers')
+_OUTPUT = flags.DEFINE_string('output', None, 'where a mode writes [<workdir>/<mode>]')
+_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'start the run in --workdir anew')
+_INIT = flags.DEFINE_string('init_from', None, "weights of another run: DIR or 'DIR:from→to'")
+_DATA = flags.DEFINE_bool('allow_data_change', False, 'continue although the data changed')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, for many hosts')
+_PROCESSES = flags.DEFINE_integer('processes', None, 'number of processes')
+_PROCESS = flags.DEFINE_integer('process', None, 'index of this process')
+
+
+def parse(argv: list[str]):
+    """Reads the flags; a wrong one is a DataError that names it. Returns the locked config."""
+    for argument in argv[1:]:
+        if match := re.match(r'--?config=([^:]+)', argument):
+            if not pathlib.Path(match.group(1)).is_file():
+                raise DataError(f"no config file '{match.group(1)}'")
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise DataError(str(error)) from None
+    except (AttributeError, KeyError) as error:
+        name = str(error).strip('\'"')
+        key = next((a for a in argv[1:] if re.search(rf'[.]{re.escape(name)}(=|\.|$)', a)), name)
+        raise DataError(f"the config has no key '{name}' ({key})") from None
+    if len(rest) > 1:
+        raise DataError(f"unexpected argument '{rest[1]}'")
+    if _CONFIG.value is None:
+        raise DataError('give --config=FILE, for example --config=configs/stage3.py')
+    return _CONFIG.value
+
+
+def default_workdir(config_flag: str) -> str:
+    """Returns runs/<config>-<words> for 'configs/<config>.py:words'."""
+    path, _, argument = config_flag.partition(':')
+    return 'runs/' + '-'.join([pathlib.Path(path).stem, *filter(None, argument.split(','))])
+
+
+def claim(workdir, config: dict, *, overwrite: bool) -> bool:
+    """Checks that `workdir` may hold this run; changes nothing. Returns whether one is there."""
+    from mmjax.config import differences
+
+    saved = workdir / 'config.json'
+    if not saved.exists():
+        if workdir.exists() and any(workdir.iterdir()):
+            raise DataError(f'{workdir} is not empty and holds no run of mmjax (no config.json)')
+        return False
+    try:
+        old = json.loads(saved.read_text())['config']
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f'{saved} is not a config of mmjax') from None
+    if overwrite:
+        return True
+    changed = [
+        d for d in differences(old, json.loads(json.dumps(config))) if not MAY_CHANGE.fullmatch(d[0])
+    ]  # fmt: skip
+    if changed:
+        what = '; '.join(f'{key} was {old!r}, is {new!r}' for key, old, new in changed)
+        raise DataError(
+            f'{workdir} holds a run with another config: {what} (--overwrite, or another --workdir)'
+        )
+    return True
+
+
+def describe(run, config: dict, command: list[str]) -> dict:
+    """Returns the content of config.json."""
+    import importlib.metadata
+
+    import jax
+
+    import mmjax
+    from mmjax import optim
+
+    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets')
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    params = run.abstract['params']
+    plan = [
+        {
+            'name': stage.name, 'steps': stage.steps,
+            'epochs': stage.steps / stage.steps_per_epoch,
+            'groups': optim.summary(params, run.groups, stage),
+            'loss_weights': stage.weights(0),
+        }
+        for stage in run.stages
+    ]  # fmt: skip
+    return {
+        'config': config,
+        'command': shlex.join(['python', '-m', 'mmjax.main', *command[1:]]),
+        'versions': {'mmjax': mmjax.__version__, 'python': sys.version.split()[0], **versions},
+        'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}, '
+        f'{jax.process_count()} process(es)',
+        'plan': plan,
+        'data': {'train': run.fingerprint},
+    }
+
+
+def execute(argv: list[str]) -> int:
+    """Runs one command; returns its exit code. User-fixable faults are DataErrors."""
+    config = parse(argv)
+    from etils import epath
+
+    workdir = epath.Path(_WORKDIR.value or default_workdir(flags.FLAGS['config'].config_filename))
+    plain = config.to_dict()
+    existing = (
+        claim(workdir, plain, overwrite=_OVERWRITE.value) if _MODE.value != 'prepare' else False
+    )
+    if _MODE.value in ('evaluate', 'predict', 'embed', 'export') and not (existing or _INIT.value):
+        raise DataError(f'--mode={_MODE.value} needs a trained run; {workdir} holds none')
+    finished = workdir / 'results.json'
+    if _MODE.value == 'train' and existing and finished.exists() and not _OVERWRITE.value:
+        print(finished.read_text())
+        print(f'{workdir} is finished (--overwrite starts anew)')
+        return 0
+
+    from mmjax import modes
+
+    return modes.run(
+        _MODE.value, config, plain, workdir, argv=argv, existing=existing,
+        overwrite=_OVERWRITE.value, input=_INPUT.value, output=_OUTPUT.value, init_from=_INIT.value,
+        allow_data_change=_DATA.value,
+        processes=(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point; returns 0 done, 1 a fault told in one sentence, 75 preempted and saved."""
+    argv = sys.argv if argv is None else argv
+    try:
+        return execute(argv)
+    except DataError as error:
+        print(f'mmjax: {error}', file=sys.stderr)
+        return 1
+    except SystemExit as stop:  # absl's --help
+        return int(stop.code or 0)
+
+
+if __name__ == '__main__':
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code in (1, 75):
+        os._exit(code)  # loader threads and a broken peer must not delay the way out
+    sys.exit(code)

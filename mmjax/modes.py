@@ -1,0 +1,127 @@
+"""What each --mode does with a built run: train, evaluate, predict, prepare, embed, export."""
+
+import json
+import os
+
+import jax
+import numpy as np
+from absl import logging as absl_logging
+from etils import epath
+
+from mmjax import build, logs, optim, parallel, report
+from mmjax.checkpoint import Checkpoints, load_weights, merge
+from mmjax.data.dataset import DataError
+from mmjax.evaluate import Apply
+from mmjax.main import describe
+from mmjax.preemption import EXIT_CODE, Preempted
+from mmjax.train import run_abstract, train
+
+
+def run(
+    mode: str, config, plain: dict, workdir: epath.Path, *, argv, existing, overwrite, input,
+    output, init_from, allow_data_change, processes,
+) -> int:  # fmt: skip
+    """Builds the run and carries out `mode`; returns the exit code."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    cache = os.environ.get('MMJAX_COMPILATION_CACHE')
+    if cache:
+        jax.config.update('jax_compilation_cache_dir', cache)
+    parallel.start(*processes)
+    fresh = not existing or overwrite
+    built = build.run(config, assets=None if fresh else workdir)
+    if mode == 'prepare':
+        print(f'prepared {len(built.data)} records: {built.fingerprint}')
+        return 0
+    build.check_terms(built)
+    first = parallel.is_first()
+    target = epath.Path(output) if output else workdir / mode
+    if mode == 'train':
+        if first:
+            claim_workdir(workdir, built, plain, argv, anew=existing and overwrite)
+        parallel.barrier('workdir')
+        return _train(built, workdir, init_from, allow_data_change)
+    variables = trained(built, workdir, init_from)
+    with jax.set_mesh(built.mesh):
+        apply = Apply(built.task, variables, built.mesh, threads=built.loader['threads'])
+        if mode == 'evaluate':
+            scores = {name: e.run(apply, figures=True) for name, e in built.evaluators.items()}
+            text = json.dumps({name: s.metrics for name, s in scores.items()}, indent=1)
+        elif mode == 'embed':
+            text = built.task.embed(apply, target)
+        elif mode == 'export':
+            text = export(variables, target, plain)
+        else:
+            if not input:
+                raise DataError('--mode=predict needs --input')
+            text = built.task.predict(variables, input, target)
+    if first:
+        print(text)
+    return 0
+
+
+def claim_workdir(workdir: epath.Path, built, plain: dict, argv, *, anew: bool) -> None:
+    """Makes the workdir of a run: config.json, and what the model needs beside its weights."""
+    if anew:
+        for name in ('checkpoints', 'best', 'tensorboard', 'figures', 'not_finite', 'corrupt'):
+            if (workdir / name).exists():
+                (workdir / name).rmtree()
+        for name in ('metrics.jsonl', 'results.json', 'report.html'):
+            (workdir / name).unlink(missing_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    logs.write_json(workdir / 'config.json', describe(built, plain, argv))
+    built.task.save_assets(workdir)
+
+
+def _train(built, workdir, init_from, allow_data_change) -> int:
+    log = logs.Logs(workdir, enabled=parallel.is_first(), tensorboard=built.cadence.tensorboard)
+    try:
+        for note in built.notes:
+            log.message(f'note: {note}')
+        results = train(
+            built, workdir, log, init_from=init_from, allow_data_change=allow_data_change
+        )
+    except Preempted:
+        log.message(f'stopped by a signal after saving; the same command continues {workdir}')
+        return EXIT_CODE
+    finally:
+        log.close()
+        if parallel.is_first():
+            report.write(workdir)
+    if parallel.is_first():
+        print(json.dumps(results, indent=1))
+        print(f'report: {workdir / "report.html"}')
+    return 0
+
+
+def trained(built, workdir: epath.Path, init_from: str | None):
+    """Returns the best weights of the run in `workdir` (the newest where none is best)."""
+    with jax.set_mesh(built.mesh):
+        abstract = run_abstract(built)
+        if init_from:
+            params, stats, _ = load_weights(init_from)
+            loaded = {'params': params, 'batch_stats': stats} if stats else {'params': params}
+            fresh, unused = built.init
+            return merge(built.init_variables(), loaded, allow_fresh=fresh, allow_unused=unused)[0]
+        store = Checkpoints(workdir, keep=built.cadence.keep)
+        try:
+            if store.best_meta():
+                return store.restore_best(abstract)
+            params, stats, _ = load_weights(str(workdir))
+        finally:
+            store.close()
+        loaded = {'params': params, 'batch_stats': stats} if stats else {'params': params}
+        return merge(built.init_variables(), loaded)[0]
+
+
+def export(variables, target: epath.Path, plain: dict) -> str:
+    """Writes the weights as safetensors, names 'params/a/b/kernel', and the config beside."""
+    from safetensors.numpy import save
+
+    flat = {
+        key: np.ascontiguousarray(x) for key, x in optim.flatten(parallel.fetch(variables)).items()
+    }
+    if parallel.is_first():
+        target.mkdir(parents=True, exist_ok=True)
+        (target / 'model.safetensors').write_bytes(save(flat))
+        logs.write_json(target / 'config.json', plain)
+    return f'{len(flat)} tensors: {target / "model.safetensors"}'

@@ -1,0 +1,88 @@
+"""The interface between the engine and a recipe: `Task`, `Evaluator` and what they return."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmjax.data.dataset import Dataset
+from mmjax.losses.term import Term
+from mmjax.stages import Stage
+
+Batch = Mapping[str, jax.Array]
+Variables = Mapping[str, Any]  # {'params': …, 'batch_stats': …}, as Linen has them
+# apply(method, dataset, batch_size) yields (outputs, batch) a batch, as NumPy arrays without the
+# padding rows, every example once and in order on every host.
+Apply = Callable[[str, Dataset, int], Iterator[tuple[Any, dict[str, np.ndarray]]]]
+
+
+@dataclasses.dataclass
+class Scores:
+    """What an evaluation found: numbers or short strings by name, and pictures by name."""
+
+    metrics: dict[str, float | str]
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)  # matplotlib Figures
+
+
+class Evaluator(abc.ABC):
+    """Scores a model on one split; its key in `Task.evaluators` is the name in the results."""
+
+    @abc.abstractmethod
+    def run(self, apply: Apply, *, figures: bool) -> Scores: ...
+
+
+class Task(abc.ABC):
+    """Ties a model, its losses, its data and its scores. Built from the config before step 0.
+
+    A task keeps plain values, never the config itself, so that keys nobody read are known.
+    `forward` and `terms` are traced: they must be pure. Rows of a batch are examples; the engine
+    adds `row` (int32 [batch], the row in the dataset), `mask` (bool [batch], False on padding)
+    and `key` (a PRNG key a row, from the step and the row's place in the global batch).
+    """
+
+    @abc.abstractmethod
+    def dataset(self, split: str) -> Dataset:
+        """Returns the split named in the config ('train' feeds the stages)."""
+
+    @abc.abstractmethod
+    def rules(self) -> tuple[tuple[str, str], ...]:
+        """Returns the default (group, regex) pairs over parameter paths 'a/b/kernel'."""
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array, batch: Batch) -> Variables: ...
+
+    @abc.abstractmethod
+    def forward(
+        self, variables: Variables, batch: Batch, stage: Stage, *, train: bool, key: jax.Array
+    ) -> tuple[Any, Any]:
+        """Maps rows to a pytree of small per-row outputs [batch, …] and new batch statistics."""
+
+    @abc.abstractmethod
+    def terms(
+        self, variables: Variables, outputs: Any, batch: Batch, stage: Stage
+    ) -> dict[str, Term]:
+        """Turns the outputs of the whole batch into the losses that `stage` may weigh.
+
+        A float in place of a Term is a diagnostic: logged, never weighed.
+        """
+
+    @abc.abstractmethod
+    def evaluators(self) -> dict[str, Evaluator]: ...
+
+    def pretrained(self, variables: Variables) -> Variables:
+        """Returns the fresh variables with published weights put in, where the config names any."""
+        return variables
+
+    def save_assets(self, workdir) -> None:
+        """Writes what the model needs beside its weights: a tokenizer, a normalisation."""
+
+    def predict(self, variables: Variables, inputs: str, output) -> str:
+        """Answers `--mode=predict --input=…`; returns the text to print."""
+        raise ValueError(f'{type(self).__name__} has no predict mode')
+
+    def embed(self, apply: Apply, output) -> str:
+        """Answers `--mode=embed`: writes arrays under `output`; returns the text to print."""
+        raise ValueError(f'{type(self).__name__} has no embed mode')

@@ -1,0 +1,46 @@
+"""Installs mmjax: `pip install .`, with the extras `test`, `gpu` and `tpu`."""
+
+import pathlib
+import re
+
+import setuptools
+
+here = pathlib.Path(__file__).parent
+version = re.search(r"__version__ = '(.*)'", (here / 'mmjax/__init__.py').read_text()).group(1)
+
+setuptools.setup(
+    name='mmjax',
+    version=version,
+    description='Trains multimodal models in stages, on JAX',
+    long_description=(here / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=setuptools.find_packages(include=['mmjax', 'mmjax.*']),
+    install_requires=[
+        'absl-py>=2.1',
+        'array_record>=0.8.1',
+        'chex>=0.1.90',
+        'etils[epath]>=1.12',
+        'flax>=0.12',
+        'grain>=0.2.15',
+        'jax>=0.10',
+        'jaxtyping>=0.3',
+        'matplotlib>=3.9',
+        'ml_collections>=1.1',
+        'numpy>=2.0',
+        'optax>=0.2.6',
+        'orbax-checkpoint>=0.11.30',
+        'pillow>=11',
+        'rich>=13',
+        'safetensors>=0.5',
+        'tensorboardX>=2.6',
+        'tensorflow-datasets>=4.9.8',
+        'tokenizers>=0.21',
+    ],
+    extras_require={
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.12', 'scipy>=1.14'],
+        'gpu': ['jax[cuda12]>=0.10'],
+        'tpu': ['jax[tpu]>=0.10'],
+    },
+)
