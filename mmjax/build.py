@@ -137,13 +137,14 @@ def run(config_dict: Mapping, *, assets=None) -> Run:
     rules_default = task.rules()
     unread = config.unread()
     if unread:
-        raise DataError(f"config key '{unread[0]}' is read by nobody" + (
-            f' (nor are {", ".join(unread[1:])})' if unread[1:] else ''))  # fmt: skip
+        raise DataError(f'nothing reads the config key(s) {", ".join(unread)}')
     check_metrics(parsed, best, evaluators)
 
     def sampler(stage):
-        return samplers.make(thaw(stage.sampler), data.index, len(data), batch_size,
-                             seed=settings.seed, stage=stage.index, lengths=data.lengths)  # fmt: skip
+        return samplers.make(
+            thaw(stage.sampler), data.index, len(data), batch_size,
+            seed=settings.seed, stage=stage.index, lengths=data.lengths,
+        )  # fmt: skip
 
     plan = stages.plan(parsed, lambda stage: sampler(stage).steps_per_epoch, batch_size)
     batch = blank_batch(data, sampler(plan[0]), settings)

@@ -12,7 +12,7 @@ from mmjax.data.dataset import DataError
 
 
 def default() -> ml_collections.ConfigDict:
-    """Returns the keys every recipe shares, at the engine's defaults; a config file adds its own."""
+    """Returns the keys that every recipe shares, at the engine's defaults."""
     config = ml_collections.ConfigDict()
     config.task = ''  # a module of mmjax.tasks, or 'package.module:Class'
     config.seed = 0

@@ -73,9 +73,8 @@ def claim(workdir, config: dict, *, overwrite: bool) -> bool:
         raise DataError(f'{saved} is not a config of mmjax') from None
     if overwrite:
         return True
-    changed = [
-        d for d in differences(old, json.loads(json.dumps(config))) if not MAY_CHANGE.fullmatch(d[0])
-    ]  # fmt: skip
+    found = differences(old, json.loads(json.dumps(config)))
+    changed = [difference for difference in found if not MAY_CHANGE.fullmatch(difference[0])]
     if changed:
         what = '; '.join(f'{key} was {old!r}, is {new!r}' for key, old, new in changed)
         raise DataError(

@@ -243,9 +243,9 @@ def _scale_by_adam(spec: Optimizer, labels: Tree) -> optax.GradientTransformatio
         nu = optax.tree.update_moment(gradients, state['nu'], spec.b2, 2)
         count = {name: value + 1 for name, value in state['count'].items()}
         correct = {
-            name: (1 - spec.b1 ** value.astype(jnp.float32), 1 - spec.b2 ** value.astype(jnp.float32))
+            name: tuple(1 - beta ** value.astype(jnp.float32) for beta in (spec.b1, spec.b2))
             for name, value in count.items()
-        }  # fmt: skip
+        }
         direction = jax.tree.map(
             lambda m, v, label: (m / correct[label][0])
             / (jnp.sqrt(v / correct[label][1]) + spec.eps),

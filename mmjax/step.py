@@ -31,7 +31,7 @@ def create(variables: Mapping, stage: Stage, groups: optim.Groups, settings: Set
     """Makes the state at the start of a run, in the shape that `stage` gives it.
 
     {step, stage, stage_step: int32; trainable, frozen, batch_stats: trees; moments; ema: averages
-    of the trainable tree, {} when off; scale: {value, streak} of the loss scale, {} unless float16}.
+    of the trainable tree, {} when off; scale: {value, streak} of float16's loss scale, or {}}.
     """
     trainable, frozen = groups.split(variables['params'], stage)
     zero = lambda: jnp.zeros((), jnp.int32)
@@ -165,7 +165,7 @@ def train_step(
     )
     label = groups.of(state['trainable'])
     norms = {
-        name: optax.global_norm([g for p, g in optim.flatten(grads).items() if label[p] == name])
+        name: optax.tree.norm([g for p, g in optim.flatten(grads).items() if label[p] == name])
         for name in sorted(set(label.values()))
     }
     updates, moments = optim.update(
@@ -175,7 +175,7 @@ def train_step(
     frozen_stats = {p: g for p, g in groups.of(stats).items() if not stage.trains(g)}
     flat, before = optim.flatten(stats), optim.flatten(state['batch_stats'])
     stats = optim.unflatten({p: before[p] if p in frozen_stats else x for p, x in flat.items()})
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm) & _finite(trained) & _finite(stats)
     new = {'trainable': trained, 'batch_stats': stats, 'moments': moments, 'ema': {}}
     if settings.ema:

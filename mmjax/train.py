@@ -137,8 +137,10 @@ class Trainer:
     def _step(self, stage: Stage):
         if stage not in self._compiled:
             shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
-            call = functools.partial(step.train_step, task=self.run.task, stage=stage,
-                                     groups=self.run.groups, settings=self.run.settings)  # fmt: skip
+            call = functools.partial(
+                step.train_step, task=self.run.task, stage=stage, groups=self.run.groups,
+                settings=self.run.settings,
+            )  # fmt: skip
             self._compiled[stage] = jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
         return self._compiled[stage]
 

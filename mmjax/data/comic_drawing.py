@@ -1,33 +1,23 @@
 """Draws one comic panel with pillow: a scene, a figure doing something, an item, a balloon."""
 
 import dataclasses
-import math
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-INK = (24, 22, 30)
-WHITE = (255, 255, 255)
-COLOURS = {
-    'red': (214, 48, 49),
-    'orange': (243, 145, 32),
-    'yellow': (250, 216, 60),
-    'green': (60, 168, 78),
-    'blue': (52, 104, 214),
-    'purple': (142, 68, 190),
-    'pink': (246, 140, 182),
-    'brown': (141, 94, 56),
-}
-SPECIES = ('cat', 'dog', 'rabbit', 'bear', 'robot', 'duck', 'frog', 'alien')
-HATS = ('none', 'top hat', 'crown', 'party hat', 'cap')
-ACTIONS = (
-    *('run', 'jump', 'sleep', 'sit', 'handstand', 'fly'),
-    *('climb', 'hide', 'ride', 'dance', 'cry'),
+from mmjax.data.comic_figures import (
+    COLOURS,
+    INK,
+    LYING,
+    WHITE,
+    Character,
+    Pen,
+    figure,
+    item,
+    jitter,
+    pick,
 )
-ITEMS = (
-    *('ball', 'umbrella', 'balloon', 'flower', 'cake', 'book'),
-    *('kite', 'fish', 'key', 'gift', 'mug', 'drum'),
-)
+
 PLACES = ('beach', 'forest', 'city', 'room', 'desert', 'mountains', 'moon', 'farm')
 TIMES = ('day', 'dusk', 'night')
 WEATHERS = ('clear', 'rain', 'snow')
@@ -44,17 +34,6 @@ _GROUND = {
     'moon': (190, 190, 198),
     'farm': (150, 200, 90),
 }
-_CIRCLE = np.exp(2j * np.pi * np.arange(20) / 20)
-
-
-@dataclasses.dataclass(frozen=True)
-class Character:
-    """One of a page's cast; looks the same in all its panels."""
-
-    species: str
-    colour: str
-    hat: str
-    hat_colour: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,70 +58,33 @@ class Happening:
     balloon: bool
 
 
-class Pen:
-    """Draws shapes given as complex points (y up, 1 = the thing's height) in their own frame."""
-
-    def __init__(self, draw, x, y, size, angle=0.0, flip=False):
-        self.draw, self.origin, self.flip = draw, complex(x, y), flip
-        self.turn, self.size = size * complex(math.cos(angle), math.sin(angle)), size
-
-    def points(self, z) -> list[float]:
-        """Local points → pixels; rounded, so that the last bit of a float decides nothing."""
-        z = np.asarray(z, complex) * self.turn
-        x = self.origin.real + (-z.real if self.flip else z.real)
-        return np.stack([x, self.origin.imag - z.imag], -1).round(1).ravel().tolist()
-
-    def stroke(self, z, colour=INK, width=0.03):
-        self.draw.line(self.points(z), fill=colour, width=max(1, round(width * self.size)))
-
-    def fill(self, z, colour, outline=True):
-        points = self.points(z)
-        self.draw.polygon(points, fill=colour)
-        if outline:
-            self.draw.line(points + points[:4], fill=INK, width=max(1, round(0.02 * self.size)))
-
-    def disc(self, centre, rx, ry=None, colour=WHITE, outline=True):
-        ry = rx if ry is None else ry
-        self.fill(centre + rx * _CIRCLE.real + 1j * ry * _CIRCLE.imag, colour, outline)
-
-    def box(self, left, bottom, right, top, colour, outline=True):
-        corners = [left + 1j * bottom, right + 1j * bottom, right + 1j * top, left + 1j * top]
-        self.fill(corners, colour, outline)
-
-
-def _any_colour(rng: np.random.Generator) -> tuple[int, int, int]:
-    return list(COLOURS.values())[rng.integers(len(COLOURS))]
-
-
-def _jitter(rng, colour, amount=14) -> tuple[int, int, int]:
-    return tuple(int(v) for v in np.clip(np.add(colour, rng.integers(-amount, amount + 1, 3)), 0, 255))
-
-
 def _backdrop(rng, draw, width, height, scene) -> float:
     """Paints sky, ground and the place's furniture at random spots; returns the ground line."""
     shade = _SHADE[scene.time]
 
     def tone(colour, amount=8):
-        return _jitter(rng, np.add(np.multiply(colour, shade), scene.tint), amount)
+        return jitter(rng, np.add(np.multiply(colour, shade), scene.tint), amount)
 
     sky = (20, 20, 40) if scene.place == 'moon' else _SKY[scene.time]
     sky = (226, 206, 176) if scene.place == 'room' else sky
     horizon = height * rng.uniform(0.58, 0.74)
-    draw.rectangle((0, 0, width, height), fill=_jitter(rng, np.add(sky, scene.tint), 8))
+    draw.rectangle((0, 0, width, height), fill=jitter(rng, np.add(sky, scene.tint), 8))
     spots = rng.random(6) * width
     sizes = rng.uniform(0.7, 1.3, 6) * height
     for i, (x, size) in enumerate(zip(spots, sizes, strict=True)):
         pen = Pen(draw, x, horizon, size)
         match scene.place:
             case 'beach' if i == 0:
-                draw.rectangle((0, horizon - 0.16 * height, width, height), fill=tone((70, 150, 200)))
+                sea = (0, horizon - 0.16 * height, width, height)
+                draw.rectangle(sea, fill=tone((70, 150, 200)))
             case 'forest':
                 pen.box(-0.03, 0, 0.03, 0.2, tone((110, 76, 48)))
                 pen.disc(0.36j, 0.13, 0.2, tone((50, 120, 60)))
             case 'city':
                 pen.box(-0.13, 0, 0.13, 0.3 + 0.05 * i, tone((128, 118, 134), 20))
                 for k in range(3):
-                    pen.box(-0.07, 0.07 + 0.09 * k, 0.07, 0.11 + 0.09 * k, tone((250, 230, 150)), False)
+                    sill, light = 0.07 + 0.09 * k, tone((250, 230, 150))
+                    pen.box(-0.07, sill, 0.07, sill + 0.04, light, False)
             case 'room' if i < 3:
                 draw.line((x, 0, x, horizon), fill=tone((206, 180, 150)), width=max(2, width // 30))
                 if i == 2:
@@ -164,234 +106,17 @@ def _backdrop(rng, draw, width, height, scene) -> float:
                 pass
     draw.rectangle((0, horizon, width, height), fill=tone(_GROUND[scene.place]))
     draw.line((0, horizon, width, horizon), fill=INK, width=1)
+    clutter = [*COLOURS.values(), WHITE, INK]
     # Clutter that no text speaks of, in the colours that texts do speak of.
-    for _ in range(rng.integers(3, 8)):
-        x, y = rng.random() * width, rng.uniform(0.2, 0.98) * height
-        pen = Pen(draw, x, y, 0.16 * height * rng.uniform(0.5, 1.2))
-        colour = _jitter(rng, _any_colour(rng), 20)
+    for _ in range(rng.integers(4, 13)):
+        x, y = rng.random() * width, rng.uniform(0.05, 0.98) * height
+        pen = Pen(draw, x, y, 0.26 * height * rng.uniform(0.3, 1.0))
+        colour = jitter(rng, pick(rng, clutter))
         if y > horizon:
             pen.disc(0, 0.45, 0.2, colour)
         else:
             pen.stroke([-0.3 + 0.15j, 0, 0.3 + 0.15j], colour, 0.2)
     return horizon
-
-
-def _head(pen: Pen, who: Character, at: complex, colour, eyes_shut: bool):
-    """A head of radius .25 around `at`: the species is in the ears, the shape and the snout."""
-    r, ink_eye = 0.25, 0.035
-    match who.species:
-        case 'cat':
-            for s in (-1, 1):
-                pen.fill([at + s * 0.25 + 0.02j, at + s * 0.24 + 0.4j, at + s * 0.05 + 0.22j], colour)
-        case 'rabbit':
-            for s in (-1, 1):
-                pen.disc(at + s * 0.11 + 0.36j, 0.07, 0.24, colour)
-        case 'bear':
-            for s in (-1, 1):
-                pen.disc(at + s * 0.2 + 0.2j, 0.11, colour=colour)
-        case 'robot':
-            pen.stroke([at + 0.2j, at + 0.42j])
-            pen.disc(at + 0.42j, 0.06, colour=COLOURS['red'])
-        case 'alien':
-            for s in (-1, 1):
-                pen.stroke([at + s * 0.1, at + s * 0.22 + 0.4j], INK, 0.04)
-                pen.disc(at + s * 0.22 + 0.4j, 0.07, colour=colour)
-        case 'frog':
-            for s in (-1, 1):
-                pen.disc(at + s * 0.15 + 0.22j, 0.12, colour=colour)
-                pen.disc(at + s * 0.15 + 0.24j, 0.07)
-    if who.species == 'robot':
-        pen.fill([at + r * c for c in (-1 - 0.9j, 1 - 0.9j, 1 + 0.9j, -1 + 0.9j)], colour)
-    else:
-        pen.disc(at, r * (1.1 if who.species == 'frog' else 1), r, colour)
-    if who.species == 'dog':
-        for s in (-1, 1):
-            pen.disc(at + s * 0.26 - 0.02j, 0.08, 0.19, tuple(v * 2 // 3 for v in colour))
-    for s in (-1, 1):
-        eye = at + s * 0.1 + 0.05j
-        if eyes_shut:
-            pen.stroke([eye - 0.06, eye - 0.04j, eye + 0.06], INK, 0.03)
-        else:
-            size = 0.09 if who.species == 'alien' else 0.06
-            pen.disc(eye, size, size * 1.2)
-            pen.disc(eye + 0.02, ink_eye, colour=INK)
-    if who.species == 'duck':
-        pen.disc(at - 0.1j, 0.17, 0.07, COLOURS['orange'])
-    elif who.species in ('dog', 'bear', 'cat'):
-        pen.disc(at - 0.08j, 0.05, 0.035, INK)
-    pen.stroke([at - 0.09 - 0.14j, at - 0.17j, at + 0.09 - 0.14j], INK, 0.025)
-    top, hat = at + 0.2j, COLOURS[who.hat_colour]
-    match who.hat:
-        case 'top hat':
-            pen.fill([top + c for c in (-0.24, 0.24, 0.24 + 0.05j, -0.24 + 0.05j)], hat)
-            pen.fill([top + c for c in (-0.14 + 0.05j, 0.14 + 0.05j, 0.14 + 0.3j, -0.14 + 0.3j)], hat)
-        case 'crown':
-            z = (-0.17, 0.17, 0.2 + 0.2j, 0.09 + 0.1j, 0.22j, -0.09 + 0.1j, -0.2 + 0.2j)
-            pen.fill([top + c for c in z], COLOURS['yellow'])
-        case 'party hat':
-            pen.fill([top - 0.16, top + 0.16, top + 0.36j], hat)
-            pen.disc(top + 0.36j, 0.05)
-        case 'cap':
-            pen.fill([top + c for c in (-0.2, 0.38, 0.34 + 0.05j, 0.2 + 0.05j, 0.1 + 0.15j, -0.12 + 0.14j)], hat)
-
-
-# pose: lift and turn of the whole body, where the hands and the feet are
-_POSES = {
-    'stand': (0.0, 0.0, (-0.3 + 0.28j, 0.3 + 0.28j), (-0.1, 0.1)),
-    'run': (0.06, -0.3, (-0.34 + 0.4j, 0.32 + 0.5j), (-0.36 + 0.1j, 0.32 + 0.02j)),
-    'jump': (0.4, 0.0, (-0.36 + 0.8j, 0.36 + 0.8j), (-0.3 + 0.06j, 0.3 + 0.06j)),
-    'sleep': (0.28, math.pi / 2, (-0.2 + 0.3j, 0.2 + 0.3j), (-0.08, 0.08)),
-    'sit': (0.16, 0.0, (-0.2 + 0.24j, 0.3 + 0.3j), (0.34 + 0.02j, 0.4 + 0.1j)),
-    'handstand': (1.12, math.pi, (-0.26 + 1.12j, 0.26 + 1.12j), (-0.26, 0.2 + 0.04j)),
-    'fly': (0.62, -1.25, (-0.04 + 0.98j, 0.2 + 1.02j), (-0.1 - 0.1j, 0.08 - 0.1j)),
-    'climb': (0.3, 0.0, (-0.22 + 0.82j, 0.22 + 0.62j), (-0.16 + 0.02j, 0.16 + 0.12j)),
-    'hide': (0.06, 0.0, (-0.2 + 0.4j, 0.2 + 0.4j), (-0.1, 0.1)),
-    'ride': (0.26, 0.0, (0.34 + 0.36j, 0.3 + 0.4j), (-0.04 - 0.1j, 0.14 + 0.02j)),
-    'dance': (0.04, 0.22, (-0.34 + 0.2j, 0.36 + 0.78j), (-0.08, 0.4 + 0.2j)),
-    'cry': (0.0, 0.0, (-0.2 + 0.62j, 0.2 + 0.62j), (-0.1, 0.1)),
-}
-
-
-def _figure(rng, draw, who: Character, action: str, x, y, size, flip):
-    """The character in the action's pose with the action's prop, feet at (x, y) pixels."""
-    lift, angle, hands, feet = _POSES[action]
-    scene = Pen(draw, x, y, size, 0.0, flip)
-    pen = Pen(draw, x, y - lift * size, size, angle, flip)
-    colour, prop = _jitter(rng, COLOURS[who.colour]), _jitter(rng, _any_colour(rng), 24)
-    match action:
-        case 'run':
-            for k in range(3):
-                scene.stroke([-0.75 + 0.25j * (k + 1), -0.42 + 0.25j * (k + 1)], INK, 0.035)
-                scene.disc(-0.45 - 0.14 * k + 0.05j, 0.1 - 0.02 * k, colour=WHITE)
-        case 'jump':
-            scene.disc(0.0, 0.32, 0.06, (90, 90, 96), False)
-            for s in (-0.2, 0, 0.2):
-                scene.stroke([s + 0.1j, s + 0.32j], INK, 0.035)
-        case 'sleep':
-            pen = Pen(draw, x + (-0.5 if flip else 0.5) * size, y - lift * size, size, angle, flip)
-            scene.box(-0.62, 0.02, -0.55, 0.5, COLOURS['brown'])
-            scene.box(-0.62, 0.06, 0.6, 0.2, COLOURS['brown'])
-            scene.box(-0.6, 0.18, 0.6, 0.26, WHITE)
-        case 'sit':
-            scene.box(-0.28, 0.26, 0.26, 0.34, prop)
-            scene.box(-0.34, 0, -0.26, 0.8, prop)
-            scene.box(0.16, 0, 0.24, 0.28, prop)
-        case 'fly':
-            pen.fill([-0.16 + 0.5j, 0.16 + 0.5j, -0.1 - 0.25j, -0.6 - 0.2j], prop)
-        case 'climb':
-            for s in (-0.24, 0.24):
-                scene.stroke([s, s + 1.5j], COLOURS['brown'], 0.06)
-            for k in range(7):
-                scene.stroke([-0.24 + (0.12 + 0.2 * k) * 1j, 0.24 + (0.12 + 0.2 * k) * 1j], COLOURS['brown'], 0.05)
-        case 'ride':
-            for s in (-0.36, 0.36):
-                scene.disc(s + 0.2j, 0.21, colour=(230, 230, 230))
-                scene.disc(s + 0.2j, 0.05, colour=INK)
-            scene.stroke([-0.36 + 0.2j, -0.1 + 0.46j, 0.26 + 0.46j, 0.36 + 0.2j], prop, 0.07)
-            scene.stroke([0.26 + 0.46j, 0.22 + 0.64j, 0.36 + 0.64j], prop, 0.06)
-        case 'dance':
-            for s in (-0.62, 0.55):
-                scene.stroke([s + 0.72j, s + 1.0j, s + 0.14 + 0.94j], INK, 0.045)
-                scene.disc(s - 0.05 + 0.7j, 0.07, 0.055, INK)
-        case 'cry':
-            scene.disc(0.02j, 0.5, 0.09, (110, 180, 240))
-    for foot, s in zip(feet, (-0.07, 0.07), strict=True):
-        pen.stroke([s + 0.22j, foot + 0.03j], INK, 0.07)
-        pen.disc(foot + 0.03j, 0.08, 0.05, INK)
-    pen.disc(0.34j, 0.17, 0.22, colour)
-    pen.disc(0.3j, 0.1, 0.13, tuple((v + 255) // 2 for v in colour), False)
-    shut = action in ('sleep', 'cry')
-    _head(pen, who, 0.72j, colour, shut)
-    for hand, s in zip(hands, (-0.14, 0.14), strict=True):
-        pen.stroke([s + 0.44j, hand], INK, 0.06)
-        pen.disc(hand, 0.06, colour=colour)
-    match action:
-        case 'sleep':
-            scene.fill([0.52 + 0.14j, 0.56 + 0.42j, 0.1 + 0.54j, -0.08 + 0.44j, -0.08 + 0.14j], prop)
-            for k in range(3):
-                z = -0.5 + 0.16 * k + (0.72 + 0.16 * k) * 1j
-                d = 0.06 + 0.02 * k
-                scene.stroke([z + d * 1j, z + d + d * 1j, z, z + d], INK, 0.035)
-        case 'hide':
-            scene.box(-0.4, 0, 0.4, 0.52, prop)
-            scene.stroke([-0.4 + 0.4j, 0.4 + 0.4j])
-            scene.stroke([0.0, 0.52j])
-        case 'cry':
-            for s in (-1, 1):
-                tears = [s * 0.1 + 0.74j, s * 0.3 + 0.6j, s * 0.42 + 0.3j, s * 0.4 + 0.05j]
-                scene.stroke(tears, (80, 160, 240), 0.09)
-
-
-def _item(rng, draw, kind: str, colour_name: str, x, y, size, flip):
-    """The item around (x, y), about `size` pixels high; its kind is in its outline."""
-    pen = Pen(draw, x, y, size, rng.uniform(-0.2, 0.2), flip)
-    colour = _jitter(rng, COLOURS[colour_name], 10)
-    dark = tuple(v * 2 // 3 for v in colour)
-    match kind:
-        case 'ball':
-            pen.disc(0, 0.42, colour=colour)
-            pen.stroke([-0.4, -0.15 - 0.12j, 0.15 - 0.12j, 0.4], WHITE, 0.12)
-        case 'umbrella':
-            pen.stroke([0.3j, -0.42j, 0.12 - 0.5j, 0.2 - 0.38j], INK, 0.06)
-            canopy = [c for c in _CIRCLE * 0.58 if c.imag > -1e-9]
-            pen.fill([*canopy, -0.29 + 0.1j, 0, 0.29 + 0.1j], colour)
-        case 'balloon':
-            pen.stroke([-0.1j, 0.06 - 0.3j, -0.04 - 0.55j], INK, 0.03)
-            pen.disc(0.22j, 0.29, 0.36, colour)
-            pen.disc(-0.1 + 0.34j, 0.06, 0.1, WHITE, False)
-        case 'flower':
-            pen.stroke([0.1j, -0.55j], COLOURS['green'], 0.08)
-            pen.disc(0.16 - 0.3j, 0.15, 0.07, COLOURS['green'])
-            for petal in _CIRCLE[::4]:
-                pen.disc(0.18j + 0.23 * petal, 0.17, colour=colour)
-            pen.disc(0.18j, 0.12, colour=WHITE)
-        case 'cake':
-            pen.box(-0.46, -0.4, 0.46, -0.04, colour)
-            pen.box(-0.3, -0.04, 0.3, 0.22, colour)
-            pen.stroke([-0.46 - 0.1j, -0.23 - 0.2j, -0.1j, 0.23 - 0.2j, 0.46 - 0.1j], WHITE, 0.08)
-            for s in (-0.16, 0.16):
-                pen.stroke([s + 0.22j, s + 0.44j], WHITE, 0.07)
-                pen.disc(s + 0.48j, 0.05, 0.07, COLOURS['orange'], False)
-        case 'book':
-            for s in (-1, 1):
-                pen.fill([-0.3j, s * 0.56 - 0.18j, s * 0.56 + 0.36j, 0.24j], colour)
-                pen.fill([-0.22j, s * 0.46 - 0.1j, s * 0.46 + 0.34j, 0.24j], WHITE)
-        case 'kite':
-            pen.stroke([-0.3j, 0.14 - 0.4j, -0.1 - 0.5j, 0.1 - 0.62j], INK, 0.04)
-            pen.fill([0.56j, 0.36 + 0.14j, -0.34j, -0.36 + 0.14j], colour)
-            pen.stroke([0.56j, -0.34j])
-            pen.stroke([-0.36 + 0.14j, 0.36 + 0.14j])
-        case 'fish':
-            pen.fill([0.24, 0.56 + 0.26j, 0.56 - 0.26j], dark)
-            pen.disc(-0.08, 0.42, 0.26, colour)
-            pen.disc(-0.28 + 0.06j, 0.07)
-            pen.disc(-0.29 + 0.06j, 0.03, colour=INK)
-        case 'key':
-            pen.stroke([0, 0.0, -0.52j], INK, 0.18)
-            pen.stroke([0, -0.5j], colour, 0.12)
-            for y_tooth in (-0.28j, -0.46j):
-                pen.stroke([y_tooth, 0.24 + y_tooth], colour, 0.12)
-            pen.disc(0.22j, 0.27, colour=colour)
-            pen.disc(0.22j, 0.12)
-        case 'gift':
-            pen.box(-0.4, -0.42, 0.4, 0.26, colour)
-            pen.box(-0.08, -0.42, 0.08, 0.26, WHITE, False)
-            pen.box(-0.4, -0.14, 0.4, 0.0, WHITE, False)
-            for s in (-1, 1):
-                pen.fill([0.26j, s * 0.3 + 0.5j, s * 0.34 + 0.28j], WHITE)
-        case 'mug':
-            pen.disc(0.34 - 0.06j, 0.22, colour=dark)
-            pen.disc(0.34 - 0.06j, 0.11)
-            pen.box(-0.36, -0.42, 0.3, 0.26, colour)
-            for s in (-0.2, 0.05):
-                pen.stroke([s + 0.34j, s + 0.08 + 0.44j, s + 0.56j], WHITE, 0.06)
-        case 'drum':
-            pen.box(-0.42, -0.34, 0.42, 0.12, colour)
-            zigzag = [-0.42 + 0.1j, -0.28 - 0.3j, -0.14 + 0.1j, -0.3j, 0.14 + 0.1j, 0.28 - 0.3j, 0.42 + 0.1j]
-            pen.stroke(zigzag, WHITE, 0.06)
-            pen.disc(0.14j, 0.42, 0.13)
-            pen.stroke([-0.1 + 0.2j, -0.4 + 0.56j], INK, 0.06)
-            pen.stroke([0.1 + 0.2j, 0.4 + 0.56j], INK, 0.06)
 
 
 def _balloon(rng, draw, width, height, left: bool):
@@ -410,8 +135,8 @@ def _balloon(rng, draw, width, height, left: bool):
     else:
         outline = circle
     if shape:
-        tail = [-0.2 - 0.8j, (0.5 if left else -0.5) - 1.5j, 0.15 - 0.8j]
-        pen.fill([half_width * t.real + 1j * half_height * t.imag for t in map(complex, tail)], WHITE)
+        tail = np.array([-0.2 - 0.8j, (0.5 if left else -0.5) - 1.5j, 0.15 - 0.8j])
+        pen.fill(half_width * tail.real + 1j * half_height * tail.imag, WHITE)
     body = half_width * outline.real + 1j * half_height * outline.imag
     pen.fill(body, WHITE, False)
     draw.line(pen.points([*body, body[0]]), fill=INK, width=max(1, round(height / 150)))
@@ -434,23 +159,44 @@ def panel(rng: np.random.Generator, width: int, height: int, scene: Scene, seen:
     across = (lambda t: t * width) if left else (lambda t: (1 - t) * width)
     if seen.balloon:
         _balloon(rng, draw, width, height, not left)
-    ground = rng.uniform(0.88, 0.95) * height
+    ground = rng.uniform(0.84, 0.97) * height
     if seen.companion is not None:
         size = min(0.36 * height, 0.4 * width) * rng.uniform(0.85, 1.1)
         at = across(rng.uniform(0.5, 0.62))
         y = horizon + 0.3 * (ground - horizon)
-        _figure(rng, draw, seen.companion, 'stand', at, y, size, bool(rng.integers(2)))
-    size = min(0.56 * height, 0.62 * width) * rng.uniform(0.88, 1.12)
-    at = across(rng.uniform(0.28, 0.4))
-    _figure(rng, draw, seen.who, seen.action, at, ground, size, bool(rng.integers(2)))
-    size = min(0.36 * height, 0.42 * width) * rng.uniform(0.85, 1.1)
-    at, y = across(rng.uniform(0.76, 0.84)), height * rng.uniform(0.5, 0.82)
-    _item(rng, draw, seen.item, seen.item_colour, at, y, size, bool(rng.integers(2)))
+        figure(rng, draw, seen.companion, 'stand', at, y, size, bool(rng.integers(2)))
+    size = min(0.56 * height, 0.62 * width) * rng.uniform(0.8, 1.15)
+    at = across(rng.uniform(0.28, 0.44))
+    if seen.action in LYING:
+        size, at = min(size, 0.56 * width), across(rng.uniform(0.38, 0.44))
+    figure(rng, draw, seen.who, seen.action, at, ground, size, bool(rng.integers(2)))
+    size = min(0.36 * height, 0.42 * width) * rng.uniform(0.8, 1.15)
+    at, y = across(rng.uniform(0.7, 0.85)), height * rng.uniform(0.42, 0.84)
+    item(rng, draw, seen.item, seen.item_colour, at, y, size, bool(rng.integers(2)))
     if scene.weather != 'clear' and scene.place not in ('room', 'moon'):
         for x, y in rng.random((26, 2)) * (width, height):
             if scene.weather == 'rain':
-                draw.line((x, y, x - 0.02 * height, y + 0.07 * height), fill=(210, 226, 246), width=1)
+                drop = (x, y, x - 0.02 * height, y + 0.07 * height)
+                draw.line(drop, fill=(210, 226, 246), width=1)
             else:
                 r = 0.008 * height + 1
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=WHITE)
     return picture
+
+
+def frame(picture: Image.Image, box: tuple[int, int, int, int], scale: float):
+    """Draws a panel's border inside its box [x, y, w, h]."""
+    x, y, w, h = box
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((x, y, x + w - 1, y + h - 1), outline=INK, width=max(1, round(2 * scale)))
+
+
+def scribbles(rng: np.random.Generator, picture: Image.Image):
+    """Fills a page with lines of scribble, as on a page of credits."""
+    width, height = picture.size
+    draw = ImageDraw.Draw(picture)
+    for y in np.linspace(0.15, 0.85, 12) * height:
+        pen = Pen(draw, 0.5 * width, y, 1.0)
+        steps = np.linspace(-0.5, 0.5, 40) * width * rng.uniform(0.3, 0.8)
+        line = steps + 1j * height * rng.uniform(-0.012, 0.012, 40)
+        draw.line(pen.points(line), fill=INK, width=2)

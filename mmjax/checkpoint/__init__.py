@@ -1,0 +1,11 @@
+"""Checkpoints by Orbax: asynchronous, checksummed saves; walking back; strict and partial loads.
+
+<workdir>/checkpoints/<step>/   state/  meta/meta.json  checksums.json     the last `keep`
+<workdir>/best/<step>/          the same, of the weights that scored best   exactly one
+<workdir>/corrupt/              what was damaged or cut, put aside
+"""
+
+from mmjax.checkpoint.store import Checkpoints
+from mmjax.checkpoint.weights import Report, load_weights, merge
+
+__all__ = ['Checkpoints', 'Report', 'load_weights', 'merge']

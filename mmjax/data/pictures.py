@@ -1,0 +1,154 @@
+"""Opens pictures safely, cuts boxes out of them and varies the cuts. Free of jax."""
+
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from mmjax.data.dataset import DataError
+from mmjax.data.ledger import RecordError
+
+MAX_PIXELS = 50_000_000
+_FORMATS = (
+    'JPEG',
+    'PNG',
+    'WEBP',
+    'GIF',
+    'BMP',
+    'TIFF',
+)  # never EPS and the like: they run programs
+
+
+def inside(root: str | os.PathLike, relative: str) -> pathlib.Path:
+    """Returns root/relative; raises DataError where it is absolute or leads out of the root.
+
+    Symbolic links are followed, so that a link out of the root is refused too.
+    """
+    root = pathlib.Path(root)
+    if not relative or '\0' in relative:
+        raise DataError(f'{relative!r} is not a path under {root}')
+    path = root / relative
+    if pathlib.PurePath(relative).is_absolute() or not path.resolve().is_relative_to(
+        root.resolve()
+    ):
+        raise DataError(f'the path {relative!r} leads outside the data root {root}')
+    return path
+
+
+def open_picture(
+    source: bytes | str | os.PathLike,
+    name: str = '',
+    *,
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+) -> Image.Image:
+    """Decodes a whole picture to RGB.
+
+    Args:
+      source: encoded bytes, or the path of a file.
+      name: what errors call it; the path by default.
+      max_pixels: larger pictures are refused before they are decoded.
+      at_least: (width, height) that suffice; a JPEG may then be decoded at 1/2, 1/4 or 1/8.
+
+    Raises:
+      RecordError: 'missing_picture', 'picture_too_large' or 'unreadable_picture' (truncated ones
+        too), naming the file.
+    """
+    name = name or ('a picture' if isinstance(source, bytes) else os.fspath(source))
+    try:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS
+        ) as picture:
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise RecordError(
+                    'picture_too_large',
+                    f'{name} has {width}×{height} pixels, more than the {max_pixels} allowed',
+                )
+            if at_least:
+                picture.draft('RGB', at_least)
+            picture.load()
+            return _rgb(picture)
+    except RecordError:
+        raise
+    except FileNotFoundError as error:
+        raise RecordError('missing_picture', f'{name} does not exist') from error
+    except Image.DecompressionBombError as error:
+        raise RecordError('picture_too_large', f'{name}: {error}') from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error…
+        why = str(error).removesuffix('.') or type(error).__name__
+        raise RecordError('unreadable_picture', f'{name} cannot be read: {why}') from error
+
+
+def check_picture(
+    source: bytes | str | os.PathLike, name: str = '', *, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """Returns (width, height) of a picture whose every byte decodes; raises as `open_picture`."""
+    name = name or ('a picture' if isinstance(source, bytes) else os.fspath(source))
+    # JPEGs are decoded at 1/8, which reads the whole stream and skips most of the arithmetic.
+    open_picture(source, name, max_pixels=max_pixels, at_least=(1, 1))
+    with Image.open(
+        io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS
+    ) as picture:
+        return picture.size
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == 'RGB':
+        return picture
+    if picture.mode.startswith('I;16'):  # 16-bit grey, which `convert` would clip to white
+        grey = np.asarray(picture, np.uint16) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
+    if 'A' in picture.getbands() or 'transparency' in picture.info:
+        alpha = picture.convert('RGBA')  # what shows through is paper, not black
+        return Image.alpha_composite(Image.new('RGBA', alpha.size, 'white'), alpha).convert('RGB')
+    return picture.convert('RGB')
+
+
+def crop_resize(picture: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
+    """Cuts `box` = (x0, y0, x1, y1), in fractions of the picture, to uint8 [size, size, 3].
+
+    The sides are scaled independently, with antialiasing. Parts outside the picture are left out.
+    """
+    width, height = picture.size
+    x0, y0, x1, y1 = (float(np.clip(value, 0.0, 1.0)) for value in box)
+    x0, y0 = min(x0 * width, width - 1.0), min(y0 * height, height - 1.0)
+    x1, y1 = max(x1 * width, x0 + 1.0), max(y1 * height, y0 + 1.0)
+    cut = picture.resize(
+        (size, size), Image.Resampling.BILINEAR, (x0, y0, x1, y1), reducing_gap=2.0
+    )
+    return np.asarray(cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How far the cut of a panel may vary. Nothing is mirrored: that would reverse lettering.
+
+    shift, scale: fractions of the box's sides; brightness: fraction of the full range;
+    contrast: relative change around mid-grey. All are drawn uniformly from [-v, v].
+    """
+
+    shift: float = 0.04
+    scale: float = 0.06
+    brightness: float = 0.1
+    contrast: float = 0.15
+
+    def box(self, box: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+        """Returns the box moved and scaled (each side by itself), kept within [0, 1]."""
+        x0, y0, x1, y1 = box
+        draw = rng.uniform(-1.0, 1.0, 4)
+        centre = np.array([x0 + x1, y0 + y1]) / 2
+        sides = np.array([x1 - x0, y1 - y0])
+        centre = centre + self.shift * draw[:2] * sides
+        half = sides * (1 + self.scale * draw[2:]) / 2
+        return np.clip(np.concatenate([centre - half, centre + half]), 0.0, 1.0)
+
+    def tone(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns uint8 pixels with brightness and contrast varied."""
+        brightness, contrast = rng.uniform(-1.0, 1.0, 2) * (self.brightness, self.contrast)
+        table = (np.arange(256) - 127.5) * (1 + contrast) + 127.5 + 255 * brightness
+        return np.clip(np.rint(table), 0, 255).astype(np.uint8)[pixels]

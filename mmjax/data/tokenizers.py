@@ -1,0 +1,131 @@
+"""Trains, loads and applies the tokenizer of panel texts. Free of jax."""
+
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mmjax.data.dataset import DataError
+
+SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
+FILE = 'tokenizer.json'
+_PADS = ('[PAD]', '<pad>', '<|endoftext|>')
+
+
+class Tokenizer:
+    """A `tokenizers` model with fixed-length output. Picklable.
+
+    truncated: how many texts `encode` has cut so far, in this process.
+    """
+
+    def __init__(self, serialized: str):
+        self._serialized = serialized
+        self._restore()
+
+    def _restore(self) -> None:
+        import tokenizers
+
+        self._model = tokenizers.Tokenizer.from_str(self._serialized)
+        self._model.no_padding()
+        self._model.no_truncation()
+        found = (self._model.token_to_id(pad) for pad in _PADS)
+        self.pad_id: int = next((pad for pad in found if pad is not None), 0)
+        self.truncated = 0
+
+    def __getstate__(self) -> str:
+        return self._serialized
+
+    def __setstate__(self, serialized: str) -> None:
+        self._serialized = serialized
+        self._restore()
+
+    @property
+    def size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self._model.get_vocab_size()
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ids int32 [texts, length] and mask bool [texts, length], True on tokens.
+
+        An empty text has no tokens at all: its mask is False throughout. A text that is too long
+        keeps its beginning and its closing special token, and adds one to `truncated`.
+        """
+        ids = np.full((len(texts), length), self.pad_id, np.int32)
+        mask = np.zeros((len(texts), length), bool)
+        for row, text in enumerate(texts):
+            if not text.strip():
+                continue
+            encoding = self._model.encode(text)
+            tokens = encoding.ids
+            if len(tokens) > length:
+                closing = bool(encoding.special_tokens_mask[-1])
+                tokens = tokens[: length - closing] + tokens[len(tokens) - closing :]
+                self.truncated += 1
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = True
+        return ids, mask
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, special tokens left out."""
+        return self._model.decode(list(map(int, ids)), skip_special_tokens=True)
+
+    def save(self, folder: str | os.PathLike) -> pathlib.Path:
+        """Writes `tokenizer.json` into `folder` and returns its path."""
+        path = pathlib.Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self._serialized)
+        return path
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocabulary: int = 2000, *, lower_case: bool = True
+) -> Tokenizer:
+    """Trains byte-level BPE: any text can be written, and the same texts give the same JSON.
+
+    WordPiece is not offered for training: the library numbers its pieces in an order that
+    differs from process to process. Trained elsewhere, it loads as any other.
+
+    Args:
+      texts: read once, in order.
+      vocabulary: largest number of ids, of which 4 are special ([PAD] 0, [UNK], [CLS], [SEP]) and
+        256 are bytes.
+      lower_case: whether case is dropped, after Unicode NFKC.
+    """
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    if vocabulary < len(SPECIAL) + 256:
+        raise ValueError(
+            f'a vocabulary of {vocabulary} is under {len(SPECIAL)} special + 256 bytes'
+        )
+    model = Model(models.BPE(unk_token='[UNK]'))
+    steps = [normalizers.NFKC(), *([normalizers.Lowercase()] if lower_case else [])]
+    model.normalizer = normalizers.Sequence(steps)
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    model.decoder = decoders.ByteLevel()
+    model.train_from_iterator(
+        iter(texts),
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    ends = [(token, model.token_to_id(token)) for token in ('[CLS]', '[SEP]')]
+    model.post_processor = processors.TemplateProcessing(
+        single='[CLS] $A [SEP]', special_tokens=ends
+    )
+    return Tokenizer(model.to_str())
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """Loads `tokenizer.json` of a folder; raises DataError naming the file."""
+    path = pathlib.Path(folder) / FILE
+    try:
+        return Tokenizer(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f'{path} does not exist') from error
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f'{path} is not a tokenizer ({error})') from error

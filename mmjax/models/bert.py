@@ -1,0 +1,94 @@
+"""The BERT encoder, in the sizes of MiniLM-L6, and its masked mean pooling."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.models import layers
+
+
+class BertBlock(nn.Module):
+    """A post-LN transformer block: LN(x + attention x), then LN(x + MLP x)."""
+
+    heads: int
+    mlp_width: int
+    dropout: float = 0.0
+    epsilon: float = 1e-12
+    dtype: jnp.dtype = jnp.float32
+    implementation: str = 'xla'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+        """Maps x [batch, length, width] to the same shape; `mask` as in `layers.attend`."""
+        norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        attention = layers.Attention(self.heads, self.dtype, self.implementation, name='attention')
+        x = norm('norm_1')(x + drop(attention(x, mask=mask)))
+        mlp = layers.Mlp(self.mlp_width, dtype=self.dtype, name='mlp')
+        return norm('norm_2')(x + drop(mlp(x)))
+
+
+class Bert(nn.Module):
+    """BERT (Devlin 2018) without its pooler: words + positions + types, then post-LN blocks.
+
+    The defaults are MiniLM-L6 (Wang 2020): 22,565,376 parameters. Dropout acts on the embeddings
+    and on the output of each half block, not on attention weights. Blocks are `block_0`, …
+    """
+
+    vocabulary: int = 30522
+    width: int = 384
+    depth: int = 6
+    heads: int = 12
+    mlp_width: int = 1536
+    max_length: int = 512
+    types: int = 2
+    dropout: float = 0.1
+    epsilon: float = 1e-12
+    dtype: jnp.dtype = jnp.float32
+    implementation: str = 'xla'
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array, types: jax.Array | None = None, *, train: bool
+    ) -> jax.Array:
+        """Encodes token ids.
+
+        Args:
+          tokens: int [batch, length], in [0, vocabulary).
+          mask: [batch, length], true (or 1) on real tokens.
+          types: int [batch, length], segment of each token; None: all 0.
+          train: whether dropout acts (rng 'dropout').
+
+        Returns:
+          [batch, length, width]; finite, without meaning, where the mask is False.
+        """
+        length = tokens.shape[1]
+        if length > self.max_length:
+            raise ValueError(f'{length} tokens do not fit max_length {self.max_length}')
+        # Rows are gathered in float32 and cast after: casting the table would touch all of it.
+        embed = lambda count, name: nn.Embed(
+            count, self.width, embedding_init=nn.initializers.normal(0.02), name=name
+        )
+        types = jnp.zeros_like(tokens) if types is None else types
+        x = embed(self.vocabulary, 'words')(tokens) + embed(self.types, 'types')(types)
+        x = x + embed(self.max_length, 'positions')(jnp.arange(length))
+        x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        seen = mask.astype(bool)[:, None, None, :]  # [batch, heads, queries, keys]
+        for index in range(self.depth):
+            x = BertBlock(
+                self.heads, self.mlp_width, self.dropout, self.epsilon, self.dtype,
+                self.implementation, name=f'block_{index}',
+            )(x, seen, train=train)  # fmt: skip
+        return x
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Averages x [batch, length, width] over the tokens that `mask` [batch, length] allows.
+
+    Summed in float32; returns [batch, width] in x's dtype, zeros where a row allows no token.
+    """
+    allowed = mask.astype(bool)
+    total = jnp.where(allowed[..., None], x.astype(jnp.float32), 0.0).sum(-2)
+    count = jnp.maximum(allowed.sum(-1, keepdims=True, dtype=jnp.float32), 1.0)
+    return (total / count).astype(x.dtype)

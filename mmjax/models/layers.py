@@ -1,0 +1,183 @@
+"""Layers that several towers share: masked batch norm, attention, the MLP and the pre-LN block."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+kernel_init = nn.initializers.xavier_uniform()
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch normalisation whose statistics come from valid rows only (Ioffe & Szegedy 2015).
+
+    y = (x − mean) / √(variance + epsilon) · scale + bias over the last axis. With `train`, mean and
+    (biased) variance are those of the valid rows of the batch, and the running ones move by
+    1 − momentum towards them; otherwise the running ones are used. A batch without a valid row
+    is normalised by the running statistics and leaves them as they are. Statistics are float32;
+    under jit over a sharded batch they are those of the global batch.
+
+    Running averages live in the collection `batch_stats` as `mean` and `variance` [features].
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, *, train: bool) -> jax.Array:
+        """Normalises x [rows…, features]; `mask` covers any number of x's leading axes."""
+        features = x.shape[-1]
+        scale = self.param('scale', self.scale_init, (features,))
+        bias = self.param('bias', nn.initializers.zeros, (features,))
+        running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (features,))
+        running_variance = self.variable('batch_stats', 'variance', jnp.ones, (features,))
+        mean, variance = running_mean.value, running_variance.value
+        x = x.astype(jnp.float32)
+        if train:
+            batch_mean, batch_variance, count = _moments(x, mask, shift=mean)
+            keep = jnp.where(count > 0, self.momentum, 1.0)
+            mean = jnp.where(count > 0, batch_mean, mean)
+            variance = jnp.where(count > 0, batch_variance, variance)
+            if not self.is_initializing():
+                running_mean.value += (1.0 - keep) * (mean - running_mean.value)
+                running_variance.value += (1.0 - keep) * (variance - running_variance.value)
+        y = (x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+        return y.astype(self.dtype)
+
+
+def _moments(x: jax.Array, mask: jax.Array | None, shift: jax.Array):
+    """Returns (mean [features], biased variance [features], count []) of the valid rows of x."""
+    axes = tuple(range(x.ndim - 1))
+    # Var x = E(x − s)² − (E x − s)² for any s: one pass, and exact to rounding when s is near E x,
+    # which E x² − (E x)² is not where the mean is far from 0.
+    centred = x - jax.lax.stop_gradient(shift)
+    if mask is None:
+        count = jnp.float32(math.prod(x.shape[:-1]))
+    else:
+        if mask.shape != x.shape[: mask.ndim] or mask.ndim >= x.ndim:
+            raise ValueError(f'mask {mask.shape} does not cover leading axes of x {x.shape}')
+        mask = mask.astype(bool)
+        count = mask.sum(dtype=jnp.float32) * math.prod(x.shape[mask.ndim : -1])
+        rows = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        centred = jnp.where(rows, centred, 0.0)
+    safe = jnp.maximum(count, 1.0)
+    offset = centred.sum(axes) / safe
+    variance = jnp.maximum(jnp.square(centred).sum(axes) / safe - jnp.square(offset), 0.0)
+    return shift + offset, variance, count
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    implementation: str = 'xla',
+) -> jax.Array:
+    """Scaled dot-product attention with a float32 softmax (Vaswani 2017).
+
+    Args:
+      query: [batch, queries, heads, head_size].
+      key, value: [batch, keys, heads, head_size].
+      mask: bool, broadcastable to [batch, heads, queries, keys], True where a key may be seen. A
+        query that may see no key gets the mean of all values: finite, to be ignored.
+      implementation: 'xla'; 'cudnn' (GPU flash attention: float16 or bfloat16, head size a multiple
+        of 8 up to 128, even lengths under a mask; anything else is an error); 'auto': cudnn
+        where these hold, else xla.
+
+    Returns:
+      [batch, queries, heads, head_size] in the dtype of `value`.
+    """
+    if implementation not in ('xla', 'cudnn', 'auto'):
+        raise ValueError(f"attention '{implementation}' is not one of xla, cudnn, auto")
+    fault = _cudnn_fault(query, key, mask)
+    if implementation == 'cudnn' and fault:
+        raise ValueError(f"attention 'cudnn' needs {fault}; choose 'xla' or 'auto'")
+    if implementation == 'auto':
+        implementation = 'xla' if fault else 'cudnn'
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+
+def _cudnn_fault(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
+    """Says which condition of cuDNN's fused attention does not hold; '' when all do."""
+    if jax.default_backend() != 'gpu':
+        return f'a GPU, not {jax.default_backend()}'
+    if query.dtype not in (jnp.float16, jnp.bfloat16):
+        return f'float16 or bfloat16, not {query.dtype}'
+    if query.shape[-1] % 8 or query.shape[-1] > 128:
+        return f'a head size that is a multiple of 8 up to 128, not {query.shape[-1]}'
+    if mask is not None and (query.shape[1] % 2 or key.shape[1] % 2):
+        return f'even lengths under a mask, not {query.shape[1]} and {key.shape[1]}'
+    return ''
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its four projections: `query`, `key`, `value`, `out`."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+    implementation: str = 'xla'
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Lets x [batch, queries, width] attend to `context` [batch, keys, width], or to itself.
+
+        `mask`: as in `attend`. Returns [batch, queries, width].
+        """
+        width = x.shape[-1]
+        if width % self.heads:
+            raise ValueError(f'width {width} is not a multiple of {self.heads} heads')
+        context = x if context is None else context
+        project = lambda name, y: nn.Dense(
+            width, dtype=self.dtype, kernel_init=kernel_init, name=name
+        )(y)
+        split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+        attended = attend(
+            split(project('query', x)),
+            split(project('key', context)),
+            split(project('value', context)),
+            mask,
+            implementation=self.implementation,
+        )
+        return project('out', attended.reshape(*attended.shape[:-2], width))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between: `up` to `width` features, `down` to the input's."""
+
+    width: int
+    approximate: bool = False  # GELU by tanh, as SigLIP has it
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up = nn.Dense(self.width, dtype=self.dtype, kernel_init=kernel_init, name='up')
+        down = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=kernel_init, name='down')
+        return down(nn.gelu(up(x), approximate=self.approximate))
+
+
+class EncoderBlock(nn.Module):
+    """A pre-LN transformer block: x + attention(LN x), then x + MLP(LN x)."""
+
+    heads: int
+    mlp_width: int
+    dropout: float = 0.0
+    epsilon: float = 1e-6
+    approximate: bool = True
+    dtype: jnp.dtype = jnp.float32
+    implementation: str = 'xla'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, *, train: bool) -> jax.Array:
+        """Maps x [batch, length, width] to the same shape; `mask` as in `attend`."""
+        norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        attention = Attention(self.heads, self.dtype, self.implementation, name='attention')
+        x = x + drop(attention(norm('norm_1')(x), mask=mask))
+        mlp = Mlp(self.mlp_width, self.approximate, self.dtype, name='mlp')
+        return x + drop(mlp(norm('norm_2')(x)))

@@ -1,0 +1,85 @@
+"""The SigLIP-shaped vision transformer: patches, learned positions, attention-pooled."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.models import layers
+
+
+class AttentionPool(nn.Module):
+    """Pools tokens by one learned query, then adds an MLP of it (Zhai 2022, "MAP head")."""
+
+    heads: int
+    mlp_width: int
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+    implementation: str = 'xla'
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [batch, length, width] to [batch, width]."""
+        width = x.shape[-1]
+        probe = self.param('probe', layers.kernel_init, (1, width))
+        probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, width))
+        attention = layers.Attention(self.heads, self.dtype, self.implementation, name='attention')
+        pooled = attention(probe, x)[:, 0]
+        normed = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(pooled)
+        return pooled + layers.Mlp(self.mlp_width, True, self.dtype, name='mlp')(normed)
+
+
+class ViT(nn.Module):
+    """SigLIP's image tower (Zhai 2023): no class token, pre-LN blocks, attention pooling.
+
+    The defaults are the sizes of siglip-base-patch16-224. Blocks are `block_0`, `block_1`, …
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    dropout: float = 0.0
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+    implementation: str = 'xla'
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Maps normalised images [batch, image_size, image_size, 3] to [batch, width].
+
+        Pixels beyond the last whole patch are left out, as a convolution without padding does.
+        """
+        size, patch = self.image_size, self.patch_size
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f'images {images.shape} are not [batch, {size}, {size}, 3]')
+        grid = size // patch
+        if not grid:
+            raise ValueError(f'image_size {size} is smaller than patch_size {patch}')
+        # A convolution whose stride is its kernel is one product over flattened patches.
+        x = images[:, : grid * patch, : grid * patch].astype(self.dtype)
+        x = x.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3)
+        x = x.reshape(-1, grid * grid, patch * patch * 3)
+        embed = nn.Dense(
+            self.width, dtype=self.dtype, kernel_init=layers.kernel_init, name='patch_embedding'
+        )
+        positions = self.param(
+            'positions', nn.initializers.normal(self.width**-0.5), (grid * grid, self.width)
+        )
+        x = embed(x) + positions.astype(self.dtype)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        for index in range(self.depth):
+            x = layers.EncoderBlock(
+                self.heads, self.mlp_width, self.dropout, self.epsilon, True, self.dtype,
+                self.implementation, name=f'block_{index}',
+            )(x, train=train)  # fmt: skip
+        x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
+        return AttentionPool(
+            self.heads, self.mlp_width, self.epsilon, self.dtype, self.implementation, name='pool'
+        )(x)
+
+
+def siglip_base(**fields) -> ViT:
+    """Returns siglip-base-patch16-224: 92,884,224 parameters, pooled width 768."""
+    return ViT(**fields)

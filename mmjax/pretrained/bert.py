@@ -1,0 +1,106 @@
+"""BERT and MiniLM: names of Hugging Face's BertModel, with or without 'bert.', and our Bert."""
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.pretrained import files
+
+# The pooler and the pre-training heads, and a buffer that counts 0, 1, 2, …
+UNUSED = (r'pooler\..*', r'cls\..*', r'embeddings\.position_ids')
+_KEYS = {
+    'vocabulary': ('vocab_size', 30522),
+    'width': ('hidden_size', 768),
+    'depth': ('num_hidden_layers', 12),
+    'heads': ('num_attention_heads', 12),
+    'mlp_width': ('intermediate_size', 3072),
+    'max_length': ('max_position_embeddings', 512),
+    'types': ('type_vocab_size', 2),
+    'epsilon': ('layer_norm_eps', 1e-12),
+}
+
+
+def fields(folder) -> dict[str, Any]:
+    """Returns the fields of `models.bert.Bert` that config.json describes (not its dropout).
+
+    Raises:
+      DataError: the config is missing, malformed, or of an encoder that Bert does not compute.
+    """
+    path = pathlib.Path(folder) / files.CONFIG
+    config = files.read_json(path)
+    files.check_config(path, config, 'model_type', ('bert',))
+    files.check_config(path, config, 'hidden_act', ('gelu',))
+    files.check_config(path, config, 'position_embedding_type', ('absolute',))
+    files.check_config(path, config, 'is_decoder', (False,))
+    return files.sizes(path, config, _KEYS)
+
+
+def entries(
+    *,
+    vocabulary: int,
+    width: int,
+    depth: int,
+    mlp_width: int,
+    max_length: int,
+    types: int,
+    **_: Any,
+) -> list[files.Entry]:
+    """Returns the table of an encoder of these sizes (fields of Bert), without the prefix."""
+    table = [
+        files.Entry(
+            f'embeddings.{theirs}_embeddings.weight', (count, width), (f'params/{ours}/embedding',)
+        )
+        for theirs, ours, count in (
+            ('word', 'words', vocabulary),
+            ('position', 'positions', max_length),
+            ('token_type', 'types', types),
+        )
+    ]
+    table += files.norm('embeddings.LayerNorm', 'params/norm', width)
+    for index in range(depth):
+        name, path = f'encoder.layer.{index}', f'params/block_{index}'
+        for part in ('query', 'key', 'value'):
+            table += files.linear(
+                f'{name}.attention.self.{part}', f'{path}/attention/{part}', width, width
+            )
+        output = f'{name}.attention.output'
+        table += files.linear(f'{output}.dense', f'{path}/attention/out', width, width)
+        table += files.norm(f'{output}.LayerNorm', f'{path}/norm_1', width)
+        table += files.linear(f'{name}.intermediate.dense', f'{path}/mlp/up', width, mlp_width)
+        table += files.linear(f'{name}.output.dense', f'{path}/mlp/down', mlp_width, width)
+        table += files.norm(f'{name}.output.LayerNorm', f'{path}/norm_2', width)
+    return table
+
+
+def _rename(name: str) -> str:
+    # Checkpoints of heads prefix the encoder; the oldest ones name LayerNorm as TensorFlow did.
+    name = re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight', name.removeprefix('bert.'))
+    return re.sub(r'LayerNorm\.beta$', 'LayerNorm.bias', name)
+
+
+def load(folder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads an encoder: (parameters of `models.bert.Bert`, {}), float32 NumPy arrays.
+
+    Raises:
+      DataError: as `files.load`.
+    """
+    table = entries(**fields(folder))
+    return files.load(folder, table, UNUSED, _rename)['params'], {}
+
+
+def export(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns a Bert's parameters under BertModel's names, without 'bert.' and without pooler."""
+    vocabulary, width = params['words']['embedding'].shape
+    depth = sum(name.startswith('block_') for name in params)
+    table = entries(
+        vocabulary=vocabulary,
+        width=width,
+        depth=depth,
+        mlp_width=params['block_0']['mlp']['up']['bias'].shape[0] if depth else 0,
+        max_length=len(params['positions']['embedding']),
+        types=len(params['types']['embedding']),
+    )
+    return files.export({'params': params}, table)

@@ -1,0 +1,262 @@
+"""Published weights on disk: safetensors folders, and tables from their names to our trees.
+
+A family's table says for each published tensor its shape, which of our leaves it fills and how it
+is laid out. Reading and writing both follow the table, so one cannot drift from the other. Pickled
+weights are never opened.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  lets NumPy hold bfloat16 tensors
+import numpy as np
+import safetensors
+from flax import traverse_util
+
+from mmjax.data.dataset import DataError
+
+SINGLE, INDEX, CONFIG = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
+
+
+class Layout(NamedTuple):
+    """How a published array becomes one of ours, and back."""
+
+    load: Callable[[np.ndarray], np.ndarray]
+    save: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda x: x, lambda x: x)
+LINEAR = Layout(lambda x: x.T, lambda x: x.T)  # [out, in] → [in, out]
+CONV = Layout(  # [out, in, height, width] → [height, width, in, out]
+    lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
+)
+
+
+class Entry(NamedTuple):
+    """One published tensor; several `paths` share it in equal parts along its first axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    paths: tuple[str, ...]  # 'params/norm/scale', 'batch_stats/stem_norm/mean'
+    layout: Layout = SAME
+
+
+def linear(name: str, path: str, inputs: int, outputs: int) -> list[Entry]:
+    """Entries of a PyTorch linear layer with bias."""
+    return [
+        Entry(f'{name}.weight', (outputs, inputs), (f'{path}/kernel',), LINEAR),
+        Entry(f'{name}.bias', (outputs,), (f'{path}/bias',)),
+    ]
+
+
+def norm(name: str, path: str, features: int) -> list[Entry]:
+    """Entries of a PyTorch LayerNorm."""
+    return [
+        Entry(f'{name}.weight', (features,), (f'{path}/scale',)),
+        Entry(f'{name}.bias', (features,), (f'{path}/bias',)),
+    ]
+
+
+class Weights:
+    """The tensors of a folder: `model.safetensors`, or the shards that its index names.
+
+    Opening reads headers only. `names` maps each tensor to its file.
+
+    Raises:
+      DataError: a file is missing, unreadable or not what the index says, or two files hold the
+        same tensor.
+    """
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        if not self.folder.is_dir():
+            raise DataError(f'{folder}: no such folder of pretrained weights')
+        if (self.folder / INDEX).is_file():
+            index = read_json(self.folder / INDEX)
+            listed = index.get('weight_map')
+            if not isinstance(listed, dict) or not listed:
+                raise DataError(f"{self.folder / INDEX}: key 'weight_map' is missing or empty")
+            files = sorted(set(listed.values()))
+        elif (self.folder / SINGLE).is_file():
+            listed, files = None, [SINGLE]
+        else:
+            raise DataError(
+                f'{self.folder}: found neither {SINGLE} nor {INDEX}; other formats, such as '
+                'pytorch_model.bin, can run code when read and have to be converted first'
+            )
+        self.names: dict[str, pathlib.Path] = {}
+        for file in files:
+            path = self.folder / file
+            for name in self._open(path, lambda reader: list(reader.keys())):
+                if name in self.names:
+                    raise DataError(f"{path}: tensor '{name}' is in {self.names[name].name} too")
+                self.names[name] = path
+        for name, file in (listed or {}).items():
+            if self.names.get(name) != self.folder / file:
+                raise DataError(f"{self.folder / file}: {INDEX} puts tensor '{name}' here")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor from its file's header."""
+        return tuple(
+            self._open(self._file(name), lambda reader: reader.get_slice(name).get_shape())
+        )
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Reads tensors as float32, each file opened once."""
+        by_file: dict[pathlib.Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file(name), []).append(name)
+        tensors = {}
+        for path, wanted in by_file.items():
+            get = lambda reader, wanted=wanted: {x: reader.get_tensor(x) for x in wanted}
+            tensors |= self._open(path, get)
+        return {name: np.asarray(x, np.float32) for name, x in tensors.items()}
+
+    def _file(self, name: str) -> pathlib.Path:
+        if name not in self.names:
+            raise DataError(f"{self.folder}: tensor '{name}' is missing")
+        return self.names[name]
+
+    @staticmethod
+    def _open(path: pathlib.Path, action: Callable) -> Any:
+        try:
+            with safetensors.safe_open(path, framework='numpy') as reader:
+                return action(reader)
+        except FileNotFoundError:
+            raise DataError(f'{path}: no such file') from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise DataError(f'{path}: not a readable safetensors file ({error})') from None
+
+
+def read_json(path) -> dict:
+    """Reads a JSON object; DataError names the file, and the line where it is malformed."""
+    try:
+        content = json.loads(pathlib.Path(path).read_text('utf-8'))
+    except FileNotFoundError:
+        raise DataError(f'{path}: no such file') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f'{path}: cannot be read ({error})') from None
+    except json.JSONDecodeError as error:
+        raise DataError(f'{path}, line {error.lineno}: malformed JSON ({error.msg})') from None
+    if not isinstance(content, dict):
+        raise DataError(f'{path}: expected a JSON object, found a {type(content).__name__}')
+    return content
+
+
+def check_config(path, config: Mapping[str, Any], key: str, allowed: Sequence[Any]) -> None:
+    """Raises DataError where `config` sets `key` to something this code does not compute."""
+    if key in config and config[key] not in allowed:
+        known = ' or '.join(repr(value) for value in allowed)
+        raise DataError(f"{path}: key '{key}' is {config[key]!r}; expected {known}")
+
+
+def sizes(path, config: Mapping[str, Any], keys: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Reads module fields from a config: `keys` maps field → (its key, the published default).
+
+    A published config leaves out what equals its family's default. A value has to be a positive
+    number of the default's type.
+    """
+    fields = {}
+    for field, (key, default) in keys.items():
+        value = config.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, type(default)) or value <= 0:
+            kind = 'a positive whole number' if isinstance(default, int) else 'a positive number'
+            raise DataError(f"{path}: key '{key}' is {value!r}, not {kind}")
+        fields[field] = value
+    return fields
+
+
+def load(
+    folder,
+    entries: Sequence[Entry],
+    unused: Sequence[str] = (),
+    rename: Callable[[str], str] = lambda name: name,
+) -> dict[str, Any]:
+    """Reads a folder along a table.
+
+    Args:
+      folder: holds the safetensors.
+      entries: the table; all of its tensors must be there, in its shapes.
+      unused: regexes (full match) of tensors that are left out on purpose.
+      rename: maps a name in the file to the table's.
+
+    Returns:
+      {'params': tree, 'batch_stats': tree} of float32 NumPy arrays; either may be empty.
+
+    Raises:
+      DataError: a tensor is missing, unknown or has another shape; names tensor and file.
+    """
+    weights = Weights(folder)
+    table = {entry.name: entry for entry in entries}
+    found: dict[str, str] = {}
+    for name, file in weights.names.items():
+        ours = rename(name)
+        if ours in found:
+            raise DataError(f"{file}: tensors '{found[ours]}' and '{name}' are the same one")
+        if ours in table:
+            found[ours] = name
+        elif not any(re.fullmatch(pattern, ours) for pattern in unused):
+            raise DataError(f"{file}: tensor '{name}' has no place in the model")
+    for entry in entries:
+        if entry.name not in found:
+            raise DataError(f"{weights.folder}: tensor '{entry.name}' is missing")
+        shape = weights.shape(found[entry.name])
+        if shape != entry.shape:
+            raise DataError(
+                f"{weights.names[found[entry.name]]}: tensor '{found[entry.name]}' has shape "
+                f'{list(shape)}, the model needs {list(entry.shape)}'
+            )
+    tensors = weights.read(found.values())
+    leaves = {}
+    for entry in entries:
+        parts = np.split(tensors[found[entry.name]], len(entry.paths))
+        for path, part in zip(entry.paths, parts, strict=True):
+            leaves[path] = np.ascontiguousarray(entry.layout.load(part))
+    tree = traverse_util.unflatten_dict(leaves, sep='/')
+    return {'params': tree.get('params', {}), 'batch_stats': tree.get('batch_stats', {})}
+
+
+def export(variables: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, np.ndarray]:
+    """Writes our leaves under their published names, the inverse of `load`.
+
+    Raises:
+      ValueError: the table lacks one of our leaves, or the tree one of the table's.
+    """
+    leaves = traverse_util.flatten_dict(dict(variables), sep='/')
+    tensors = {}
+    for entry in entries:
+        missing = [path for path in entry.paths if path not in leaves]
+        if missing:
+            raise ValueError(f"the tree has no leaf '{missing[0]}'")
+        parts = [entry.layout.save(np.asarray(leaves.pop(path))) for path in entry.paths]
+        tensors[entry.name] = np.ascontiguousarray(np.concatenate(parts))
+        if tensors[entry.name].shape != entry.shape:
+            found = list(tensors[entry.name].shape)
+            raise ValueError(f"'{entry.name}' has shape {found}, not {list(entry.shape)}")
+    if leaves:
+        raise ValueError(f"leaf '{min(leaves)}' has no published name")
+    return tensors
+
+
+def graft(fresh: Mapping[str, Any], loaded: Mapping[str, Any], folder) -> dict[str, Any]:
+    """Returns `loaded` in place of the `fresh` subtree, after checking that it fits leaf by leaf.
+
+    Raises:
+      DataError: the loaded weights lack a leaf, have one too many or one of another shape.
+    """
+    ours = traverse_util.flatten_dict(dict(fresh), sep='/')
+    theirs = traverse_util.flatten_dict(dict(loaded), sep='/')
+    for path in sorted(ours.keys() | theirs.keys()):
+        if path not in theirs:
+            raise DataError(f"{folder}: has no weights for the model's parameter '{path}'")
+        if path not in ours:
+            raise DataError(f"{folder}: parameter '{path}' is not in the model")
+        if tuple(ours[path].shape) != theirs[path].shape:
+            raise DataError(
+                f"{folder}: parameter '{path}' has shape {list(theirs[path].shape)}, the model "
+                f'in the config needs {list(ours[path].shape)}'
+            )
+    return traverse_util.unflatten_dict(theirs, sep='/')

@@ -1,0 +1,150 @@
+"""SigLIP's image tower: names of Hugging Face's SiglipVisionModel (or SiglipModel) and our ViT."""
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmjax.data.dataset import DataError
+from mmjax.pretrained import files
+
+# The text tower, its logit scale and bias, and a buffer that counts 0, 1, 2, …
+UNUSED = (r'text_model\..*', 'logit_scale', 'logit_bias', r'.*\.position_ids')
+_KEYS = {
+    'image_size': ('image_size', 224),
+    'patch_size': ('patch_size', 16),
+    'width': ('hidden_size', 768),
+    'depth': ('num_hidden_layers', 12),
+    'heads': ('num_attention_heads', 12),
+    'mlp_width': ('intermediate_size', 3072),
+    'epsilon': ('layer_norm_eps', 1e-6),
+}
+_PATCHES = files.Layout(  # [width, 3, patch, patch] → [patch · patch · 3, width]
+    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+    lambda x: x.reshape(math.isqrt(len(x) // 3), -1, 3, x.shape[1]).transpose(3, 2, 0, 1),
+)
+
+
+def fields(folder) -> dict[str, Any]:
+    """Returns the fields of `models.vit.ViT` that config.json describes.
+
+    Raises:
+      DataError: the config is missing, malformed, or of a tower that ViT does not compute.
+    """
+    path = pathlib.Path(folder) / files.CONFIG
+    config = files.read_json(path)
+    config = config.get('vision_config', config)
+    files.check_config(path, config, 'model_type', ('siglip_vision_model',))
+    files.check_config(path, config, 'hidden_act', ('gelu_pytorch_tanh',))
+    files.check_config(path, config, 'num_channels', (3,))
+    files.check_config(path, config, 'vision_use_head', (True,))
+    return files.sizes(path, config, _KEYS)
+
+
+def entries(
+    *, image_size: int, patch_size: int, width: int, depth: int, mlp_width: int, **_: Any
+) -> list[files.Entry]:
+    """Returns the table of a tower of these sizes (fields of ViT)."""
+    patches = (image_size // patch_size) ** 2
+    table = [
+        files.Entry(
+            'vision_model.embeddings.patch_embedding.weight',
+            (width, 3, patch_size, patch_size), ('params/patch_embedding/kernel',), _PATCHES,
+        ),
+        files.Entry(
+            'vision_model.embeddings.patch_embedding.bias',
+            (width,), ('params/patch_embedding/bias',),
+        ),
+        files.Entry(
+            'vision_model.embeddings.position_embedding.weight',
+            (patches, width), ('params/positions',),
+        ),
+    ]  # fmt: skip
+    for index in range(depth):
+        name, path = f'vision_model.encoder.layers.{index}', f'params/block_{index}'
+        for theirs, ours in (
+            ('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value'), ('out_proj', 'out'),
+        ):  # fmt: skip
+            table += files.linear(
+                f'{name}.self_attn.{theirs}', f'{path}/attention/{ours}', width, width
+            )
+        table += files.norm(f'{name}.layer_norm1', f'{path}/norm_1', width)
+        table += files.norm(f'{name}.layer_norm2', f'{path}/norm_2', width)
+        table += files.linear(f'{name}.mlp.fc1', f'{path}/mlp/up', width, mlp_width)
+        table += files.linear(f'{name}.mlp.fc2', f'{path}/mlp/down', mlp_width, width)
+    table += files.norm('vision_model.post_layernorm', 'params/norm', width)
+    head, pool = 'vision_model.head', 'params/pool'
+    inward = [f'{pool}/attention/{name}' for name in ('query', 'key', 'value')]
+    probe = files.Layout(lambda x: x[0], lambda x: x[None])
+    table += [
+        files.Entry(f'{head}.probe', (1, 1, width), (f'{pool}/probe',), probe),
+        files.Entry(
+            f'{head}.attention.in_proj_weight', (3 * width, width),
+            tuple(f'{path}/kernel' for path in inward), files.LINEAR,
+        ),
+        files.Entry(
+            f'{head}.attention.in_proj_bias', (3 * width,),
+            tuple(f'{path}/bias' for path in inward),
+        ),
+    ]  # fmt: skip
+    table += files.linear(f'{head}.attention.out_proj', f'{pool}/attention/out', width, width)
+    table += files.norm(f'{head}.layernorm', f'{pool}/norm', width)
+    table += files.linear(f'{head}.mlp.fc1', f'{pool}/mlp/up', width, mlp_width)
+    table += files.linear(f'{head}.mlp.fc2', f'{pool}/mlp/down', mlp_width, width)
+    return table
+
+
+def _rename(name: str) -> str:
+    # transformers 5 saves a SiglipVisionModel without the prefix that published files have.
+    bare = name.startswith(('embeddings.', 'encoder.', 'post_layernorm.', 'head.'))
+    return f'vision_model.{name}' if bare else name
+
+
+def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the tower's weights.
+
+    Args:
+      folder: config.json and safetensors.
+      image_size: size of the pictures to come; positions are resized to it (bilinear) where it
+        is not the published one.
+
+    Returns:
+      (parameters of `models.vit.ViT`, {}), float32 NumPy arrays.
+
+    Raises:
+      DataError: as `files.load`.
+    """
+    published = fields(folder)
+    params = files.load(folder, entries(**published), UNUSED, _rename)['params']
+    if image_size is not None and image_size != published['image_size']:
+        grid = image_size // published['patch_size']
+        if not grid:
+            size = published['patch_size']
+            raise DataError(f'{folder}: image_size {image_size} is below the patch size {size}')
+        params['positions'] = resize_positions(params['positions'], grid)
+    return params, {}
+
+
+def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
+    """Resizes positions [old · old, width] of a square grid to [grid · grid, width], bilinear."""
+    old, width = math.isqrt(len(positions)), positions.shape[1]
+    square = positions.reshape(old, old, width)
+    resized = jax.image.resize(square, (grid, grid, width), 'bilinear', antialias=False)
+    return np.asarray(resized).reshape(grid * grid, width)
+
+
+def export(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns a ViT's parameters under SiglipVisionModel's names."""
+    positions, width = params['positions'].shape
+    patch_size = math.isqrt(params['patch_embedding']['kernel'].shape[0] // 3)
+    table = entries(
+        image_size=math.isqrt(positions) * patch_size,
+        patch_size=patch_size,
+        width=width,
+        depth=sum(name.startswith('block_') for name in params),
+        mlp_width=params['pool']['mlp']['up']['bias'].shape[0],
+    )
+    return files.export({'params': params}, table)

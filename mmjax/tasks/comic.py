@@ -1,0 +1,200 @@
+"""Comic panels: one embedding a panel from its picture, its text and its place on the page."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.data import comic as data
+from mmjax.data.dataset import DataError
+from mmjax.losses import contrastive, reconstruction
+from mmjax.models.bert import Bert
+from mmjax.models.comic import ComicModel
+from mmjax.models.resnet import ResNet
+from mmjax.models.vit import ViT
+from mmjax.pretrained import bert as bert_weights
+from mmjax.pretrained import files
+from mmjax.pretrained import resnet as resnet_weights
+from mmjax.pretrained import siglip as siglip_weights
+from mmjax.task import Task
+from mmjax.tasks.comic_scores import PageScores
+
+BACKBONES = {'siglip': ('siglip',), 'resnet': ('resnet',), 'both': ('siglip', 'resnet')}
+FAMILIES = {'siglip': siglip_weights, 'resnet': resnet_weights, 'bert': bert_weights}
+
+
+class Recipe(Task):
+    """The task of `configs/stage3.py`.
+
+    Groups of parameters: `vision` (the visual backbones), `text` (the text backbone) and `heads`
+    (projections, composition, fusion, reconstruction). A backbone whose group has rate 0 runs as
+    in evaluation.
+    """
+
+    def __init__(self, config, assets=None):
+        if config.model.visual_backbone not in BACKBONES:
+            known = ', '.join(BACKBONES)
+            raise DataError(
+                f"model.visual_backbone '{config.model.visual_backbone}' is not one of {known}"
+            )
+        self.pages = data.Pages(config.data, seed=config.seed, assets=assets)
+        self.model, self.folders = _model(config, len(self.pages.tokenizer))
+        self.temperature = config.losses.temperature
+        self.chunk = config.losses.chunk if config.losses.chunk == 'auto' else int(config.losses.chunk)
+        self.stop_context = config.losses.stop_context
+        self.weights = {
+            name: value['end'] if isinstance(value, dict) else value
+            for name, value in config.loss_weights.to_dict().items()
+        }
+        self.batch_size = config.batch_size
+
+    def dataset(self, split):
+        return self.pages.split(split)
+
+    def rules(self):
+        return (('vision', '(siglip|resnet)/.*'), ('text', 'bert/.*'), ('heads', '.*'))
+
+    def save_assets(self, workdir):
+        self.pages.tokenizer.save(workdir / 'tokenizer.json')
+
+    # Model -----------------------------------------------------------------------------------
+
+    def _inputs(self, batch):
+        names = ('images', 'tokens', 'token_mask', 'composition', 'modality')
+        return (*(batch[name] for name in names), batch['panels'] & batch['mask'][:, None])
+
+    def init(self, key, batch):
+        batch = {**batch, 'mask': jnp.ones_like(batch['mask'])}
+        return self.model.init({'params': key, 'dropout': key}, *self._inputs(batch), train=False)
+
+    def pretrained(self, variables):
+        out = {name: dict(tree) for name, tree in variables.items()}
+        for part, folder in self.folders.items():
+            params, stats = FAMILIES[part].load(folder)
+            out['params'][part] = files.graft(out['params'][part], params, folder)
+            if stats:
+                out['batch_stats'][part] = files.graft(out['batch_stats'][part], stats, folder)
+        return out if self.folders else variables
+
+    def forward(self, variables, batch, stage, *, train, key):
+        frozen = frozenset(group for group in ('vision', 'text') if not stage.trains(group))
+        inputs = self._inputs(batch)
+        hidden = reconstruction.hidden_panel(batch['key'], inputs[-1])
+
+        def run(model):
+            out = model.encode(*inputs, train=train, frozen=frozen)
+            context = reconstruction.context_mean(
+                out['fused'], inputs[-1], hidden, stop_gradient=self.stop_context
+            )
+            return {**out, 'predicted': model.reconstruct(context, train=train)}
+
+        outputs, changed = self.model.apply(
+            variables, method=run, mutable=['batch_stats'], rngs={'dropout': key}
+        )
+        return {**outputs, 'hidden': hidden}, changed['batch_stats']
+
+    def terms(self, variables, outputs, batch, stage):
+        panels, has = self._inputs(batch)[-1], batch['modality'].astype(bool)
+        return self._terms(outputs, panels, has)
+
+    def _terms(self, outputs, panels, has):
+        rows = lambda x: x.reshape(-1, x.shape[-1])
+        page = jnp.broadcast_to(jnp.arange(len(panels))[:, None], panels.shape).reshape(-1)
+        pull, report = contrastive.supcon(
+            rows(outputs['fused']), page, panels.reshape(-1),
+            temperature=self.temperature, chunk=self.chunk,
+        )  # fmt: skip
+        pairs = (panels & has[..., 0] & has[..., 1]).reshape(-1)
+        align = contrastive.infonce(
+            rows(outputs['vision']), rows(outputs['text']), pairs,
+            temperature=self.temperature, chunk=self.chunk,
+        )  # fmt: skip
+        predict = reconstruction.reconstruction(
+            outputs['predicted'], outputs['fused'], panels, outputs['hidden']
+        )
+        diagnostics = {f'contrastive_{name}': value for name, value in report.items()}
+        terms = {'contrastive': pull, 'reconstruction': predict, 'alignment': align}
+        return {**terms, **diagnostics, 'alignment_cosine': _cosine(outputs, pairs)}
+
+    # Evaluation ------------------------------------------------------------------------------
+
+    def encode(self, variables, batch):
+        """Embeds a batch for evaluation; the hidden panel of a page follows from its row."""
+        inputs = self._inputs(batch)
+        fold = lambda row: jax.random.fold_in(jax.random.key(0), row)
+        hidden = reconstruction.hidden_panel(jax.vmap(fold)(batch['row']), inputs[-1])
+
+        def run(model):
+            out = model.encode(*inputs, train=False)
+            context = reconstruction.context_mean(out['fused'], inputs[-1], hidden)
+            return {**out, 'predicted': model.reconstruct(context, train=False)}
+
+        return {**self.model.apply(variables, method=run), 'hidden': hidden}
+
+    def fused(self, variables, batch):
+        """Embeds a batch: float32 [batch, panels, features]."""
+        return self.model.apply(variables, *self._inputs(batch), False, method='encode')['fused']
+
+    def evaluators(self):
+        return {'val': PageScores(self, self.dataset('val'), self.batch_size, self.weights)}
+
+    def embed(self, apply, output):
+        """Writes embeddings.npy [pages, panels, features], mask.npy, index.jsonl, page by page."""
+        splits = [self.dataset(name) for name in ('train', 'val')]
+        output.mkdir(parents=True, exist_ok=True)
+        total, panels = sum(len(split) for split in splits), self.pages.max_panels
+        new = lambda name, shape, kind: np.lib.format.open_memmap(
+            output / name, 'w+', dtype=kind, shape=shape
+        )
+        embeddings = new('embeddings.npy', (total, panels, self.model.features), np.float32)
+        mask = new('mask.npy', (total, panels), bool)
+        at = 0
+        with (output / 'index.jsonl').open('w') as index:
+            for split in splits:
+                for fused, batch in apply('fused', split, self.batch_size):
+                    rows, width = slice(at, at + len(fused)), fused.shape[1]
+                    embeddings[rows, :width], mask[rows, :width] = fused, batch['panels']
+                    for row in batch['row']:
+                        page = {'row': at, 'split': split.split, **split.describe(int(row))}
+                        index.write(json.dumps(page) + '\n')
+                        at += 1
+        embeddings.flush()
+        mask.flush()
+        return f'{total} pages of at most {panels} panels: {output / "embeddings.npy"}'
+
+
+def _model(config, vocabulary: int):
+    """Builds the model and the {part: folder} of its pretrained weights."""
+    spec = config.model
+    used = (*BACKBONES[spec.visual_backbone], 'bert')
+    spec.ignore('siglip', 'resnet')  # the backbone that is not chosen has no reader
+    spec.pretrained.ignore('siglip', 'resnet', 'bert')
+    dtype = jnp.dtype(config.precision)
+    folders, modules = {}, {'siglip': None, 'resnet': None}
+    own = {'siglip': {'image_size': config.data.image_size}, 'bert': {'vocabulary': vocabulary},
+           'resnet': {}}  # fmt: skip
+    for part, make in (('siglip', ViT), ('resnet', ResNet), ('bert', Bert)):
+        if part not in used:
+            continue
+        fields = {**spec[part].to_dict(), **own[part]}
+        folder = spec.pretrained[part]
+        if folder:
+            folders[part] = folder
+            if hasattr(FAMILIES[part], 'fields'):
+                fields |= FAMILIES[part].fields(folder)
+            fields |= {'image_size': config.data.image_size} if part == 'siglip' else {}
+        modules[part] = make(**fields, dtype=dtype)
+    heads = spec.heads.to_dict()
+    model = ComicModel(**modules, **heads, visual_fusion=spec.visual_fusion, dtype=dtype)
+    return model, folders
+
+
+def _cosine(outputs, pairs):
+    """Mean cosine of a panel's picture and its own text; collapse shows here first."""
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+    cosine = jnp.sum(unit(outputs['vision']) * unit(outputs['text']), -1).reshape(-1)
+    total = jnp.sum(jnp.where(pairs, cosine, 0.0))
+    return jax.lax.stop_gradient(total / jnp.maximum(pairs.sum(), 1))
+
+

@@ -1,0 +1,228 @@
+"""Four recipes of very different kinds in a few lines each: the engine must serve them unchanged.
+
+A PK-sampled task with a learnable logit scale, a bucketed CTC task, a task that generates
+greedily, and a two-stage task with a thaw and batch statistics.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mmjax.data.dataset import Dataset
+from mmjax.losses import contrastive
+from mmjax.losses.term import Term
+from mmjax.task import Evaluator, Scores, Task
+
+
+class Arrays(Dataset):
+    """A dataset of arrays in memory; what is in `noisy` gets seeded noise while training."""
+
+    def __init__(self, split, index=None, noisy=(), lengths=(), **arrays):
+        self.split, self.arrays, self.noisy = split, arrays, noisy
+        self.index, self.lengths = index or {}, lengths
+
+    def __len__(self):
+        return len(next(iter(self.arrays.values())))
+
+    def example(self, row, rng, train):
+        out = {name: np.asarray(array[row]) for name, array in self.arrays.items()}
+        for name in self.noisy if train else ():
+            out[name] = out[name] + rng.normal(0, 0.05, out[name].shape).astype(np.float32)
+        return out
+
+    def fingerprint(self):
+        return {'name': 'toy', 'version': '1', 'split': self.split, 'size': len(self)}
+
+
+class Mean(Evaluator):
+    """The mean of a per-row score that a method of the task returns."""
+
+    def __init__(self, task, method, metric):
+        self.task, self.method, self.metric = task, method, metric
+
+    def run(self, apply, *, figures):
+        found = [out for out, _ in apply(self.method, self.task.dataset('val'), 16)]
+        return Scores({self.metric: float(np.concatenate(found).mean())})
+
+
+class PK(Task):
+    """Identities in two views, SupCon over both, a learnable clamped logit scale."""
+
+    def __init__(self, config, assets=None):
+        rng = np.random.default_rng(0)
+        self.identities = rng.normal(size=(12, 8)).astype(np.float32)
+        self.width = config.model.width
+
+    def dataset(self, split):
+        rng = np.random.default_rng([1, split == 'val'])
+        label = np.repeat(np.arange(12), 5)
+        a, b = (self.identities[label] @ rng.normal(size=(8, 8)) for _ in range(2))
+        return Arrays(split, {'identity': label}, ('a', 'b'), a=a.astype(np.float32),
+                      b=b.astype(np.float32), label=label.astype(np.int32))  # fmt: skip
+
+    def rules(self):
+        return (('scale', 'logit_scale'), ('towers', '.*'))
+
+    def init(self, key, batch):
+        k1, k2 = jax.random.split(key)
+        tower = lambda k: {'kernel': jax.random.normal(k, (8, self.width)) * 0.3}
+        return {'params': {'a': tower(k1), 'b': tower(k2), 'logit_scale': jnp.log(10.0)}}
+
+    def forward(self, variables, batch, stage, *, train, key):
+        p = variables['params']
+        outputs = {name: batch[name] @ p[name]['kernel'] for name in 'ab'}
+        return outputs | {'label': batch['label'], 'mask': batch['mask']}, {}
+
+    def terms(self, variables, outputs, batch, stage):
+        temperature = jnp.exp(-jnp.minimum(variables['params']['logit_scale'], jnp.log(100.0)))
+        both = jnp.concatenate([outputs['a'], outputs['b']])
+        twice = lambda x: jnp.concatenate([x, x])
+        term, _ = contrastive.supcon(both, twice(outputs['label']), twice(outputs['mask']),
+                                  temperature=temperature)  # fmt: skip
+        return {"supcon": term}
+
+    def distance(self, variables, batch):
+        out, _ = self.forward(variables, batch, None, train=False, key=None)
+        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return jnp.sum(unit(out['a']) * unit(out['b']), -1)
+
+    def evaluators(self):
+        return {'val': Mean(self, 'distance', 'cosine')}
+
+
+class CTC(Task):
+    """Sequences of several lengths in two buckets; per-row loss computed in the forward pass."""
+
+    def __init__(self, config, assets=None):
+        self.width = config.model.width
+
+    def dataset(self, split):
+        rng = np.random.default_rng(split == 'val')
+        length = rng.integers(6, 17, 64).astype(np.int32)
+        labels = rng.integers(1, 5, (64, 3)).astype(np.int32)
+        frames = np.zeros((64, 16, 5), np.float32)
+        for i, n in enumerate(length):
+            frames[i, np.arange(n), labels[i, np.arange(n) * 3 // n]] = 1
+        return _Bucketed(split, {'length': length}, ('frames',), (8, 16), frames=frames,
+                         length=length, labels=labels)  # fmt: skip
+
+    def rules(self):
+        return (('all', '.*'),)
+
+    def init(self, key, batch):
+        k1, k2 = jax.random.split(key)
+        return {'params': {'in': {'kernel': jax.random.normal(k1, (5, self.width)) * 0.3},
+                           'out': {'kernel': jax.random.normal(k2, (self.width, 5)) * 0.3}}}  # fmt: skip
+
+    def forward(self, variables, batch, stage, *, train, key):
+        p = variables['params']
+        logits = nn.relu(batch['frames'] @ p['in']['kernel']) @ p['out']['kernel']
+        padded = jnp.arange(logits.shape[1]) >= batch['length'][:, None]
+        none = jnp.zeros(batch['labels'].shape)
+        loss = optax.ctc_loss(logits, padded.astype(jnp.float32), batch['labels'], none)
+        return {'loss': loss, 'mask': batch['mask']}, {}
+
+    def terms(self, variables, outputs, batch, stage):
+        return {'ctc': Term(jnp.sum(outputs['loss'] * outputs['mask']), outputs['mask'].sum())}
+
+    def loss(self, variables, batch):
+        return self.forward(variables, batch, None, train=False, key=None)[0]['loss']
+
+    def evaluators(self):
+        return {'val': Mean(self, 'loss', 'ctc')}
+
+
+class _Bucketed(Arrays):
+    def collate(self, examples, bucket):
+        out = super().collate(examples, bucket)
+        out['frames'] = out['frames'][:, : bucket or 16]
+        return out
+
+
+class Generate(Task):
+    """Counts up from a first token; greedy generation is scored in the evaluation."""
+
+    def __init__(self, config, assets=None):
+        self.module = nn.Sequential([nn.Embed(10, config.model.width), nn.Dense(10)])
+
+    def dataset(self, split):
+        first = np.arange(40) % 10
+        tokens = (first[:, None] + np.arange(6)) % 10
+        return Arrays(split, tokens=tokens.astype(np.int32))
+
+    def rules(self):
+        return (('all', '.*'),)
+
+    def init(self, key, batch):
+        return self.module.init(key, batch['tokens'])
+
+    def forward(self, variables, batch, stage, *, train, key):
+        logits = self.module.apply(variables, batch['tokens'][:, :-1])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['tokens'][:, 1:])
+        return {'total': loss.sum(-1) * batch['mask'], 'count': 5.0 * batch['mask']}, {}
+
+    def terms(self, variables, outputs, batch, stage):
+        return {'language': Term(outputs['total'].sum(), outputs['count'].sum())}
+
+    def generate(self, variables, batch):
+        def next_token(token, _):
+            token = jnp.argmax(self.module.apply(variables, token), -1).astype(jnp.int32)
+            return token, token
+
+        _, tokens = jax.lax.scan(next_token, batch['tokens'][:, 0], None, length=5)
+        return jnp.all(batch['tokens'][:, 1:] == tokens.T, -1).astype(jnp.float32)
+
+    def evaluators(self):
+        return {'val': Mean(self, 'generate', 'exact_match')}
+
+
+class Thaw(Task):
+    """A head on a tower with batch statistics and dropout; the tower thaws in the second stage."""
+
+    def __init__(self, config, assets=None):
+        self.width, self.dropout = config.model.width, config.model.dropout
+
+    def dataset(self, split):
+        rng = np.random.default_rng([2, split == 'val'])
+        x = rng.normal(size=(96, 6)).astype(np.float32)
+        y = (np.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2]).astype(np.float32)
+        return Arrays(split, None, ('x',), x=x, y=y)
+
+    def rules(self):
+        return (('tower', 'tower.*'), ('head', 'head/.*'))
+
+    def _apply(self, variables, x, learns, train, key):
+        class Model(nn.Module):
+            @nn.compact
+            def __call__(m, x):
+                on = learns and train
+                x = nn.relu(nn.Dense(self.width, name='tower')(x))
+                x = nn.BatchNorm(not on, momentum=0.9, name='tower_norm')(x)
+                x = nn.Dropout(self.dropout, deterministic=not on)(x)
+                return nn.Dense(1, name='head')(x)[..., 0]
+
+        if variables is None:
+            return Model().init(key, x)
+        out, changed = Model().apply(
+            variables, x, mutable=['batch_stats'], rngs={'dropout': key} if train else None
+        )
+        return out, changed['batch_stats']
+
+    def init(self, key, batch):
+        return self._apply(None, batch['x'], False, False, key)
+
+    def forward(self, variables, batch, stage, *, train, key):
+        learns = stage.trains('tower')
+        out, stats = self._apply(variables, batch['x'], learns, train, key)
+        return {'loss': jnp.square(out - batch['y']), 'mask': batch['mask']}, stats
+
+    def terms(self, variables, outputs, batch, stage):
+        return {'mse': Term(jnp.sum(outputs['loss'] * outputs['mask']), outputs['mask'].sum())}
+
+    def error(self, variables, batch):
+        return jnp.square(self._apply(variables, batch['x'], False, False, None)[0] - batch['y'])
+
+    def evaluators(self):
+        return {'val': Mean(self, 'error', 'mse')}
