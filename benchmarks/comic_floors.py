@@ -44,7 +44,7 @@ class Panels:
 
 
 def collect(records, size: int = 64) -> Panels:
-    """Cuts records of the on-disk format ({'image': bytes, 'page': {...}}) into panels with text."""
+    """Cuts records of the on-disk format (image: bytes, page: {...}) into panels with text."""
     pixels, texts, pages, composition = [], [], [], []
     for number, record in enumerate(records):
         picture = Image.open(io.BytesIO(record['image'])).convert('RGB')
@@ -119,14 +119,14 @@ def recall_within_page(predicted: np.ndarray, bags: np.ndarray, pages: np.ndarra
 
 
 def nearest(train: np.ndarray, val: np.ndarray, bags: np.ndarray, count: int) -> np.ndarray:
-    """Mean bag of the `count` nearest training rows of each validation row, by Euclidean distance."""
+    """Mean bag of the `count` training rows nearest to each validation row (Euclidean)."""
     train, val = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (train, val))
     distance = (train**2).sum(1)[None] - 2 * val @ train.T  # up to a constant a row
     return np.stack([bags[np.argpartition(row, count)[:count]].mean(0) for row in distance])
 
 
 def ridge(train, val, bags, pages) -> np.ndarray:
-    """Ridge regression to bags; the penalty is the best of five on the last fifth of train pages."""
+    """Ridge regression to bags; penalty: the best of five on the last fifth of train pages."""
     mean, std = train.mean(0), train.std(0) + 1e-6
     train, val = (train - mean) / std, (val - mean) / std
     held = pages >= np.quantile(pages, 0.8)

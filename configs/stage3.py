@@ -26,6 +26,7 @@ def get_config(argument: str = ''):
     config.data.use_composition = True
     config.data.max_fault_share = 0.01
     config.data.max_pixels = 50_000_000
+    config.data.augmentation = dict(shift=0.04, scale=0.06, brightness=0.1, contrast=0.15)
     config.data.built_in = dict(train=1536, val=128)  # pages, without data.root
 
     config.model = dict(

@@ -1,5 +1,6 @@
 """What every test runs under: CPU, parsed flags, a compilation cache, and no TensorFlow."""
 
+import importlib.machinery
 import os
 import pathlib
 import sys
@@ -14,8 +15,26 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # so that configs may name 'tests.toy_tasks:…'
 
 
-for _name in ('tensorflow', 'torch'):
-    sys.modules[_name] = None  # `import tensorflow` raises in the whole suite
+class _Forbidden:
+    """Makes `import tensorflow` and `import torch` raise in the whole suite.
+
+    They are found and cannot be loaded: libraries that ask whether they are there, by looking
+    for a spec or in sys.modules, must neither fail nor believe so.
+    """
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('tensorflow', 'torch'):
+            return importlib.machinery.ModuleSpec(name, self)
+        return None
+
+    def create_module(self, spec):
+        raise ModuleNotFoundError(f'mmjax must not import {spec.name}', name=spec.name)
+
+    def exec_module(self, module):
+        raise AssertionError('never reached')
+
+
+sys.meta_path.insert(0, _Forbidden())
 
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402

@@ -81,7 +81,7 @@ class PK(Task):
         twice = lambda x: jnp.concatenate([x, x])
         term, _ = contrastive.supcon(both, twice(outputs['label']), twice(outputs['mask']),
                                   temperature=temperature)  # fmt: skip
-        return {"supcon": term}
+        return {'supcon': term}
 
     def distance(self, variables, batch):
         out, _ = self.forward(variables, batch, None, train=False, key=None)

@@ -174,6 +174,7 @@ class Checkpoints:
         Raises:
           DataError: if a leaf is missing, is too many, or has another shape or dtype.
         """
+        self.wait()
         path = self._root / 'checkpoints' / str(step)
         if step != self._verified:
             arrays.on_first(lambda: checksums.verify(path))

@@ -87,10 +87,10 @@ def merge(
     old = arrays.leaves(loaded)[0]
     left = [keys for keys in new if keys not in old]
     unused = [keys for keys in old if keys not in new]
-    for keys in _not_allowed(left, allow_fresh, 'init.allow_fresh'):
-        raise DataError(f'{arrays.names(keys)} would stay fresh: not among the loaded weights')
-    for keys in _not_allowed(unused, allow_unused, 'init.allow_unused'):
-        raise DataError(f'{arrays.names(keys)} would stay unused: the model has no such leaf')
+    if bad := _not_allowed(left, allow_fresh):
+        raise DataError(f'{arrays.names(bad)} would stay fresh: not among the loaded weights')
+    if bad := _not_allowed(unused, allow_unused):
+        raise DataError(f'{arrays.names(bad)} would stay unused: the model has no such leaf')
     out = {}
     for keys, leaf in new.items():
         if keys not in old:
@@ -112,15 +112,12 @@ def merge(
     return jax.tree.unflatten(treedef, out.values()), report
 
 
-def _not_allowed(paths, patterns, key):
-    """Yields, at most once, the paths that no pattern matches."""
+def _not_allowed(paths: Sequence[tuple[str, ...]], patterns: Sequence[str]) -> list:
     try:
         compiled = [re.compile(pattern) for pattern in patterns]
     except re.error as error:
-        raise DataError(f"{key}: '{error.pattern}' is no regular expression: {error}") from error
-    bad = [keys for keys in paths if not any(p.fullmatch('/'.join(keys)) for p in compiled)]
-    if bad:
-        yield bad
+        raise DataError(f"'{error.pattern}' is no regular expression: {error}") from error
+    return [keys for keys in paths if not any(p.fullmatch('/'.join(keys)) for p in compiled)]
 
 
 def _parse(spec: str) -> tuple[str, list[tuple[tuple[str, ...], tuple[str, ...]]]]:
@@ -128,7 +125,7 @@ def _parse(spec: str) -> tuple[str, list[tuple[tuple[str, ...], tuple[str, ...]]
     match = re.fullmatch(r'(.+?)(?::(?!//)([^:]*(?:→|->)[^:]*))?', spec)
     if match is None:
         raise DataError(f"--init_from='{spec}' names no directory")
-        renames = []
+    renames = []
     for part in filter(None, (match[2] or '').split(',')):
         sides = re.split('→|->', part)
         if len(sides) != 2:

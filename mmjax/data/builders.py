@@ -216,7 +216,7 @@ def _builder(name: str, version: str, blobs: Sequence[str], root: pathlib.Path):
         def initialize_from_bucket(self) -> None:
             """Looks for no published copy: no network, no temporary folder."""
 
-    class Builder(tfds.core.GeneratorBasedBuilder):
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
         code_path = None  # belongs to no package of TFDS, so there are no checksums to look up
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mmjax.data import builders, comic_folder, pictures
 from mmjax.data.dataset import DataError, Dataset
@@ -25,6 +26,7 @@ COMPOSITION = (
     7  # w/h, area, characters or reading position, mean shot, max shot, centre x, centre y
 )
 MODALITIES = ('vision', 'text', 'composition')
+_AUGMENTATION = pictures.Augmentation()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +164,10 @@ class ComicPages(Dataset):
         image_size: int,
         max_tokens: int = 128,
         tokenizer: Tokenizer | None = None,
+        buckets: Sequence[int] = (),
         use_composition: bool = True,
-        augmentation: pictures.Augmentation | None = pictures.Augmentation(),  # noqa: B008
+        augmentation: pictures.Augmentation | None = _AUGMENTATION,
+        cache_bytes: int = 256 << 20,
     ):
         """Opens a split.
 
@@ -171,16 +175,25 @@ class ComicPages(Dataset):
           image_size: S, side of a panel's cut in pixels.
           max_tokens: L, tokens a panel.
           tokenizer: may come later, by `with_tokenizer`; `example` needs it.
+          buckets: panels a batch may be padded to, for the samplers; none: max_panels.
           use_composition: False leaves the composition out (zeros, modality absent): an ablation.
           augmentation: applied when training; None for none.
+          cache_bytes: memory, in each process, for decoded pages; filled once and kept, so that a
+            small set is decoded only in the first epoch. 0 for none.
         """
         self.split = split
         self.pages = pages
         self.image_size = image_size
         self.max_tokens = max_tokens
         self.tokenizer = tokenizer
+        self.lengths = tuple(sorted(buckets)) or (pages.max_panels,)
+        if self.lengths[-1] > pages.max_panels:
+            raise DataError(f'buckets {self.lengths} pass max_panels={pages.max_panels}')
         self.use_composition = use_composition
         self.augmentation = augmentation
+        self._cache_bytes = cache_bytes
+        self._kept: dict[int, Image.Image] = {}
+        self._kept_bytes = 0
         summary = pages.prepared.summary
         if split not in summary['splits']:
             raise DataError(f'{pages.prepared.directory} holds no split {split!r}')
@@ -193,6 +206,9 @@ class ComicPages(Dataset):
     def __len__(self) -> int:
         return len(self._records)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_kept': {}, '_kept_bytes': 0}
+
     def with_tokenizer(self, tokenizer: Tokenizer) -> 'ComicPages':
         """Returns the same split with another tokenizer."""
         other = copy.copy(self)
@@ -203,7 +219,7 @@ class ComicPages(Dataset):
         """Returns what was prepared of a page: canonical_id, page_type, boxes, texts, width …"""
         return self._records[row]
 
-    def picture(self, row: int):
+    def picture(self, row: int) -> Image.Image:
         """Returns the whole page, a PIL picture in RGB."""
         return self._open(row, self._records[row], None)
 
@@ -241,7 +257,7 @@ class ComicPages(Dataset):
         images = np.zeros((limit, size, size, 3), np.uint8)
         boxes = np.zeros((limit, 4), np.float32)
         boxes[:n] = record['boxes']
-        picture = self._open(row, record, self._suffices(record))
+        picture = self._reduced(row, record)
         for place in range(n):
             box = record['boxes'][place]
             if train and self.augmentation:
@@ -266,17 +282,24 @@ class ComicPages(Dataset):
             'boxes': boxes,
         }
 
-    def _suffices(self, record: Mapping[str, Any]) -> tuple[int, int]:
-        """Size of the page at which every panel is still cut from at least S pixels a side."""
-        width, height = record['width'], record['height']
-        sides = ((x1 - x0, y1 - y0) for x0, y0, x1, y1 in record['boxes'])
-        smallest = min(min(w * width, h * height) for w, h in sides)
-        share = min(
-            1.0, 1.15 * self.image_size / smallest
-        )  # the augmentation may cut a smaller box
-        return math.ceil(width * share), math.ceil(height * share)
+    def _reduced(self, row: int, record: Mapping[str, Any]) -> Image.Image:
+        """Returns the page at least as large as its panels' cuts need it, kept where room is."""
+        if (picture := self._kept.get(row)) is None:
+            width, height = record['width'], record['height']
+            sides = ((x1 - x0, y1 - y0) for x0, y0, x1, y1 in record['boxes'])
+            smallest = min(min(w * width, h * height) for w, h in sides)
+            share = min(1.0, 1.15 * self.image_size / smallest)  # augmented boxes may be smaller
+            suffices = math.ceil(width * share), math.ceil(height * share)
+            picture = self._open(row, record, suffices)
+            size = 4 * picture.width * picture.height  # PIL keeps four bytes a pixel
+            if self._kept_bytes + size <= self._cache_bytes:  # a race costs a picture too many
+                self._kept_bytes += size
+                self._kept[row] = picture
+        return picture
 
-    def _open(self, row: int, record: Mapping[str, Any], at_least):
+    def _open(
+        self, row: int, record: Mapping[str, Any], at_least: tuple[int, int] | None
+    ) -> Image.Image:
         name = record['image_path'] or record['canonical_id']
         source = record['image'] if self.pages.root is None else self.pages.root / name
         try:

@@ -9,6 +9,7 @@ from mmjax.data.comic_figures import (
     COLOURS,
     INK,
     LYING,
+    RISING,
     WHITE,
     Character,
     Pen,
@@ -65,7 +66,7 @@ def _backdrop(rng, draw, width, height, scene) -> float:
     def tone(colour, amount=8):
         return jitter(rng, np.add(np.multiply(colour, shade), scene.tint), amount)
 
-    sky = (20, 20, 40) if scene.place == 'moon' else _SKY[scene.time]
+    sky = (66, 58, 104) if scene.place == 'moon' else _SKY[scene.time]
     sky = (226, 206, 176) if scene.place == 'room' else sky
     horizon = height * rng.uniform(0.58, 0.74)
     draw.rectangle((0, 0, width, height), fill=jitter(rng, np.add(sky, scene.tint), 8))
@@ -169,6 +170,8 @@ def panel(rng: np.random.Generator, width: int, height: int, scene: Scene, seen:
     at = across(rng.uniform(0.28, 0.44))
     if seen.action in LYING:
         size, at = min(size, 0.56 * width), across(rng.uniform(0.38, 0.44))
+    elif seen.action in RISING:
+        size = min(size, 0.5 * height)
     figure(rng, draw, seen.who, seen.action, at, ground, size, bool(rng.integers(2)))
     size = min(0.36 * height, 0.42 * width) * rng.uniform(0.8, 1.15)
     at, y = across(rng.uniform(0.7, 0.85)), height * rng.uniform(0.42, 0.84)

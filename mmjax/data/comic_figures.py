@@ -24,6 +24,7 @@ ACTIONS = (
     *('climb', 'hide', 'ride', 'dance', 'cry'),
 )
 LYING = ('sleep', 'fly')  # actions wider than high
+RISING = ('jump', 'climb')  # actions that need room above
 ITEMS = (
     *('ball', 'umbrella', 'balloon', 'flower', 'cake', 'book'),
     *('kite', 'fish', 'key', 'gift', 'mug', 'drum'),
@@ -174,7 +175,6 @@ def figure(rng, draw, who: Character, action: str, x, y, size, flip):
     pen = Pen(draw, x, y - lift * size, size, angle, flip)
     colour, prop = jitter(rng, COLOURS[who.colour]), jitter(rng, any_colour(rng), 24)
     wood = jitter(rng, any_colour(rng), 24)
-    water = jitter(rng, COLOURS['blue'], 30)
     match action:
         case 'run':
             for k in range(3):
@@ -212,7 +212,7 @@ def figure(rng, draw, who: Character, action: str, x, y, size, flip):
                 scene.stroke([s + 0.72j, s + 1.0j, s + 0.14 + 0.94j], INK, 0.045)
                 scene.disc(s - 0.05 + 0.7j, 0.07, 0.055, INK)
         case 'cry':
-            scene.disc(0.02j, 0.5, 0.09, water)
+            scene.disc(0.02j, 0.5, 0.09, WHITE)
     for foot, s in zip(feet, (-0.07, 0.07), strict=True):
         pen.stroke([s + 0.22j, foot + 0.03j], INK, 0.07)
         pen.disc(foot + 0.03j, 0.08, 0.05, INK)
@@ -239,7 +239,8 @@ def figure(rng, draw, who: Character, action: str, x, y, size, flip):
         case 'cry':
             for s in (-1, 1):
                 tears = [s * 0.1 + 0.74j, s * 0.3 + 0.6j, s * 0.42 + 0.3j, s * 0.4 + 0.05j]
-                scene.stroke(tears, water, 0.09)
+                scene.stroke(tears, INK, 0.12)
+                scene.stroke(tears, WHITE, 0.07)
 
 
 def item(rng, draw, kind: str, colour_name: str, x, y, size, flip):
@@ -275,7 +276,8 @@ def item(rng, draw, kind: str, colour_name: str, x, y, size, flip):
         case 'book':
             for s in (-1, 1):
                 pen.fill([-0.3j, s * 0.56 - 0.18j, s * 0.56 + 0.36j, 0.24j], colour)
-                pen.fill([-0.22j, s * 0.46 - 0.1j, s * 0.46 + 0.34j, 0.24j], WHITE)
+                z = (0.12 - 0.14j, 0.42 - 0.06j, 0.42 + 0.22j, 0.12 + 0.16j)
+                pen.fill([s * c.real + 1j * c.imag for c in z], WHITE)
         case 'kite':
             pen.stroke([-0.3j, 0.14 - 0.4j, -0.1 - 0.5j, 0.1 - 0.62j], INK, 0.04)
             pen.fill([0.56j, 0.36 + 0.14j, -0.34j, -0.36 + 0.14j], colour)

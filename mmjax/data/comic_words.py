@@ -71,7 +71,7 @@ _SPEECH = (
     'Look, {item}! I love {doing}.',
     'Why am I {doing} near {item}?',
     '{doing} again... and where does {item} come from?',
-    'Who left {item} here while I was {doing}?',
+    'Who put {item} here while I was {doing}?',
     'Nothing beats {doing} and {item}!',
 )
 _NARRATION = (
@@ -99,7 +99,7 @@ def _name(rng, who: Character) -> str:
 def tell(rng, scene: Scene, seen: Happening) -> str:
     """Says what is seen in a panel: always the action and the item, sometimes more."""
     item = pick(rng, _ITEM[seen.item])
-    colour = f'{seen.item_colour} ' if rng.random() < 0.35 else ''
+    colour = f'{seen.item_colour} ' if rng.random() < 0.25 else ''
     article = 'an' if (colour + item)[0] in 'aeiou' else 'a'
     kind = rng.random()
     form = pick(rng, _SPEECH if kind < 0.5 else _NARRATION if kind < 0.85 else _SOUND_EFFECT)

@@ -151,4 +151,7 @@ class Augmentation:
         """Returns uint8 pixels with brightness and contrast varied."""
         brightness, contrast = rng.uniform(-1.0, 1.0, 2) * (self.brightness, self.contrast)
         table = (np.arange(256) - 127.5) * (1 + contrast) + 127.5 + 255 * brightness
-        return np.clip(np.rint(table), 0, 255).astype(np.uint8)[pixels]
+        table = np.clip(np.rint(table), 0, 255).astype(np.uint8)
+        return np.frombuffer(pixels.tobytes().translate(table.tobytes()), np.uint8).reshape(
+            pixels.shape
+        )

@@ -19,7 +19,7 @@ class Records(Sequence[Record]):
     """The records of a prepared split by position. Picklable and safe to read from threads.
 
     Raises DataError, naming the shard, where a shard is missing, cut or unreadable: a shard cut
-    at a block boundary opens without complaint and would yield None.
+    at a block boundary opens without complaint and would yield nothing.
     """
 
     def __init__(self, directory: str | os.PathLike, split: str):
@@ -32,14 +32,16 @@ class Records(Sequence[Record]):
         self._paths = [str(path) for path in info.filepaths]
         self._ends = np.cumsum(info.shard_lengths)
         for path, expected in zip(self._paths, info.shard_lengths, strict=True):
+            if not os.path.exists(path):
+                raise self._fault(path, 'is missing')
             try:
                 reader = array_record_module.ArrayRecordReader(path)
                 found = reader.num_records()
-                reader.close()
             except Exception as error:  # the reader raises bare RuntimeErrors
                 raise self._fault(path, f'cannot be read ({error})') from error
             if found != expected:
                 raise self._fault(path, f'has {found} records where {expected} were written')
+            reader.close()
         self._open()
 
     def _load(self):
@@ -86,10 +88,10 @@ class Records(Sequence[Record]):
             data = self._readers[position]
         except Exception as error:
             raise self._fault(shard, f'cannot be read ({error})') from error
-        if data is None:
+        if not data:  # None or no bytes, as the reader's version has it
             raise self._fault(shard, f'yields nothing for record {position}')
         fields = self._features.deserialize_example_np(data)
-        return {**json.loads(fields.pop('json')), **fields}
+        return {**json.loads(fields.pop('json').decode()), **fields}
 
 
 def pack(array: np.ndarray) -> bytes:

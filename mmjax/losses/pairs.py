@@ -3,7 +3,8 @@
 Every contrastive loss here needs the same thing: for row i, something summed over the rows j of
 *other* keys. A scan visits the tiles of the n×n matrix once; a tile's product serves its rows and
 its columns. The backward pass is written by hand: it forms each tile again and adds the tile's two
-products to the gradients, four products in all and memory linear in n.
+products to the gradients, four products in all and memory linear in n. Under `jax.jit` over a mesh
+and `jax.pmap` nothing need be said; inside `jax.shard_map` the tiled form wants `check_vma=False`.
 """
 
 import functools

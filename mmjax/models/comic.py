@@ -138,7 +138,7 @@ class AdaptiveFusion(nn.Module):
         gates = jnp.where(present, gates, 0.0)
         residual = self.param('residual', nn.initializers.constant(0.1), ())
         count = jnp.maximum(present.sum(-1, keepdims=True, dtype=jnp.float32), 1.0)
-        weights = gates + residual * present.astype(jnp.float32) / count  # [rows, 3]
+        weights = gates + residual / count  # [rows, 3]; x is 0 where absent
         return jnp.einsum('rm,rmd->rd', weights, x.astype(jnp.float32)), gates
 
 

@@ -37,19 +37,21 @@ class MaskedBatchNorm(nn.Module):
         mean, variance = running_mean.value, running_variance.value
         x = x.astype(jnp.float32)
         if train:
-            batch_mean, batch_variance, count = _moments(x, mask, shift=mean)
-            keep = jnp.where(count > 0, self.momentum, 1.0)
-            mean = jnp.where(count > 0, batch_mean, mean)
+            mean, batch_variance, count = _moments(x, mask, shift=mean)
             variance = jnp.where(count > 0, batch_variance, variance)
             if not self.is_initializing():
-                running_mean.value += (1.0 - keep) * (mean - running_mean.value)
-                running_variance.value += (1.0 - keep) * (variance - running_variance.value)
+                rate = 1.0 - self.momentum
+                running_mean.value += rate * (mean - running_mean.value)
+                running_variance.value += rate * (variance - running_variance.value)
         y = (x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
         return y.astype(self.dtype)
 
 
 def _moments(x: jax.Array, mask: jax.Array | None, shift: jax.Array):
-    """Returns (mean [features], biased variance [features], count []) of the valid rows of x."""
+    """Returns (mean [features], biased variance [features], count []) of the valid rows of x.
+
+    Without a valid row the mean is exactly `shift` and the variance 0.
+    """
     axes = tuple(range(x.ndim - 1))
     # Var x = E(x − s)² − (E x − s)² for any s: one pass, and exact to rounding when s is near E x,
     # which E x² − (E x)² is not where the mean is far from 0.

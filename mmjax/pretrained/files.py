@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  lets NumPy hold bfloat16 tensors
 import numpy as np
 import safetensors
 from flax import traverse_util

@@ -1,12 +1,14 @@
 """Comic panels: one embedding a panel from its picture, its text and its place on the page."""
 
 import json
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.data import comic as data
+from mmjax.data import comic, pictures, tokenizers
 from mmjax.data.dataset import DataError
 from mmjax.losses import contrastive, reconstruction
 from mmjax.models.bert import Bert
@@ -38,10 +40,11 @@ class Recipe(Task):
             raise DataError(
                 f"model.visual_backbone '{config.model.visual_backbone}' is not one of {known}"
             )
-        self.pages = data.Pages(config.data, seed=config.seed, assets=assets)
-        self.model, self.folders = _model(config, len(self.pages.tokenizer))
+        self.splits, self.tokenizer = _pages(config, assets)
+        self.model, self.folders = _model(config, self.tokenizer.size)
         self.temperature = config.losses.temperature
-        self.chunk = config.losses.chunk if config.losses.chunk == 'auto' else int(config.losses.chunk)
+        chunk = config.losses.chunk
+        self.chunk = chunk if chunk == 'auto' else int(chunk)
         self.stop_context = config.losses.stop_context
         self.weights = {
             name: value['end'] if isinstance(value, dict) else value
@@ -50,13 +53,13 @@ class Recipe(Task):
         self.batch_size = config.batch_size
 
     def dataset(self, split):
-        return self.pages.split(split)
+        return self.splits[split]
 
     def rules(self):
         return (('vision', '(siglip|resnet)/.*'), ('text', 'bert/.*'), ('heads', '.*'))
 
     def save_assets(self, workdir):
-        self.pages.tokenizer.save(workdir / 'tokenizer.json')
+        self.tokenizer.save(workdir)
 
     # Model -----------------------------------------------------------------------------------
 
@@ -141,9 +144,9 @@ class Recipe(Task):
 
     def embed(self, apply, output):
         """Writes embeddings.npy [pages, panels, features], mask.npy, index.jsonl, page by page."""
-        splits = [self.dataset(name) for name in ('train', 'val')]
+        splits = tuple(self.splits.values())
         output.mkdir(parents=True, exist_ok=True)
-        total, panels = sum(len(split) for split in splits), self.pages.max_panels
+        total, panels = sum(len(split) for split in splits), splits[0].pages.max_panels
         new = lambda name, shape, kind: np.lib.format.open_memmap(
             output / name, 'w+', dtype=kind, shape=shape
         )
@@ -156,12 +159,42 @@ class Recipe(Task):
                     rows, width = slice(at, at + len(fused)), fused.shape[1]
                     embeddings[rows, :width], mask[rows, :width] = fused, batch['panels']
                     for row in batch['row']:
-                        page = {'row': at, 'split': split.split, **split.describe(int(row))}
+                        page = {'row': at, 'split': split.split}
+                        page['canonical_id'] = split.record(int(row))['canonical_id']
                         index.write(json.dumps(page) + '\n')
                         at += 1
         embeddings.flush()
         mask.flush()
         return f'{total} pages of at most {panels} panels: {output / "embeddings.npy"}'
+
+
+def _pages(config, assets):
+    """Prepares the pages and opens both splits; the tokenizer comes from the run where it has one.
+
+    Returns ({split: ComicPages}, tokenizer).
+    """
+    spec = config.data
+    cache = spec.cache or os.environ.get('MMJAX_CACHE', '~/.cache/mmjax')
+    prepared = comic.prepare_pages(
+        spec.root, pathlib.Path(cache).expanduser(), seed=config.seed,
+        synthetic_sizes=spec.built_in.to_dict(), max_panels=spec.max_panels,
+        max_fault_share=spec.max_fault_share, max_pixels=spec.max_pixels,
+        wait=jax.process_index() > 0,
+    )  # fmt: skip
+    options = dict(
+        image_size=spec.image_size, max_tokens=spec.max_tokens, buckets=tuple(spec.buckets),
+        use_composition=spec.use_composition,
+        augmentation=pictures.Augmentation(**spec.augmentation.to_dict()),
+    )  # fmt: skip
+    splits = {name: comic.ComicPages(prepared, name, **options) for name in ('train', 'val')}
+    if assets is not None:
+        tokenizer = tokenizers.load_tokenizer(assets)
+    elif config.model.pretrained.bert:
+        tokenizer = tokenizers.load_tokenizer(config.model.pretrained.bert)
+    else:
+        tokenizer = tokenizers.train_tokenizer(splits['train'].texts(), spec.vocabulary)
+    spec.ignore('vocabulary')
+    return {name: split.with_tokenizer(tokenizer) for name, split in splits.items()}, tokenizer
 
 
 def _model(config, vocabulary: int):
@@ -196,5 +229,3 @@ def _cosine(outputs, pairs):
     cosine = jnp.sum(unit(outputs['vision']) * unit(outputs['text']), -1).reshape(-1)
     total = jnp.sum(jnp.where(pairs, cosine, 0.0))
     return jax.lax.stop_gradient(total / jnp.maximum(pairs.sum(), 1))
-
-

@@ -62,7 +62,7 @@ class PageScores(Evaluator):
         for line, row in enumerate(rows):
             shown = np.flatnonzero(asked[row])
             example = self.pages.example(int(batch['row'][row]), np.random.default_rng(0), False)
-            texts = self.pages.describe(int(batch['row'][row]))['texts']
+            texts = self.pages.record(int(batch['row'][row]))['texts']
             v, t = (_unit(outputs[name][row][shown]) for name in ('vision', 'text'))
             found = np.argmax(v @ t.T, 1)
             for column, (panel, answer) in enumerate(zip(shown, found, strict=True)):
@@ -104,7 +104,8 @@ def within_and_across(outputs, panels, has) -> dict[str, float | str]:
 
 def _stack(parts: list[dict]) -> dict[str, np.ndarray]:
     """Joins batches whose panel axis may differ in length (buckets); pads with zeros."""
-    width = max(part['panels'].shape[1] if 'panels' in part else part['fused'].shape[1] for part in parts)
+    key = 'panels' if 'panels' in parts[0] else 'fused'
+    width = max(part[key].shape[1] for part in parts)
 
     def pad(x):
         if x.ndim < 2 or x.shape[1] >= width:

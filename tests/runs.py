@@ -1,0 +1,70 @@
+"""Small runs for tests: a config of a toy task, a run in this process, a run in another."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+from etils import epath
+
+from mmjax import build, logs, modes, train
+from mmjax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def toy(task: str, steps: int = 12, **changes):
+    """Returns the config of a toy task; changes are dotted keys with '__' for the dot."""
+    config = config_lib.default()
+    config.task = f'tests.toy_tasks:{task}'
+    config.model = dict(width=8, dropout=0.1)
+    config.batch_size = 8
+    config.stages = ('only',)
+    config.stage.only = dict(steps=steps)
+    config.optimizer.learning_rate = 0.03
+    config.optimizer.schedule = 'constant'
+    config.log.update(every_steps=1, tensorboard=False)
+    config.checkpoint.every_steps = 4
+    for key, value in changes.items():
+        *parents, leaf = key.split('__')
+        where = config
+        for parent in parents:
+            where = where[parent]
+        where[leaf] = value
+    return config
+
+
+def run(config, workdir, **options) -> dict:
+    """Trains in this process as `--mode=train` does; returns results.json."""
+    workdir = epath.Path(workdir)
+    built = build.run(config)
+    modes.claim_workdir(workdir, built, config.to_dict(), ['main'], anew=False)
+    log = logs.Logs(workdir, enabled=True, tensorboard=False)
+    try:
+        return train.train(built, workdir, log, **options)
+    finally:
+        log.close()
+        jax.clear_caches()
+
+
+def lines(workdir, prefix='loss') -> list[dict]:
+    """Returns the training lines of metrics.jsonl: step, stage and what begins with `prefix`."""
+    found = map(json.loads, (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines())
+    keep = lambda key: key in ('step', 'stage') or key.split('/')[0] == prefix
+    return [{k: v for k, v in line.items() if keep(k)} for line in found if prefix in line]
+
+
+def command(*arguments, env=None, timeout=300, **options) -> subprocess.CompletedProcess:
+    """Runs `python -m mmjax.main …` in another process, in the repository."""
+    return subprocess.run(
+        [sys.executable, '-m', 'mmjax.main', *map(str, arguments)],
+        cwd=ROOT, env=environment(env), capture_output=True, text=True, timeout=timeout, **options,
+    )  # fmt: skip
+
+
+def environment(extra=None) -> dict[str, str]:
+    """Returns this process's environment for a run on one CPU device, plus `extra`."""
+    out = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+    return {**out, 'PYTHONPATH': str(ROOT), **(extra or {})}

@@ -1,0 +1,102 @@
+"""Shared layers: batch statistics of valid rows only, and attention against float64 softmax."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.models.layers import MaskedBatchNorm, attend
+
+# ---------------------------------------------------------------- batch norm
+
+
+def _norm(x, mask, stats=None, train=True, **fields):
+    layer = MaskedBatchNorm(**fields)
+    params = {'scale': jnp.linspace(0.5, 2.0, x.shape[-1]), 'bias': jnp.ones(x.shape[-1])}
+    stats = stats or {'mean': jnp.zeros(x.shape[-1]), 'variance': jnp.ones(x.shape[-1])}
+    apply = lambda x: layer.apply(
+        {'params': params, 'batch_stats': stats}, x, mask, train=train, mutable=['batch_stats']
+    )
+    y, new = jax.jit(apply)(x)
+    return np.asarray(y), jax.tree.map(np.asarray, new['batch_stats'])
+
+
+@pytest.mark.parametrize('shape', [(7, 4), (7, 3, 2, 4)], ids=['rows', 'pictures'])
+def test_batch_norm_statistics_are_those_of_valid_rows(shape):
+    x = np.random.default_rng(0).normal(3.0, 2.0, shape)
+    mask = np.array([1, 0, 1, 1, 0, 1, 1], bool)
+    dirty = x.copy()
+    dirty[~mask] = np.nan
+    y, stats = _norm(jnp.float32(dirty), mask)
+    valid = x[mask].reshape(-1, 4)
+    mean, variance = valid.mean(0), valid.var(0)
+    expected = (x[mask] - mean) / np.sqrt(variance + 1e-5) * np.linspace(0.5, 2.0, 4) + 1.0
+    np.testing.assert_allclose(y[mask], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stats['mean'], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(stats['variance'], 0.9 + 0.1 * variance, rtol=1e-5)
+
+
+def test_batch_norm_without_a_valid_row_uses_and_keeps_the_running_statistics():
+    x = jnp.float32(np.random.default_rng(0).normal(size=(4, 3)))
+    before = {'mean': jnp.float32([1, 2, 3]), 'variance': jnp.float32([1, 4, 9])}
+    y, after = _norm(x, np.zeros(4, bool), before)
+    chex.assert_trees_all_equal(after, jax.tree.map(np.asarray, before))
+    expected, _ = _norm(x, None, before, train=False)
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
+
+
+def test_batch_norm_is_exact_far_from_zero_once_the_running_mean_is_near():
+    x = np.random.default_rng(0).normal(1e4, 0.1, (64, 3)).astype(np.float32)
+    before = {'mean': jnp.full(3, 1e4), 'variance': jnp.ones(3)}
+    _, after = _norm(jnp.asarray(x), None, before, momentum=0.0)
+    np.testing.assert_allclose(after['variance'], x.astype(np.float64).var(0), rtol=1e-3)
+
+
+def test_batch_norm_sends_no_gradient_through_masked_rows():
+    mask = np.array([1, 1, 0, 1], bool)
+    layer = MaskedBatchNorm()
+    variables = jax.jit(functools.partial(layer.init, train=True))(
+        jax.random.key(0), jnp.zeros((4, 2)), mask
+    )
+
+    def loss(x):
+        y, _ = layer.apply(variables, x, mask, train=True, mutable=['batch_stats'])
+        return jnp.sum(jnp.where(mask[:, None], y, 0) ** 3)
+
+    gradient = jax.jit(jax.grad(loss))(jnp.float32(np.random.default_rng(0).normal(size=(4, 2))))
+    assert not gradient[2].any() and np.abs(gradient[mask]).min() > 0
+
+
+def test_batch_norm_refuses_a_mask_that_does_not_fit():
+    with pytest.raises(ValueError, match='mask'):
+        _norm(jnp.zeros((4, 3)), np.ones(3, bool))
+
+
+# ---------------------------------------------------------------- attention
+
+
+def test_attention_matches_a_float64_softmax_and_survives_a_full_mask():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(2, 3, 2, 4)), *rng.normal(size=(2, 2, 5, 2, 4))
+    mask = rng.random((2, 1, 3, 5)) > 0.4
+    mask[:, :, :, 0] = True
+    logits = np.where(mask, np.einsum('bqhd,bkhd->bhqk', q, k) / 2.0, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum('bhqk,bkhd->bqhd', weights, v)
+    q, k, v = (jnp.float32(x) for x in (q, k, v))
+    for implementation in ('xla', 'auto'):
+        found = attend(q, k, v, mask, implementation=implementation)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(attend(q, k, v, np.zeros_like(mask))).all()
+
+
+def test_attention_refuses_what_cudnn_cannot_do():
+    x = jnp.zeros((1, 2, 1, 8), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r'cudnn.* needs a GPU'):
+        attend(x, x, x, implementation='cudnn')
+    with pytest.raises(ValueError, match='flash'):
+        attend(x, x, x, implementation='flash')

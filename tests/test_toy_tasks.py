@@ -1,0 +1,72 @@
+"""The unchanged engine serves four recipes of very different kinds, and they learn."""
+
+import chex
+import numpy as np
+import pytest
+from runs import lines, run, toy
+
+from mmjax import build, step
+from mmjax.data.dataset import DataError
+
+
+def test_pk_batches_with_a_learnable_logit_scale(tmp_path):
+    config = toy('PK', 60, sampler={'name': 'pk', 'by': 'identity', 'P': 4, 'K': 2})
+    config.stage.only.learning_rates = dict(scale=10.0)
+    results = run(config, tmp_path)
+    losses = [line['loss'] for line in lines(tmp_path)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert results['final']['val']['cosine'] > 0.3
+
+
+def test_ctc_in_buckets_compiles_one_program_a_bucket(tmp_path, monkeypatch):
+    counted = chex.assert_max_traces(step.train_step, n=2 + 1)  # and one for the check at the start
+    monkeypatch.setattr(step, 'train_step', counted)
+    config = toy('CTC', 80, sampler={'name': 'bucketed', 'by': 'length'})
+    results = run(config, tmp_path)
+    assert results['final']['val']['ctc'] < 0.5 * lines(tmp_path)[0]['loss']
+
+
+def test_greedy_generation_counts_up(tmp_path):
+    results = run(toy('Generate', 80, optimizer__learning_rate=0.1), tmp_path)
+    assert results['final']['val']['exact_match'] == 1.0
+
+
+def thaw(**changes):
+    config = toy('Thaw', **changes)
+    config.stages = ('head', 'all')
+    config.stage = dict(head=dict(steps=10, learning_rates=dict(tower=0.0)), all=dict(steps=30))
+    return config
+
+
+def test_a_thaw_keeps_frozen_statistics_and_then_learns(tmp_path):
+    config = thaw(checkpoint__every_steps=10, checkpoint__keep=10)
+    results = run(config, tmp_path)
+    from mmjax.checkpoint import load_weights
+
+    early, stats, _ = load_weights(str(tmp_path / 'checkpoints/10'))
+    fresh = build.run(config).init_variables()
+    np.testing.assert_array_equal(early['tower']['kernel'], fresh['params']['tower']['kernel'])
+    np.testing.assert_array_equal(stats['tower_norm']['mean'], np.zeros(8))
+    late, _, _ = load_weights(str(tmp_path / 'checkpoints/40'))
+    assert np.abs(late['tower']['kernel'] - early['tower']['kernel']).max() > 1e-3
+    assert set(results['stages']) == {'head', 'all'}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(loss_weights=dict(wrong=1.0)), "names 'wrong'; this task's losses are mse"),
+        (dict(stage__only__learning_rates=dict(towr=0.0)), "names group 'towr'"),
+        (dict(rules=(('x', 'nothing'),)), 'matches no parameter'),
+        (dict(typo=1), 'nothing reads the config key'),
+        (dict(best__metric='test/mse'), "best.metric 'test/mse' is not"),
+        (dict(sampler={'name': 'pk2'}), 'pk2'),
+        (dict(accumulation=3), 'batch_size=8 is not a multiple of accumulation=3'),
+        (dict(task='tests.toy_tasks:Nope'), 'names no Task'),
+        (dict(task='nope'), "config.task 'nope' is no module"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_the_first_step(changes, message):
+    changes = {'loss_weights': dict(mse=1.0), **changes}
+    with pytest.raises(DataError, match=message):
+        build.check_terms(build.run(toy('Thaw', **changes)))
