@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import re
-import shlex
 import sys
 
 from absl import flags
@@ -81,38 +80,6 @@ def claim(workdir, config: dict, *, overwrite: bool) -> bool:
             f'{workdir} holds a run with another config: {what} (--overwrite, or another --workdir)'
         )
     return True
-
-
-def describe(run, config: dict, command: list[str]) -> dict:
-    """Returns the content of config.json."""
-    import importlib.metadata
-
-    import jax
-
-    import mmjax
-    from mmjax import optim
-
-    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets')
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    params = run.abstract['params']
-    plan = [
-        {
-            'name': stage.name, 'steps': stage.steps,
-            'epochs': stage.steps / stage.steps_per_epoch,
-            'groups': optim.summary(params, run.groups, stage),
-            'loss_weights': stage.weights(0),
-        }
-        for stage in run.stages
-    ]  # fmt: skip
-    return {
-        'config': config,
-        'command': shlex.join(['python', '-m', 'mmjax.main', *command[1:]]),
-        'versions': {'mmjax': mmjax.__version__, 'python': sys.version.split()[0], **versions},
-        'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}, '
-        f'{jax.process_count()} process(es)',
-        'plan': plan,
-        'data': {'train': run.fingerprint},
-    }
 
 
 def execute(argv: list[str]) -> int:

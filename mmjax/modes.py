@@ -1,18 +1,21 @@
 """What each --mode does with a built run: train, evaluate, predict, prepare, embed, export."""
 
+import importlib.metadata
 import json
 import os
+import shlex
+import sys
 
 import jax
 import numpy as np
 from absl import logging as absl_logging
 from etils import epath
 
+import mmjax
 from mmjax import build, logs, optim, parallel, report
 from mmjax.checkpoint import Checkpoints, load_weights, merge
 from mmjax.data.dataset import DataError
 from mmjax.evaluate import Apply
-from mmjax.main import describe
 from mmjax.preemption import EXIT_CODE, Preempted
 from mmjax.train import run_abstract, train
 
@@ -57,6 +60,31 @@ def run(
     if first:
         print(text)
     return 0
+
+
+def describe(run, config: dict, command: list[str]) -> dict:
+    """Returns the content of config.json."""
+    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets')
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    params = run.abstract['params']
+    plan = [
+        {
+            'name': stage.name, 'steps': stage.steps,
+            'epochs': stage.steps / stage.steps_per_epoch,
+            'groups': optim.summary(params, run.groups, stage),
+            'loss_weights': stage.weights(0),
+        }
+        for stage in run.stages
+    ]  # fmt: skip
+    return {
+        'config': config,
+        'command': shlex.join(['python', '-m', 'mmjax.main', *command[1:]]),
+        'versions': {'mmjax': mmjax.__version__, 'python': sys.version.split()[0], **versions},
+        'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}, '
+        f'{jax.process_count()} process(es)',
+        'plan': plan,
+        'data': {'train': run.fingerprint},
+    }
 
 
 def claim_workdir(workdir: epath.Path, built, plain: dict, argv, *, anew: bool) -> None:

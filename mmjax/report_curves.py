@@ -108,11 +108,10 @@ def draw(lines: Sequence[Mapping], best: Mapping | None) -> tuple[dict[str, list
     still, sections = {}, collections.defaultdict(list)
 
     def add(section, title, series, **options):
-        moving = [s for s in series if not s.constant]
-        named = len(series) > 1 and not any(s is train.get(title) for s in series)
-        if not moving:
+        if all(s.constant for s in series):
             for s in series:
-                still[f'{title} · {s.label}' if named or s.dots else title] = s.value[-1]
+                same = s.label in (title, 'train')
+                still[title if same else f'{title} ({s.label})'] = s.value[-1]
             return
         ring = _ring(best, title, series)
         sections[section].append(_chart(title, series, stages, ring=ring, **options))
@@ -181,10 +180,11 @@ def _ring(best: Mapping | None, title: str, series: Sequence[Series]):
     """Returns (step, value, text) of the run's best point where this chart shows that metric."""
     evaluator, _, metric = str((best or {}).get('metric', '')).partition('/')
     value = number((best or {}).get('value'))
-    shown = metric and metric in (title, title.removeprefix('loss/'))
-    if value is None or not shown or not any(s.label == evaluator and s.dots for s in series):
-        return None
-    return best['step'], value, f'best {value:.4g}'
+    labels = [metric, f'{evaluator} {metric}']
+    if metric in (title, title.removeprefix('loss/')):
+        labels.append(evaluator)
+    shown = value is not None and any(s.dots and s.label in labels for s in series)
+    return (best['step'], value, f'best {value:.4g}') if shown else None
 
 
 # One chart -------------------------------------------------------------------------------------
@@ -235,8 +235,8 @@ def _chart(title, series, stages, *, wide=False, ring=None, zero='') -> Chart:
             axis.set_yscale('log')
         if ring:
             axis.plot(*ring[:2], 'o', ms=10, mfc='none', mec=INK, mew=1.2, zorder=5)
-            axis.annotate(ring[2], ring[:2], xytext=(0, 9), textcoords='offset points',
-                          ha='center', fontsize=8, fontweight='bold', annotation_clip=False)  # fmt: skip
+            axis.annotate(ring[2], ring[:2], xytext=(0, 9), textcoords='offset points', ha='center',
+                          fontsize=8, fontweight='bold', annotation_clip=False)  # fmt: skip
         _dress(axis, log, legend=len(series) > 1, columns=6 if wide else 3)
         buffer = io.StringIO()
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})

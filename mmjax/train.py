@@ -284,9 +284,11 @@ class Trainer:
     def finish(self, state: step.State) -> dict:
         """Scores the best weights (the last where no metric picks them); writes results.json."""
         variables, which = step.variables(state, averaged=True), 'last'
-        if self.progress.best:
-            best = self.checkpoints.restore_best(run_abstract(self.run))
-            variables, which = best, 'best'
+        best = self.checkpoints.best_meta()
+        if best:
+            variables, which = self.checkpoints.restore_best(run_abstract(self.run)), 'best'
+        elif self.progress.best:
+            self.log.message('the best checkpoint is gone: the last weights are scored instead')
         scores = self.scores(variables, figures=True)
         number = int(state['step'])
         skipped = dict(self.run.data.skipped)

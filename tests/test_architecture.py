@@ -30,8 +30,8 @@ ALLOWED = {
     'evaluate': {'parallel', 'data', 'task'},
     'build': ENGINE | {'data'},
     'train': ENGINE | {'data'},
-    'modes': ENGINE | {'data', 'train', 'main'},
-    'main': {'config', 'data.dataset', 'modes', 'optim'},
+    'modes': ENGINE | {'data', 'train'},
+    'main': {'config', 'data.dataset', 'modes'},
 }
 
 

@@ -74,7 +74,8 @@ class Recipe(Task):
     def pretrained(self, variables):
         out = {name: dict(tree) for name, tree in variables.items()}
         for part, folder in self.folders.items():
-            params, stats = FAMILIES[part].load(folder)
+            resize = {'image_size': self.model.siglip.image_size} if part == 'siglip' else {}
+            params, stats = FAMILIES[part].load(folder, **resize)
             out['params'][part] = files.graft(out['params'][part], params, folder)
             if stats:
                 out['batch_stats'][part] = files.graft(out['batch_stats'][part], stats, folder)
@@ -214,8 +215,7 @@ def _model(config, vocabulary: int):
         folder = spec.pretrained[part]
         if folder:
             folders[part] = folder
-            if hasattr(FAMILIES[part], 'fields'):
-                fields |= FAMILIES[part].fields(folder)
+            fields |= FAMILIES[part].fields(folder)
             fields |= {'image_size': config.data.image_size} if part == 'siglip' else {}
         modules[part] = make(**fields, dtype=dtype)
     heads = spec.heads.to_dict()

@@ -1,0 +1,340 @@
+"""Batches of a stage by step: decoded in threads or processes, the same however that is done.
+
+Batch `step` is a pure function of (dataset, sampler, seed, stage, step), so resuming needs the step
+only, and 1, 2 or 4 hosts see the same global batches. Grain reads ahead and runs the processes.
+"""
+
+import collections
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from mmjax.data.dataset import DataError, Dataset
+from mmjax.data.samplers import Plan, Sampler
+
+_ENDLESS = 1 << 40  # steps, where no stop is given
+_STARTING = threading.Lock()  # one loader at a time starts its processes, so each knows its own
+
+
+class _Closed(Exception):
+    """Ends the batch being decoded when its iterator is closed; nobody waits for it."""
+
+
+class _Steps:
+    """Random access to the local batches of a stage by step; pickled into loader processes."""
+
+    def __init__(self, dataset, sampler, *, seed, stage, train, threads, place, count):
+        self._dataset, self._sampler = dataset, sampler
+        self._seed, self._stage, self._train = seed, stage, train
+        self._threads, self._place, self._count = threads, place, count
+        self._unpickled()
+
+    def _unpickled(self) -> None:
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._plans: dict[int, Plan] = {}
+        self._pool = None
+
+    def __getstate__(self):
+        own = ('_lock', '_stopped', '_plans', '_pool')
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._unpickled()
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        try:
+            return self._batch(int(step))
+        except (_Closed, _Portable):
+            raise
+        except DataError as error:
+            raise DataError(str(error)) from error  # a subclass may not survive pickling
+        except Exception as error:
+            raise _portable(error, f'batch of step {step}') from error
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        epoch, within = divmod(step, self._sampler.steps_per_epoch)
+        plan = self._plan(epoch)
+        rows, mask, bucket = plan.rows[within], plan.mask[within], int(plan.bucket[within])
+        places = np.arange(self._place, self._place + self._count)
+        # A padding row repeats the example at place 0, on whichever host: the same global batch.
+        wanted = np.unique(np.where(mask[places], places, 0))
+        decode = lambda place: self._example(int(rows[place]), step, int(place))
+        found = dict(zip(wanted.tolist(), self._map(decode, wanted), strict=True))
+        examples = [found[place if mask[place] else 0] for place in places.tolist()]
+        batch = dict(self._dataset.collate(examples, bucket))
+        return _checked(batch, self._count) | {
+            'row': np.where(mask, rows, rows[0])[places].astype(np.int32),
+            'mask': mask[places].copy(),
+        }
+
+    def _plan(self, epoch: int) -> Plan:
+        with self._lock:
+            if epoch not in self._plans:
+                self._plans = {k: v for k, v in self._plans.items() if k == epoch - 1}
+                self._plans[epoch] = self._sampler.plan(epoch)
+            return self._plans[epoch]
+
+    def _map(self, decode: Callable, places: np.ndarray) -> Iterator[dict]:
+        if self._threads < 2:
+            return map(decode, places)
+        with self._lock:
+            if self._pool is None:
+                self._pool = futures.ThreadPoolExecutor(self._threads, 'mmjax-decode')
+        return self._pool.map(decode, places)
+
+    def _example(self, row: int, step: int, place: int) -> dict[str, np.ndarray]:
+        if self._stopped.is_set():
+            raise _Closed
+        rng = np.random.default_rng([self._seed, self._stage, step, place])
+        where = f"row {row} of split '{self._dataset.split}'"
+        try:
+            return self._dataset.example(row, rng, self._train)
+        except DataError as error:
+            raise DataError(f'{where}: {error}') from error
+        except Exception as error:
+            raise _portable(error, where) from error
+
+    def close(self) -> None:
+        self._stopped.set()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _portable(error: Exception, where: str) -> RuntimeError:
+    """Returns an error that any process can unpickle; Grain waits forever for one that cannot."""
+    result = _Portable(f'{where}: {type(error).__name__}: {error}')
+    if multiprocessing.parent_process() is not None:  # the cause does not cross processes
+        result.add_note(''.join(traceback.format_exception(error)))
+    return result
+
+
+class _Portable(RuntimeError):
+    """A fault of the code, not of the data, with the row it happened at."""
+
+
+def _checked(batch: dict[str, Any], count: int) -> dict[str, np.ndarray]:
+    """Raises DataError where `collate` did not return arrays of `count` rows under free names."""
+    for key, value in batch.items():
+        if key in ('row', 'mask'):
+            raise DataError(f"collate returns '{key}', a name that the engine gives to its own")
+        if not isinstance(value, np.ndarray) or value.shape[:1] != (count,):
+            found = getattr(value, 'shape', type(value).__name__)
+            raise DataError(f"collate returns '{key}' as {found}, not an array of {count} rows")
+    return batch
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in a loader process: it outlives neither its parent nor takes an accelerator."""
+    if 'jax' in sys.modules:  # Grain imports it; no backend is up yet
+        sys.modules['jax'].config.update('jax_platforms', 'cpu')
+    sentinel = multiprocessing.parent_process().sentinel
+
+    def follow():
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, name='mmjax-follow-parent', daemon=True).start()
+
+
+class Batches:
+    """Iterates over local batches; `close()` (or leaving `with`) ends its threads and processes.
+
+    A fault ends the iteration: DataError for data (naming the row), RuntimeError for code.
+    """
+
+    def __init__(self, steps: _Steps, start: int, stop: int, workers: int, threads: int, ahead: int):
+        self._steps, self._workers, self._children = steps, workers, []
+        self._started, self._closed = False, False
+        if workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads flags of its own
+                flags.FLAGS.mark_as_parsed()
+            # A worker decodes with its own threads; reading ahead is its queue's business, so
+            # that closing waits for one batch at most.
+            read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        else:
+            read = grain.ReadOptions(
+                num_threads=min(threads, 1), prefetch_buffer_size=ahead if threads else 0
+            )
+        source = grain.MapDataset.source(steps)[start:stop].to_iter_dataset(read)
+        if workers:
+            each = -(-ahead // workers)
+            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=each)
+            source = source.mp_prefetch(options, worker_init_fn=_start_worker)
+        self._iterator = iter(source)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._closed:
+            raise StopIteration
+        try:
+            if self._started or not self._workers:
+                batch = next(self._iterator)
+            else:
+                batch = self._first()
+        except StopIteration:
+            self.close()
+            raise
+        except (DataError, _Portable):
+            self.close()
+            raise
+        except RuntimeError as error:
+            self.close()
+            if 'terminated unexpectedly' not in str(error):
+                raise
+            raise DataError(
+                f'a loader process died ({error}): exit code -9 may be a lack of memory, -7 of '
+                'space in /dev/shm; set data.workers=0 or fewer'
+            ) from error
+        return {key: np.asarray(value) for key, value in batch.items()}
+
+    def _first(self) -> dict[str, np.ndarray]:
+        """Starts the processes and returns the first batch.
+
+        A process is born with SIGINT and SIGTERM blocked, as its thread has them: Ctrl-C and batch
+        schedulers send those to all processes of a run, and it is the parent who decides.
+        """
+
+        def start():
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            return next(self._iterator)
+
+        self._started = True
+        with _STARTING, futures.ThreadPoolExecutor(1, 'mmjax-start') as pool:
+            before = set(multiprocessing.active_children())
+            try:
+                return pool.submit(start).result()
+            finally:
+                patience = time.monotonic() + 5
+                while len(self._children) < self._workers and time.monotonic() < patience:
+                    self._children = list(set(multiprocessing.active_children()) - before)
+                    time.sleep(0.01)
+
+    def close(self) -> None:
+        """Ends threads and processes: at once, or after the batch a process is at."""
+        if self._closed:
+            return
+        self._closed = True
+        self._steps.close()
+        self._iterator.close()
+        self._iterator = None
+        for child in self._children:  # Grain does not know those it started but never read from
+            if child.is_alive():
+                child.kill()
+            child.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def batches(
+    dataset: Dataset,
+    sampler: Sampler,
+    *,
+    seed: int,
+    stage: int,
+    start: int = 0,
+    stop: int | None = None,
+    train: bool,
+    workers: int = 0,
+    threads: int = 2,
+    prefetch: int = 4,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Iterates over this process's rows of the global batches start … stop−1 of a stage.
+
+    Args:
+      dataset: what to decode; it is pickled when `workers` > 0.
+      sampler: its plan says which rows make which batch; the epoch is step // steps_per_epoch.
+      seed, stage: with the step and the row's place in the global batch, all that is random for
+        one example.
+      start, stop: steps in the stage; None goes on without end.
+      train: passed to `Dataset.example`.
+      workers: loader processes; 0 decodes in this one.
+      threads: decoding threads, in each loader process if there are any; 0 decodes in the
+        calling thread, when a batch is asked for.
+      prefetch: batches made ahead.
+      process_index, process_count: this host's rows are the process_index-th of process_count
+        equal parts of the global batch, in order.
+
+    Returns:
+      an iterator of {key: array [local batch, …]}: what `collate` made, `row` int32 (in the
+      dataset) and `mask` bool (False on padding, which repeats the batch's first example).
+
+    Raises:
+      ValueError: wrong arguments. DataError: while iterating, with the row.
+    """
+    if stop is None:
+        stop = _ENDLESS
+    if not 0 <= start <= stop:
+        raise ValueError(f'start={start} and stop={stop} are not 0 ≤ start ≤ stop')
+    if workers < 0 or threads < 0 or prefetch < 1:
+        raise ValueError(f'workers={workers}, threads={threads} or prefetch={prefetch} is too small')
+    if not 0 <= process_index < process_count:
+        raise ValueError(f'process {process_index} is not one of {process_count}')
+    if sampler.batch_size % process_count:
+        raise ValueError(
+            f'a batch of {sampler.batch_size} does not divide among {process_count} processes'
+        )
+    count = sampler.batch_size // process_count
+    steps = _Steps(
+        dataset, sampler, seed=seed, stage=stage, train=train, threads=threads,
+        place=process_index * count, count=count,
+    )  # fmt: skip
+    return Batches(steps, start, stop, workers, threads, prefetch)
+
+
+def to_device(
+    iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any, depth: int = 2
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Yields (batch of global jax.Arrays, this host's rows int32), `depth` batches ahead.
+
+    Args:
+      iterator: of local batches, as `batches` makes them.
+      sharding: one Sharding for all keys, or a callable (key, array) → Sharding.
+      depth: batches on devices at a time, the one in use included.
+
+    A fault of the iterator is raised in its place, after the batches before it.
+    """
+    import jax
+
+    if depth < 1:
+        raise ValueError(f'depth={depth} is not positive')
+    which = sharding if callable(sharding) else lambda key, value: sharding
+    put = lambda key, value: jax.make_array_from_process_local_data(which(key, value), value)
+    ready, fault = collections.deque(), None
+    while True:
+        while fault is None and len(ready) < depth:
+            try:
+                batch = next(iterator)
+            except Exception as error:  # StopIteration among them
+                fault = error
+            else:
+                ready.append(({key: put(key, x) for key, x in batch.items()}, batch['row']))
+        if ready:
+            yield ready.popleft()
+        elif isinstance(fault, StopIteration):
+            return
+        else:
+            raise fault
