@@ -35,7 +35,7 @@ class Apply:
         devices = self._mesh.size
         batch_size = -(-min(batch_size, len(dataset)) // devices) * devices
         sampler = samplers.make(
-            {'name': 'sequential'}, dataset.index, len(dataset), batch_size, seed=0, stage=0,
+            {'name': 'sequential', 'by': dataset.length_key}, dataset.index, len(dataset), batch_size, seed=0, stage=0,
             lengths=dataset.lengths,
         )  # fmt: skip
         host = pipeline.batches(

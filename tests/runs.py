@@ -12,14 +12,16 @@ from etils import epath
 from mmjax import build, logs, modes, train
 from mmjax import config as config_lib
 
+LOSSES = {'PK': 'supcon', 'CTC': 'ctc', 'Generate': 'language', 'Thaw': 'mse'}
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def toy(task: str, steps: int = 12, **changes):
+def toy(task: str, steps: int = 12, /, **changes):
     """Returns the config of a toy task; changes are dotted keys with '__' for the dot."""
     config = config_lib.default()
     config.task = f'tests.toy_tasks:{task}'
-    config.model = dict(width=8, dropout=0.1)
+    config.model = dict(width=8, dropout=0.1) if task == 'Thaw' else dict(width=8)
+    config.loss_weights = {LOSSES.get(task, 'mse'): 1.0}
     config.batch_size = 8
     config.stages = ('only',)
     config.stage.only = dict(steps=steps)

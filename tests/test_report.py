@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from mmjax import logs, report, report_curves
+from mmjax import logs, report
 from mmjax.data.dataset import DataError
+from mmjax.report import chart, curves
 
 HOSTILE = '<script>alert("x")</script>&\'"'
 STAGES = (('anchor', 400, {'alignment': 1.0}), ('pages', 900, None), ('polish', 100, None))
@@ -49,7 +50,7 @@ def fake_run(workdir, *, every=5, finished=True, word='', broken=()):
                            'size': 1536, 'seed': 0, 'digest': '9f2c' * 8 + word}},
     })  # fmt: skip
     log = logs.Logs(workdir, enabled=True, tensorboard=False, stream=io.StringIO())
-    best, scores = {'value': -1.0}, {}
+    best, kept = {'value': -1.0}, {}
     for i, (name, steps, weights) in enumerate(STAGES):
         for at in range(1, steps + 1):
             step += 1
@@ -83,11 +84,11 @@ def fake_run(workdir, *, every=5, finished=True, word='', broken=()):
                     'intra_page_cosine': fade(0.1, 0.7, 400), 'inter_page_cosine': 0.06,
                     'pages': 128, 'collapse_verdict': 'healthy' if step > 300 else 'weak_alignment',
                 }  # fmt: skip
-                log.write(
-                    step, name + word, at / 48, {f'eval/val/{k}': v for k, v in scores.items()}
-                )
+                evaluation = {f'eval/val/{k}': v for k, v in scores.items()}
+                log.write(step, name + word, at / 48, evaluation)
                 if recall > best['value']:
                     best = {'step': step, 'metric': 'val/image_to_text_r1', 'value': recall}
+                    kept = scores
     figure = Figure(figsize=(9, 3), layout='constrained')
     for axis in figure.subplots(1, 3):
         axis.imshow(rng.random((12, 16)), cmap='magma')
@@ -96,7 +97,7 @@ def fake_run(workdir, *, every=5, finished=True, word='', broken=()):
     log.close()
     if finished:
         logs.write_results(
-            workdir, best=best, final={'val': scores, 'query_gallery': {'rank1': 0.5}},
+            workdir, best=best, final={'val': kept, 'query_gallery': {'rank1': 0.5}},
             stages={name + word: {'loss': 1.0} for name, _, _ in STAGES},
             skipped={f'picture cannot be read{word}': 3}, weights='best',
         )  # fmt: skip
@@ -172,14 +173,12 @@ def test_names_are_escaped_everywhere(tmp_path):
 def test_charts_are_valid_svg_and_show_stages_and_series(finished):
     workdir, _ = finished
     lines, _ = logs.read(workdir / 'metrics.jsonl')
-    sections, still = report_curves.draw(
-        lines, json.loads((workdir / 'results.json').read_text())['best']
-    )
+    sections, still = curves.draw(lines, json.loads((workdir / 'results.json').read_text())['best'])
     assert list(sections) == ['Losses', 'Scores', 'Schedules', 'Health']
     for charts in sections.values():
-        for chart in charts:
-            ElementTree.fromstring(chart.svg)
-            assert b'script' not in chart.svg
+        for drawn in charts:
+            ElementTree.fromstring(drawn.svg)
+            assert b'script' not in drawn.svg
     loss = sections['Losses'][0]
     words = ' '.join(ElementTree.fromstring(loss.svg).itertext())
     assert loss.wide and all(word in words for word in ('anchor', 'pages', 'train', 'val'))
@@ -196,9 +195,9 @@ def test_bins_average_within_a_stage_only():
     value = rng.normal(size=n)
     value[[10, 700]] = np.nan, np.inf
     stage = [0] * 333 + [1] * (n - 333)
-    series = report_curves.Series('x', '', list(range(n)), value.tolist(), stage)
-    parts, width = report_curves.bins(series)
-    assert width == math.ceil(998 / report_curves.BINS)
+    series = chart.Series('x', '', list(range(n)), value.tolist(), stage)
+    parts, width = chart.bins(series)
+    assert width == math.ceil(998 / chart.BINS)
     for index, (step, mean, low, high) in enumerate(parts):
         finite = [i for i in range(n) if stage[i] == index and math.isfinite(value[i])]
         groups = [finite[i : i + width] for i in range(0, len(finite), width)]
@@ -206,18 +205,18 @@ def test_bins_average_within_a_stage_only():
         np.testing.assert_allclose(mean, [value[g].mean() for g in groups])
         np.testing.assert_allclose(low, [value[g].min() for g in groups])
         np.testing.assert_allclose(high, [value[g].max() for g in groups])
-    assert sum(len(part[0]) for part in parts) <= report_curves.BINS + 2
+    assert sum(len(part[0]) for part in parts) <= chart.BINS + 2
 
 
 def test_evaluations_are_never_averaged():
-    series = report_curves.Series('x', '', list(range(900)), [0.0, 1.0] * 450, [0] * 900, dots=True)
-    parts, width = report_curves.bins(series)
+    series = chart.Series('x', '', list(range(900)), [0.0, 1.0] * 450, [0] * 900, dots=True)
+    parts, width = chart.bins(series)
     assert width == 1 and len(parts[0][0]) == 900
 
 
 def test_stage_spans_follow_the_log_not_the_plan():
     lines = [{'step': s, 'stage': name} for s, name in ((1, 'a'), (10, 'a'), (17, 'b'), (20, 'b'))]
-    assert report_curves.spans(lines) == [('a', 0, 10), ('b', 10, 20)]
+    assert curves.spans(lines) == [('a', 0, 10), ('b', 10, 20)]
 
 
 @pytest.mark.parametrize('missing', ['config.json', 'metrics.jsonl', 'results.json', 'figures'])
@@ -250,8 +249,10 @@ def test_faulty_files_are_named_and_the_rest_stands(tmp_path):
     with open(workdir / 'metrics.jsonl', 'ab') as file:
         file.write(b'{"step": 1401, "stage": "pol')
     page = page_of(workdir)
-    for words in ('config.json could not be read', 'results.json could not be read: it holds a list',
-                  'torn.png could not be read', '1 unreadable line', 'loss/contrastive'):  # fmt: skip
+    for words in (
+        'config.json could not be read', 'results.json could not be read: it holds a list',
+        'torn.png could not be read', '1 unreadable line', 'loss/contrastive',
+    ):  # fmt: skip
         assert words in page.text, words
 
 

@@ -10,7 +10,7 @@ from mmjax.data.dataset import DataError
 
 
 def test_pk_batches_with_a_learnable_logit_scale(tmp_path):
-    config = toy('PK', 60, sampler={'name': 'pk', 'by': 'identity', 'P': 4, 'K': 2})
+    config = toy('PK', 60, sampler={'name': 'pk', 'by': 'identity', 'k': 2})
     config.stage.only.learning_rates = dict(scale=10.0)
     results = run(config, tmp_path)
     losses = [line['loss'] for line in lines(tmp_path)]

@@ -189,6 +189,7 @@ class ComicPages(Dataset):
         self.lengths = tuple(sorted(buckets)) or (pages.max_panels,)
         if self.lengths[-1] > pages.max_panels:
             raise DataError(f'buckets {self.lengths} pass max_panels={pages.max_panels}')
+        self.length_key = 'n_panels'
         self.use_composition = use_composition
         self.augmentation = augmentation
         self._cache_bytes = cache_bytes

@@ -166,15 +166,15 @@ def panel(rng: np.random.Generator, width: int, height: int, scene: Scene, seen:
         at = across(rng.uniform(0.5, 0.62))
         y = horizon + 0.3 * (ground - horizon)
         figure(rng, draw, seen.companion, 'stand', at, y, size, bool(rng.integers(2)))
-    size = min(0.56 * height, 0.62 * width) * rng.uniform(0.8, 1.15)
+    size = min(0.6 * height, 0.64 * width) * rng.uniform(0.85, 1.12)
     at = across(rng.uniform(0.28, 0.44))
     if seen.action in LYING:
         size, at = min(size, 0.56 * width), across(rng.uniform(0.38, 0.44))
     elif seen.action in RISING:
         size = min(size, 0.5 * height)
     figure(rng, draw, seen.who, seen.action, at, ground, size, bool(rng.integers(2)))
-    size = min(0.36 * height, 0.42 * width) * rng.uniform(0.8, 1.15)
-    at, y = across(rng.uniform(0.7, 0.85)), height * rng.uniform(0.42, 0.84)
+    size = min(0.4 * height, 0.44 * width) * rng.uniform(0.85, 1.12)
+    at, y = across(rng.uniform(0.7, 0.82)), height * rng.uniform(0.46, 0.8)
     item(rng, draw, seen.item, seen.item_colour, at, y, size, bool(rng.integers(2)))
     if scene.weather != 'clear' and scene.place not in ('room', 'moon'):
         for x, y in rng.random((26, 2)) * (width, height):

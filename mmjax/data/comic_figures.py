@@ -62,7 +62,7 @@ class Pen:
         points = self.points(z)
         self.draw.polygon(points, fill=colour)
         if outline:
-            self.draw.line(points + points[:4], fill=INK, width=max(1, round(0.02 * self.size)))
+            self.draw.line(points + points[:4], fill=INK, width=max(1, round(0.03 * self.size)))
 
     def disc(self, centre, rx, ry=None, colour=WHITE, outline=True):
         ry = rx if ry is None else ry
@@ -248,6 +248,7 @@ def item(rng, draw, kind: str, colour_name: str, x, y, size, flip):
     pen = Pen(draw, x, y, size, rng.uniform(-0.2, 0.2), flip)
     colour = jitter(rng, COLOURS[colour_name], 10)
     dark = tuple(v * 2 // 3 for v in colour)
+    pen.disc(0, 0.66, colour=WHITE, outline=False)  # a glow, so that outlines stand out
     match kind:
         case 'ball':
             pen.disc(0, 0.42, colour=colour)

@@ -2,7 +2,6 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import numpy as np
 
@@ -21,7 +20,8 @@ class Dataset(abc.ABC):
     split: str
     index: Mapping[str, np.ndarray]  # each [len(self)], for samplers: identity, length, page, ...
     skipped: Mapping[str, int] = {}  # reason → records left out while preparing
-    lengths: ClassVar[Sequence[int]] = ()  # bucket lengths `collate` knows; empty: one shape
+    lengths: Sequence[int] = ()  # bucket lengths that `collate` knows; empty: one shape
+    length_key: str | None = None  # the index array that holds a row's length
 
     @abc.abstractmethod
     def __len__(self) -> int: ...

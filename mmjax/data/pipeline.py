@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -158,7 +159,7 @@ class Batches:
     A fault ends the iteration: DataError for data (naming the row), RuntimeError for code.
     """
 
-    def __init__(self, steps: _Steps, start: int, stop: int, workers: int, threads: int, ahead: int):
+    def __init__(self, steps: _Steps, start: int, stop: int, workers: int, ahead: int):
         self._steps, self._workers, self._children = steps, workers, []
         self._started, self._closed = False, False
         if workers:
@@ -168,12 +169,10 @@ class Batches:
             # that closing waits for one batch at most.
             read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         else:
-            read = grain.ReadOptions(
-                num_threads=min(threads, 1), prefetch_buffer_size=ahead if threads else 0
-            )
+            read = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)
         source = grain.MapDataset.source(steps)[start:stop].to_iter_dataset(read)
         if workers:
-            each = -(-ahead // workers)
+            each = max(1, -(-ahead // workers))
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=each)
             source = source.mp_prefetch(options, worker_init_fn=_start_worker)
         self._iterator = iter(source)
@@ -213,6 +212,7 @@ class Batches:
         """
 
         def start():
+            resource_tracker.ensure_running()  # starting it later would unblock them
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             return next(self._iterator)
 
@@ -290,7 +290,8 @@ def batches(
     if not 0 <= start <= stop:
         raise ValueError(f'start={start} and stop={stop} are not 0 ≤ start ≤ stop')
     if workers < 0 or threads < 0 or prefetch < 1:
-        raise ValueError(f'workers={workers}, threads={threads} or prefetch={prefetch} is too small')
+        found = f'workers={workers}, threads={threads}, prefetch={prefetch}'
+        raise ValueError(f'{found}: less than 0, 0 and 1')
     if not 0 <= process_index < process_count:
         raise ValueError(f'process {process_index} is not one of {process_count}')
     if sampler.batch_size % process_count:
@@ -302,7 +303,7 @@ def batches(
         dataset, sampler, seed=seed, stage=stage, train=train, threads=threads,
         place=process_index * count, count=count,
     )  # fmt: skip
-    return Batches(steps, start, stop, workers, threads, prefetch)
+    return Batches(steps, start, stop, workers, prefetch if threads else 0)
 
 
 def to_device(

@@ -6,34 +6,12 @@ every epoch, so step s of a stage is batch s mod steps_per_epoch of epoch s // s
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from mmjax.data.dataset import DataError
-
-_ORDER = 0x0BDE2  # keeps the stream of a plan apart from those of single examples
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The batches of one epoch. Place 0 of a batch is always a real row."""
-
-    rows: np.ndarray  # int64 [steps, batch]; a padding place repeats a row of its batch
-    mask: np.ndarray  # bool [steps, batch]; False: padding
-    bucket: np.ndarray  # int64 [steps]: length to pad to, 0 where all rows have one shape
-
-
-class Sampler(Protocol):
-    """Makes plans; `report` says once what a run should know: rows dropped, repeated, padded."""
-
-    batch_size: int
-    steps_per_epoch: int
-    examples_per_epoch: int  # rows shown in an epoch: repeats count, padding does not
-    report: Mapping[str, int | float]
-
-    def plan(self, epoch: int) -> Plan: ...
+from mmjax.data.pk import PK
+from mmjax.data.plans import Data, Plan, Sampler
 
 
 def make(
@@ -85,41 +63,6 @@ def make(
     return SAMPLERS[name](data, **options)
 
 
-@dataclass(frozen=True)
-class Data:
-    """What every sampler is given; see `make`."""
-
-    index: Mapping[str, np.ndarray]
-    size: int
-    batch_size: int
-    seed: int
-    stage: int
-    lengths: tuple[int, ...]
-
-    def rng(self, epoch: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.stage, epoch, 0, _ORDER])
-
-    def column(self, sampler: str, name: str, kinds: str) -> np.ndarray:
-        """Returns index[name] if its NumPy kind is one of `kinds`."""
-        if not isinstance(name, str) or name not in self.index:
-            known = ', '.join(self.index) or 'none'
-            raise DataError(f"sampler '{sampler}' wants the index '{name}'; there are: {known}")
-        array = np.asarray(self.index[name])
-        if array.ndim != 1 or array.dtype.kind not in kinds:
-            found = f'{array.dtype}{list(array.shape)}'
-            raise DataError(f"sampler '{sampler}' cannot use the index '{name}', {found}")
-        return array
-
-    def full_batches(self, sampler: str, hint: str = '') -> int:
-        """Returns how many whole batches the split has; none is an error."""
-        if self.size < self.batch_size:
-            raise DataError(
-                f"batch_size {self.batch_size} is larger than the split's {self.size} rows: "
-                f"sampler '{sampler}' has no whole batch{hint}"
-            )
-        return self.size // self.batch_size
-
-
 def _padded(rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts rows [n] into batches, the last filled with masked repeats of its first row."""
     steps = -(-len(rows) // batch_size)
@@ -131,14 +74,25 @@ def _padded(rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Sequential:
-    """Every row once and in order; the last batch is padded. For evaluation."""
+    """Every row once and in order; the last batch is padded. For evaluation.
 
-    def __init__(self, data: Data):
+    by: the index that holds the length; a batch then gets the smallest bucket that fits its rows
+      (a longer row is an error of `collate`). None: one shape.
+    """
+
+    def __init__(self, data: Data, *, by: str | None = None):
         self.batch_size, self.examples_per_epoch = data.batch_size, data.size
         rows, mask = _padded(np.arange(data.size), data.batch_size)
         self.steps_per_epoch = len(rows)
         self.report = {'padding_rows': int((~mask).sum())}
-        self._plan = Plan(rows, mask, np.zeros(len(rows), np.int64))
+        bucket = np.zeros(len(rows), np.int64)
+        if by is not None:
+            if not data.lengths:
+                raise DataError("sampler 'sequential': the dataset has no bucket lengths")
+            lengths = np.unique(data.lengths)
+            longest = data.column('sequential', by, 'iu')[rows].max(1)
+            bucket = lengths[np.minimum(np.searchsorted(lengths, longest), len(lengths) - 1)]
+        self._plan = Plan(rows, mask, bucket.astype(np.int64))
 
     def plan(self, epoch: int) -> Plan:
         return self._plan
@@ -191,12 +145,13 @@ class Stratified:
         else:
             stratum = data.column('stratified', by, 'biu')
         if minimum and stratum.dtype != bool:
-            raise DataError(f"sampler 'stratified': minimum needs booleans or thresholds, not '{by}'")
+            raise DataError(
+                f"sampler 'stratified': minimum needs booleans or thresholds, not by='{by}'"
+            )
         self._data, self.batch_size, batch = data, data.batch_size, data.batch_size
         steps = data.full_batches('stratified')
         self._sizes = np.unique(stratum, return_counts=True)[1]
         self._by_stratum = np.argsort(stratum, kind='stable')
-        self._bounds = np.concatenate([[0], np.cumsum(self._sizes)])
         rich = int(np.sum(stratum)) if stratum.dtype == bool else 0
         self.report = {'strata': len(self._sizes)}
         self._minimum = minimum if minimum > batch * rich // data.size else 0
@@ -209,12 +164,12 @@ class Stratified:
                     f'but the split has {rich} of {data.size}'
                 )
             if minimum < batch:
-                steps = max(steps, (data.size - rich) // (batch - minimum))
+                steps = (data.size - rich) // (batch - minimum)
             self.report |= {
                 'repeated_rows': max(0, steps * minimum - rich),
                 'repeats_of_a_row': -(-steps * minimum // rich),
                 'dropped_rows': max(0, rich - steps * minimum)
-                + max(0, data.size - rich - steps * (batch - minimum)),
+                + (data.size - rich - steps * (batch - minimum)),
             }
         else:
             self.report |= {'dropped_rows': data.size - steps * batch}
@@ -222,30 +177,25 @@ class Stratified:
 
     def plan(self, epoch: int) -> Plan:
         rng, steps = self._data.rng(epoch), self.steps_per_epoch
-        strata = np.split(self._by_stratum, self._bounds[1:-1])
         if self._minimum:
-            strata = [rng.permutation(rows) for rows in strata]
-            poor, rich = strata if len(strata) == 2 else (strata[0][:0], strata[0])
-            rows = np.concatenate(
-                [
-                    np.resize(rich, (steps, self._minimum)),
-                    poor[: steps * (self.batch_size - self._minimum)].reshape(steps, -1),
-                ],
-                axis=1,
-            )
+            poor, rich = map(rng.permutation, np.split(self._by_stratum, self._sizes[:1]))
+            others = self.batch_size - self._minimum
+            rows = [
+                np.resize(rich, (steps, self._minimum)),
+                poor[: steps * others].reshape(steps, others),
+            ]
+            rows = np.concatenate(rows, axis=1)
         else:
             stratum, batch = self._shares(rng)
-            # Pairs (stratum, batch) ordered by stratum meet the rows in a random order within it.
-            rank = np.lexsort([rng.random(self._data.size), self._stratum_of_sorted()])
-            start = np.repeat(self._bounds[:-1], np.bincount(stratum, minlength=len(strata)))
-            first = np.searchsorted(stratum, stratum)
-            picked = self._by_stratum[rank[start + np.arange(len(stratum)) - first]]
-            rows = picked[np.argsort(batch, kind='stable')].reshape(steps, self.batch_size)
+            # Places ordered by stratum take the rows of the stratum in a random order.
+            of_sorted = np.repeat(np.arange(len(self._sizes)), self._sizes)
+            rows = self._by_stratum[np.lexsort([rng.random(self._data.size), of_sorted])]
+            taken = np.bincount(stratum, minlength=len(self._sizes))
+            skip = np.cumsum(self._sizes) - self._sizes - (np.cumsum(taken) - taken)
+            rows = rows[np.arange(len(stratum)) + np.repeat(skip, taken)]
+            rows = rows[np.argsort(batch, kind='stable')].reshape(steps, self.batch_size)
         rows = rng.permuted(rows, axis=1)
         return Plan(rows, np.ones(rows.shape, bool), np.zeros(steps, np.int64))
-
-    def _stratum_of_sorted(self) -> np.ndarray:
-        return np.repeat(np.arange(len(self._sizes)), self._sizes)
 
     def _shares(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Returns stratum and batch of every place of the epoch, ordered by stratum.
@@ -268,105 +218,60 @@ class Stratified:
         return stratum[by_stratum], batch[by_stratum]
 
 
-class PK:
-    """P = batch_size / k identities × k pictures; an epoch shows every picture of each of them.
+class Bucketed:
+    """Batches of one bucket each, so that few shapes are compiled; the last of each is padded.
 
-    by: the index that holds the identity.
-    k: pictures of an identity in a batch. Identities with fewer are left out and counted.
-
-    An identity's pictures are cut into groups of k, the last filled with its own pictures. The
-    epoch has ⌈groups / P⌉ batches; an identity is in a batch at most once, unless it has more
-    groups than there are batches (counted as crowded identities). What the last batch lacks,
-    fewer than P groups, are repeats of groups from identities that it does not have; where too
-    many identities are in every batch for that, the lack is spread over several batches.
+    by: the index that holds the length.
+    stretch: the longest that augmentation makes of length n is ⌈n · stretch⌉; a row goes to the
+      smallest bucket that fits it.
+    too_long: 'error' names a row that fits no bucket; 'drop' leaves such rows out and counts them.
     """
 
-    def __init__(self, data: Data, *, by: str, k: int):
-        if k < 2 or data.batch_size % k:
+    def __init__(self, data: Data, *, by: str, stretch: float = 1.0, too_long: str = 'error'):
+        if too_long not in ('error', 'drop'):
+            raise DataError(f"sampler 'bucketed': too_long='{too_long}' is not 'error' or 'drop'")
+        if not stretch >= 1:
+            raise DataError(f"sampler 'bucketed': stretch={stretch} is less than 1")
+        if not data.lengths:
+            raise DataError("sampler 'bucketed': the dataset has no bucket lengths")
+        lengths = np.unique(data.lengths)
+        length = data.column('bucketed', by, 'iu')
+        longest = np.ceil(length * stretch - 1e-6).astype(np.int64)  # 10 · 1.1 is 11
+        bucket = np.searchsorted(lengths, longest)
+        beyond = np.flatnonzero(bucket == len(lengths))
+        if len(beyond) and too_long == 'error':
+            row = beyond[0]
             raise DataError(
-                f"sampler 'pk': batch_size {data.batch_size} is not identities × k={k} pictures"
-                if k > 1
-                else f"sampler 'pk': k={k} is not at least 2"
+                f"sampler 'bucketed': row {row} has {by}={length[row]} and may need "
+                f'{longest[row]}, more than the largest bucket {lengths[-1]} ({len(beyond)} such '
+                "rows; too_long='drop' leaves them out)"
             )
-        identity = np.unique(data.column('pk', by, 'biuSU'), return_inverse=True)[1]
-        count = np.bincount(identity)
-        self._data, self._k, self._p, self.batch_size = data, k, data.batch_size // k, data.batch_size
-        kept = count >= k
-        if kept.sum() < self._p:
-            raise DataError(
-                f"sampler 'pk': batches of {self._p} identities × {k} pictures, but only "
-                f'{kept.sum()} of {len(count)} identities have {k} pictures'
-            )
-        rows = np.flatnonzero(kept[identity])
-        self._identity = (np.cumsum(kept) - 1)[identity[rows]]
-        order = np.argsort(self._identity, kind='stable')
-        self._rows, self._identity, self._count = rows[order], self._identity[order], count[kept]
-        self._groups = -(-self._count // k)
-        groups = int(self._groups.sum())
-        self.steps_per_epoch = steps = -(-groups // self._p)
-        self.examples_per_epoch = steps * self.batch_size
-        self._lack = steps * self._p - groups
-        # Batches of a group's turn on the line of all groups: rounds over all batches, the last
-        # ones without the last batch. Identities in every batch need rounds that are whole.
-        whole = self._p - self._lack
-        if self._groups[self._groups >= steps].sum() <= steps * whole:
-            self._rounds = [steps] * whole + [steps - 1] * self._lack
-        else:
-            self._rounds = [steps] * (groups // steps) + [groups % steps] * (groups % steps > 0)
+        if len(beyond) == data.size:
+            raise DataError(f"sampler 'bucketed': every row is longer than {lengths[-1]}")
+        self._data, self.batch_size = data, data.batch_size
+        found = [(int(n), np.flatnonzero(bucket == i)) for i, n in enumerate(lengths)]
+        self._members = [(n, rows) for n, rows in found if len(rows)]
+        batches = [-(-len(rows) // self.batch_size) for _, rows in self._members]
+        self.steps_per_epoch = sum(batches)
+        self.examples_per_epoch = data.size - len(beyond)
         self.report = {
-            'identities': len(self._count),
-            'identities_left_out': int((~kept).sum()),
-            'rows_left_out': data.size - len(rows),
-            'crowded_identities': int((self._groups > steps).sum()),
-            'repeated_rows': self.examples_per_epoch - len(rows),
-        }
+            'padding_rows': self.steps_per_epoch * self.batch_size - self.examples_per_epoch,
+            'dropped_rows': len(beyond),
+        } | {f'batches_of_{n}': b for (n, _), b in zip(self._members, batches, strict=True)}
 
     def plan(self, epoch: int) -> Plan:
-        rng, steps, k = self._data.rng(epoch), self.steps_per_epoch, self._k
-        groups = self._cut(rng)  # [groups, k], by identity
-        first = np.cumsum(self._groups) - self._groups  # of an identity's groups
-        order = rng.permutation(len(self._count))
-        order = order[np.argsort(self._groups[order] < steps, kind='stable')]  # everywhere: first
-        turns = np.repeat(order, self._groups[order])  # identity of each place of the line
-        start = np.cumsum(self._groups[order]) - self._groups[order]
-        group = np.repeat(first[order] - start, self._groups[order]) + np.arange(len(turns))
-        batch = self._go_round(rng, turns)
-        group, batch = self._fill(rng, group, batch, turns, first)
-        by_batch = np.lexsort([rng.random(len(batch)), batch])
-        rows = groups[group[by_batch]].reshape(steps, self.batch_size)
-        return Plan(rows, np.ones(rows.shape, bool), np.zeros(steps, np.int64))
+        rng = self._data.rng(epoch)
+        parts = [_padded(rng.permutation(rows), self.batch_size) for _, rows in self._members]
+        bucket = np.repeat([n for n, _ in self._members], [len(rows) for rows, _ in parts])
+        order = rng.permutation(self.steps_per_epoch)
+        rows, mask = (np.concatenate(part)[order] for part in zip(*parts, strict=True))
+        return Plan(rows, mask, bucket[order].astype(np.int64))
 
-    def _cut(self, rng: np.random.Generator) -> np.ndarray:
-        """Returns the rows of every group [groups, k], shuffled within identities."""
-        rows = self._rows[np.lexsort([rng.random(len(self._rows)), self._identity])]
-        start = np.cumsum(self._count) - self._count
-        owner = np.repeat(np.arange(len(self._count)), self._groups)
-        number = np.arange(len(owner)) - np.repeat(
-            np.cumsum(self._groups) - self._groups, self._groups
-        )
-        within = (number * self._k)[:, None] + np.arange(self._k)
-        # The last group goes on with the first pictures: distinct, as there are at least k.
-        return rows[start[owner][:, None] + within % self._count[owner][:, None]]
 
-    def _go_round(self, rng: np.random.Generator, turns: np.ndarray) -> np.ndarray:
-        """Returns the batch of every place of the line.
-
-        Each round meets every batch once, in an order of its own, so that neighbours of one
-        round are not neighbours of the next. Only the identity whose groups straddle two rounds
-        ties them: the rest of it goes to batches that it is not in yet.
-        """
-        batches, done = [], 0
-        for wide in self._rounds[:-1] + [self._rounds[-1]]:
-            here = rng.permutation(self.steps_per_epoch if self._rounds[0] == wide else wide)
-            here = here[: len(turns) - done]
-            if batches and turns[done] == turns[done - 1]:
-                size = self._groups[turns[done]]
-                tail = batches[-1][turns[done - len(batches[-1]) : done] == turns[done]]
-                free = ~np.isin(here, tail)
-                head = size - len(tail)
-                if 0 < head <= free.sum():
-                    chosen = np.flatnonzero(free)[:head]
-                    here = np.concatenate([here[chosen], np.delete(here, chosen)])
-            batches.append(here)
-            done += len(here)
-        return np.concatenate(batches)
+SAMPLERS = {
+    'sequential': Sequential,
+    'shuffle': Shuffle,
+    'stratified': Stratified,
+    'pk': PK,
+    'bucketed': Bucketed,
+}

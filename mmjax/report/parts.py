@@ -1,91 +1,17 @@
-"""Makes report.html, the page of a run: `python -m mmjax.report WORKDIR`.
-
-It reads only what the run left (config.json, metrics.jsonl, results.json, figures/*.png), so it
-can be made at any time, also of a run that has just started or was killed: what is missing is
-said on the page.
-"""
+"""The parts of the page of a run; each reads a `mmjax.report.Left` and returns its HTML."""
 
 import io
-import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from mmjax import logs, report_curves, report_page
-from mmjax.data.dataset import DataError
-from mmjax.report_curves import number
-from mmjax.report_page import Markup, duration, element, join, show, table
+from mmjax.report import page
+from mmjax.report.curves import draw, number
+from mmjax.report.page import Markup, duration, element, join, show, table
 
 _LARGE = 3_000_000  # bytes of a picture above which the page carries a reduced copy
-
-
-class _Left:
-    """What a run left, read leniently; `faults` lists what could not be read."""
-
-    def __init__(self, workdir: epath.Path):
-        self.workdir, self.faults = workdir, []
-        self.described = self._json('config.json')
-        self.results = self._json('results.json')
-        self.lines, bad = logs.read(workdir / 'metrics.jsonl')
-        if bad:
-            self.faults.append(f'metrics.jsonl: {bad} unreadable line(s) left out')
-        folder = workdir / 'figures'
-        found = folder.iterdir() if folder.exists() else ()
-        self.figures = sorted(p for p in found if p.suffix == '.png' and p.name[0] != '.')
-        self.spans = report_curves.spans(self.lines)
-        plan = self.described.get('plan')
-        plan = plan if isinstance(plan, list) else []
-        self.plan = [entry for entry in plan if isinstance(entry, dict) and 'name' in entry]
-
-    def _json(self, name: str) -> dict:
-        path = self.workdir / name
-        try:
-            found = json.loads(path.read_text()) if path.exists() else {}
-            if not isinstance(found, dict):
-                raise ValueError(f'it holds a {type(found).__name__}, not an object')
-            return found
-        except (ValueError, OSError) as error:
-            self.faults.append(f'{name} could not be read: {error}')
-            return {}
-
-    @property
-    def step(self) -> int:
-        return max((line['step'] for line in self.lines), default=0)
-
-    @property
-    def planned(self) -> int:
-        return sum(entry.get('steps', 0) for entry in self.plan)
-
-    def train(self, key: str) -> list[float]:
-        """Returns the finite values of one key over the train lines."""
-        found = (number(line.get(key)) for line in self.lines)
-        return [value for value in found if value is not None and abs(value) < float('inf')]
-
-
-def write(workdir) -> epath.Path:
-    """Writes `workdir`/report.html and returns its path. Raises DataError if there is no folder."""
-    workdir = epath.Path(workdir)
-    if not workdir.is_dir():
-        raise DataError(f'{workdir} is not the folder of a run')
-    left = _Left(workdir)
-    sections = (_header, _trained, _scores, _curves, _pictures, _data, _environment)
-    body = [_safely(section, left) for section in sections]
-    path = workdir / 'report.html'
-    logs.replace(path, report_page.page(f'{workdir.name} · mmjax', body).encode())
-    return path
-
-
-def _safely(section, left: _Left) -> Markup:
-    """A report must never end a run: a part that cannot be made says so, the others stand."""
-    try:
-        return section(left)
-    except Exception as error:
-        name = section.__name__.removeprefix('_')
-        words = f'The part “{name}” could not be made: {type(error).__name__}: {error}'
-        return element('p', words, class_='note')
 
 
 def _note(words: str) -> Markup:
@@ -96,7 +22,7 @@ def _heading(words: str) -> Markup:
     return element('h2', words)
 
 
-def _header(left: _Left) -> Markup:
+def header(left) -> Markup:
     config = left.described.get('config') or {}
     if left.results:
         badge, kind = 'finished', 'good'
@@ -133,7 +59,7 @@ def _header(left: _Left) -> Markup:
             )
         )
     parts += [_note(fault) for fault in left.faults]
-    return element('header', *parts, report_page.cards(items))
+    return element('header', *parts, page.cards(items))
 
 
 def _seconds(lines: Sequence[Mapping]) -> float:
@@ -146,12 +72,12 @@ def _seconds(lines: Sequence[Mapping]) -> float:
     return total
 
 
-def _trained(left: _Left) -> Markup:
+def trained(left) -> Markup:
     parts = [_heading('What was trained')]
     if not left.plan:
         return join([*parts, _note('The plan is unknown: config.json has none.')])
     done = {name: last - start for name, start, last in left.spans}
-    parts.append(report_page.strip([(e['name'], e.get('steps', 0)) for e in left.plan]))
+    parts.append(page.strip([(e['name'], e.get('steps', 0)) for e in left.plan]))
     rows = []
     for entry in left.plan:
         weights = entry.get('loss_weights') or {}
@@ -185,7 +111,7 @@ def _rate(rate: Any) -> Markup:
     return element('td', element('span', f'{rate:.3g}', class_='trains'), class_='n')
 
 
-def _scores(left: _Left) -> Markup:
+def scores(left) -> Markup:
     """One table an evaluator: the scores of the results beside their course over the run."""
     parts, course = [_heading('Scores')], {}
     for line in left.lines:
@@ -195,12 +121,8 @@ def _scores(left: _Left) -> Markup:
     final, which = left.results.get('final') or {}, left.results.get('weights')
     best = left.results.get('best') or {}
     if final:
-        of = {
-            'best': f'the best weights (step {best.get("step", "?")})',
-            'last': 'the last weights',
-        }
-        parts.append(element('p', 'The column “final” holds the scores of ',
-                             element('b', of.get(which, 'unnamed weights')), '.'))  # fmt: skip
+        of = f'the {which} weights' + (f' (step {best["step"]:,})' if which == 'best' else '')
+        parts.append(element('p', 'The column “final” holds the scores of ', element('b', of), '.'))
     elif course:
         parts.append(_note('No final scores yet: the evaluations so far are shown.'))
     else:
@@ -217,7 +139,7 @@ def _scores(left: _Left) -> Markup:
         parts.append(table(head, rows, numeric=range(1, 6), best=marked))
         if marked:
             parts.append(element('p', f'The marked metric picked the best weights: '
-                                 f'{show(best.get("value"))} at step {best.get("step")}.',
+                                 f'{show(best["value"])} at step {best["step"]:,}.',
                                  class_='muted'))  # fmt: skip
     return join(parts)
 
@@ -231,24 +153,33 @@ def _score(metric: str, final: Any, course: list[tuple[int, Any]]) -> tuple:
     )  # fmt: skip
     numbers = [(number(v), step) for step, v in course if number(v) is not None]
     numbers = [pair for pair in numbers if pair[0] == pair[0]]
-    ends = [f'{show(v)} (step {step:,})' for v, step in (min(numbers), max(numbers))] \
-        if len(numbers) > 1 else ['–', '–']  # fmt: skip
+    ends = ['–', '–']
+    if len(numbers) > 1:
+        low, high = min(numbers), max(numbers)
+        where = lambda pair: f' (step {pair[1]:,})' if low[0] < high[0] else ''
+        ends = [show(pair[0]) + where(pair) for pair in (low, high)]
     first, last = (cell(course[i][1]) if course else '–' for i in (0, -1))
     return (metric, cell(final), first, last, *ends)
 
 
-def _curves(left: _Left) -> Markup:
+def curves(left) -> Markup:
     if not left.lines:
         return join([_heading('Curves'), _note('Nothing has been logged.')])
-    sections, still = report_curves.draw(left.lines, left.results.get('best'))
+    sections, still = draw(left.lines, left.results.get('best'))
     parts = []
     for name, charts in sections.items():
-        drawn = [report_page.picture(c.svg, 'image/svg+xml', c.title, c.caption, wide=c.wide)
+        drawn = [page.picture(c.svg, 'image/svg+xml', c.title, c.caption, wide=c.wide)
                  for c in charts]  # fmt: skip
         title = 'Scores over the run' if name == 'Scores' else name
         parts += [_heading(title), element('div', *drawn, class_='charts')]
-    if len(left.spans) > 1:
-        parts.insert(1, element('p', 'Dashed lines are the boundaries of stages.', class_='muted'))
+    words = 'Dashed lines are the boundaries of stages. ' if len(left.spans) > 1 else ''
+    if (width := max((c.width for charts in sections.values() for c in charts), default=1)) > 1:
+        words += (
+            f'A point of a dense curve is the mean of up to {width} neighbouring log lines of one '
+            'stage, the band their range; evaluations are drawn one by one.'
+        )
+    if words:
+        parts.insert(1, element('p', words, class_='muted'))
     if still:
         rows = [(key, show(value)) for key, value in still.items()]
         summary = element('summary', f'{len(still)} logged values that never changed')
@@ -256,7 +187,7 @@ def _curves(left: _Left) -> Markup:
     return join(parts)
 
 
-def _pictures(left: _Left) -> Markup:
+def pictures(left) -> Markup:
     if not left.figures:
         return join([_heading('Pictures'), element('p', 'The task has left none.', class_='muted')])
     return join([_heading('Pictures'),
@@ -281,10 +212,10 @@ def _picture(path: epath.Path) -> Markup:
         image.save(buffer, 'png', optimize=True)
         content = buffer.getvalue()
         words.append(f'reduced; figures/{path.name} has it whole')
-    return report_page.picture(content, 'image/png', path.stem, '; '.join(filter(None, words)))
+    return page.picture(content, 'image/png', path.stem, '; '.join(filter(None, words)))
 
 
-def _data(left: _Left) -> Markup:
+def data(left) -> Markup:
     parts = [_heading('Data')]
     for split, fields in (left.described.get('data') or {}).items():
         rows = [(key, show(value) if not isinstance(value, int) else str(value))
@@ -303,7 +234,7 @@ def _data(left: _Left) -> Markup:
     return join([*parts, element('h3', 'Left out'), table(('reason', 'count'), rows, numeric=(1,))])
 
 
-def _environment(left: _Left) -> Markup:
+def environment(left) -> Markup:
     parts = [_heading('Environment and config')]
     rows = [('device', show(left.described['device']))] if 'device' in left.described else []
     rows += [
@@ -326,10 +257,4 @@ def _flatten(config: Mapping, prefix: str = ''):
             yield f'{prefix}{key}', value
 
 
-if __name__ == '__main__':
-    if len(sys.argv) != 2:
-        sys.exit('usage: python -m mmjax.report WORKDIR')
-    try:
-        print(write(sys.argv[1]))
-    except DataError as error:
-        sys.exit(f'mmjax: {error}')
+ALL = (header, trained, scores, curves, pictures, data, environment)

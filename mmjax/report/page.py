@@ -135,7 +135,7 @@ def strip(stages: Sequence[tuple[str, float]]) -> Markup:
     """Returns a bar of the stages (name, length), as wide as they are long."""
     total = sum(length for _, length in stages) or 1
     return element('div', *(
-        element('div', name, title=f'{name}: {length:,.0f} steps',
+        element('div', f'{name} · {length:,.0f}', title=f'{name}: {length:,.0f} updates',
                 style=f'flex: {max(length / total, 0.01):.4f} 1 0; '
                 f'background: {STAGE_COLOURS[i % len(STAGE_COLOURS)]}')
         for i, (name, length) in enumerate(stages)
