@@ -380,6 +380,8 @@ def test_time_left_follows_recent_steps_of_the_stage(monkeypatch):
     seen = screen.Screen(None)
     for step in range(1, 301):
         seen.progress('a' if step <= 200 else 'b', int(step > 200), 2, 0.0, step, 1000, '')
+        if step in (1, 201):  # the first call of a stage cannot know
+            assert seen._seconds_left(1) is None
         now[0] += 1.0 if step < 200 else 3.0
     assert seen._seconds_left(700) == pytest.approx(2100)
 
@@ -389,13 +391,17 @@ def test_on_a_terminal_messages_stand_above_one_live_line(tmp_path):
     with open(child, 'w', encoding='utf-8') as terminal:
         log = quiet(tmp_path, stream=terminal)
         progress(log, 1)
-        log.message('stage pages [2 of 3]: 10 updates')
+        log.message('stage [bold]pages[/bold] [2 of 3]: 10 updates')
         progress(log, 10)
         log.close()
         terminal.flush()
         out = os.read(parent, 65536).decode()
     os.close(parent)
-    assert 'stage pages [2 of 3]: 10 updates' in out and '100%' in out and 'pages 2/3' in out
+    assert (
+        'stage [bold]pages[/bold] [2 of 3]: 10 updates' in out
+        and '100%' in out
+        and 'pages 2/3' in out
+    )
     assert out.rfind('\x1b[?25l') < out.rfind('\x1b[?25h')  # the cursor is shown again
     assert out.count('\x1b[2K') >= 2  # the line was redrawn in place
 

@@ -169,31 +169,32 @@ def test_padding_is_decoded_once():
     list(batches(Counted(9), sampler, start=1, stop=2))
     assert calls == [8]
     calls.clear()  # the second host has padding only, and repeats what the first has at place 0
-    (batch,) = batches(
-        Counted(9), sampler, start=1, stop=2, process_index=1, process_count=2
-    )
+    (batch,) = batches(Counted(9), sampler, start=1, stop=2, process_index=1, process_count=2)
     assert calls == [8] and not batch['mask'].any() and (batch['row'] == 8).all()
 
 
 @pytest.fixture(scope='module')
 def with_workers():
-    """The batches of two worker counts, and the processes that were there meanwhile."""
+    """The first batches of two worker counts, the processes meanwhile, and seconds to close."""
     sampler, out = sampler_of(**BUCKETED), {}
     for workers, threads in ((1, 2), (2, 0)):
-        with batches(sampler=sampler, workers=workers, threads=threads, stop=9) as found:
-            got = [next(found)]
-            children = multiprocessing.active_children()
-            for child in children:  # as Ctrl-C and schedulers do to all processes of a run
-                os.kill(child.pid, signal.SIGINT)
-                os.kill(child.pid, signal.SIGTERM)
-            out[workers] = (got + list(found), children)
+        found = batches(sampler=sampler, workers=workers, threads=threads)
+        got = [next(found)]
+        children = multiprocessing.active_children()
+        for child in children:  # as Ctrl-C and schedulers do to all processes of a run
+            os.kill(child.pid, signal.SIGINT)
+            os.kill(child.pid, signal.SIGTERM)
+        got += [next(found) for _ in range(8)]
+        start = time.monotonic()
+        found.close()
+        out[workers] = (got, children, time.monotonic() - start)
     return sampler, out
 
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_processes_make_the_same_batches(with_workers, workers):
     sampler, out = with_workers
-    found, children = out[workers]
+    found, children, _ = out[workers]
     assert len(found) == 9
     for step, batch in enumerate(found):
         check_equal(batch, expected(sampler, step))
@@ -201,28 +202,29 @@ def test_processes_make_the_same_batches(with_workers, workers):
     assert pids == {child.pid for child in children} and len(pids) == workers
 
 
-def test_processes_end_with_the_iteration(with_workers):
-    for _, children in with_workers[1].values():
+def test_closing_ends_the_processes(with_workers):
+    for _, children, seconds in with_workers[1].values():
+        assert seconds < 4
         for child in children:
             assert not pathlib.Path(f'/proc/{child.pid}').exists()  # not even a zombie
-    assert not glob.glob(f'/dev/shm/psm_*{os.getpid()}*')
 
 
 @pytest.mark.parametrize('threads', [0, 1, 3])
 @pytest.mark.parametrize(
     'fault, kind, message',
     [
-        ((DataError, 'cut short'), DataError, "^row 13 of split 'train': cut short$"),
-        ((Missing, 'a.png', 3), DataError, 'row 13 of .*: no picture a.png, line 3'),
+        ((DataError, 'cut short'), DataError, "row 13 of split 'train': cut short"),
+        ((Missing, 'a', 3), DataError, "row 13 of split 'train': no picture a, line 3"),
         ((Awkward, 1, 2), RuntimeError, "row 13 of split 'train': Awkward: 1 and 2"),
-        ((StopIteration,), RuntimeError, 'row 13 of .*: StopIteration'),
+        ((StopIteration,), RuntimeError, "row 13 of split 'train': StopIteration: "),
     ],
 )
 def test_a_fault_names_its_row_and_comes_in_its_place(threads, fault, kind, message):
     found = batches(Rows(faults={13: fault}), sampler_of('sequential'), threads=threads, stop=4)
     assert next(found)['row'][0] == 0
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind) as error:
         next(found)
+    assert str(error.value) == message
     assert list(found) == []  # closed
     check_gone(lambda: not decoding_threads())
 
@@ -230,21 +232,28 @@ def test_a_fault_names_its_row_and_comes_in_its_place(threads, fault, kind, mess
 @pytest.mark.parametrize(
     'fault, kind, message',
     [
-        ((Missing, 'a.png', 3), DataError, "row 13 of split 'train': no picture a.png, line 3"),
-        ((Awkward, 1, 2), RuntimeError, 'row 13 .*: Awkward: 1 and 2'),
+        ((Missing, 'a', 3), DataError, "row 13 of split 'train': no picture a, line 3"),
+        pytest.param(
+            (Awkward, 1, 2),
+            RuntimeError,
+            "row 13 of split 'train': Awkward: 1 and 2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_fault_in_a_process_names_its_row(fault, kind, message):
     rows = Rows(faults={13: fault})
     found = batches(rows, sampler_of('sequential'), workers=1, stop=4)
     assert next(found)['row'][0] == 0
-    with pytest.raises(kind, match=message) as error:
+    with pytest.raises(kind) as error:
         next(found)
+    assert str(error.value) == message
     if kind is RuntimeError:
         assert 'raise self.faults' in '\n'.join(error.value.__notes__)
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_told_and_the_others_end():
     found = batches(workers=2)
     next(found)
@@ -274,16 +283,10 @@ def test_dropping_the_iterator_ends_the_threads():
     check_gone(lambda: not decoding_threads())
 
 
-@pytest.mark.parametrize('taken', [0, 1])
-def test_closing_ends_the_processes(taken):
-    found = batches(Rows(seconds=0.01), workers=2)
-    for _ in range(taken):
-        next(found)
-    assert len(multiprocessing.active_children()) == 2 * taken
-    start = time.monotonic()
+def test_closing_before_the_first_batch_starts_nothing():
+    found = batches(workers=2)
     found.close()
-    assert not multiprocessing.active_children()
-    assert time.monotonic() - start < 3
+    assert not multiprocessing.active_children() and list(found) == []
 
 
 KILLED = """
@@ -298,7 +301,13 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize('then', ['os.kill(os.getpid(), 9)', 'os._exit(3)', 'pass', '1 / 0'])
+ENDS = {'os.kill(os.getpid(), 9)': -9, 'os._exit(3)': 3, 'pass': 0, '1 / 0': 1}
+MARKED = [
+    pytest.param(then, marks=[pytest.mark.slow] * (code != -9)) for then, code in ENDS.items()
+]
+
+
+@pytest.mark.parametrize('then', MARKED)
 def test_processes_do_not_outlive_the_run(tmp_path, root, then):
     script = tmp_path / 'run.py'
     text = textwrap.dedent(KILLED).format(root=str(root), tests=str(root / 'tests'), then=then)
@@ -308,11 +317,13 @@ def test_processes_do_not_outlive_the_run(tmp_path, root, then):
         [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         timeout=60,
     )  # fmt: skip
-    assert done.returncode == {'os._exit(3)': 3, 'pass': 0, '1 / 0': 1}.get(then, -9)
+    assert done.returncode == ENDS[then], done.stderr
+    assert 'leaked' not in done.stderr or then.startswith('os.')
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
     check_gone(lambda: not any(pathlib.Path(f'/proc/{pid}').exists() for pid in pids))
-    check_gone(lambda: not set(glob.glob('/dev/shm/*')) - before)
+    left = set(glob.glob('/dev/shm/*')) - before  # of others too, who use theirs up
+    check_gone(lambda: not left & set(glob.glob('/dev/shm/*')))
 
 
 @pytest.mark.parametrize(

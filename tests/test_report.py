@@ -18,7 +18,7 @@ from mmjax import logs, report
 from mmjax.data.dataset import DataError
 from mmjax.report import chart, curves
 
-HOSTILE = '<script>alert("x")</script>&\'"'
+HOSTILE = '<script>alert("x")</script>&\'" $\\frac$'
 STAGES = (('anchor', 400, {'alignment': 1.0}), ('pages', 900, None), ('polish', 100, None))
 WEIGHTS = {'contrastive': 1.0, 'reconstruction': 0.5, 'alignment': 0.3}
 
@@ -109,14 +109,16 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, source):
         super().__init__()
-        self.tags, self.loads, self.words, self.open = [], [], [], []
+        self.tags, self.loads, self.words, self.open, self.attributes = [], [], [], [], set()
+        self.alternatives = []
         self.feed(source)
         self.text = ' '.join(self.words)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.attributes |= {key for key, _ in attrs}
         self.loads += [v for k, v in attrs if k in ('src', 'href', 'srcset', 'data', 'action')]
-        self.words += [v for k, v in attrs if k == 'alt']
+        self.alternatives += [v for k, v in attrs if k == 'alt']
         if tag not in ('meta', 'img'):
             self.open.append(tag)
 
@@ -166,8 +168,14 @@ def test_page_is_self_contained_and_runs_no_script(finished):
 
 
 def test_names_are_escaped_everywhere(tmp_path):
-    page = page_of(fake_run(tmp_path / 'run', every=50, word=HOSTILE))
-    assert 'script' not in page.tags and page.text.count(HOSTILE) > 10
+    page = page_of(fake_run(tmp_path / '<i>&', every=50, word=HOSTILE))
+    assert page.text.count(HOSTILE) > 10 and 'could not be' not in page.text
+    assert not {'script', 'i'} & set(page.tags)
+    assert '<title>&lt;i&gt;&amp; · mmjax<' in (tmp_path / '<i>&' / 'report.html').read_text()
+    assert page.attributes == {
+        'lang', 'charset', 'name', 'content', 'http-equiv', 'class', 'style', 'title', 'alt', 'src',
+    }  # fmt: skip
+    assert f'loss/contrastive{HOSTILE}' in page.alternatives
 
 
 def test_charts_are_valid_svg_and_show_stages_and_series(finished):
@@ -259,7 +267,7 @@ def test_faulty_files_are_named_and_the_rest_stands(tmp_path):
 def test_wrong_types_cost_one_part_only(tmp_path):
     workdir = fake_run(tmp_path / 'run', every=100)
     described = json.loads((workdir / 'config.json').read_text())
-    described |= {'plan': {'name': 1}, 'data': [1], 'config': 'x'}
+    described |= {'plan': [3, {'name': 'pages', 'groups': 1}], 'data': [1], 'config': 'x'}
     logs.write_json(workdir / 'config.json', described)
     page = page_of(workdir)
     assert 'The part “data” could not be made' in page.text and 'loss/contrastive' in page.text

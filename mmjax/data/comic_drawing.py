@@ -13,6 +13,7 @@ from mmjax.data.comic_figures import (
     WHITE,
     Character,
     Pen,
+    emanata,
     figure,
     item,
     jitter,
@@ -156,6 +157,7 @@ def panel(rng: np.random.Generator, width: int, height: int, scene: Scene, seen:
     picture = Image.new('RGB', (width, height))
     draw = ImageDraw.Draw(picture)
     horizon = _backdrop(rng, draw, width, height, scene)
+    emanata(rng, draw, width, height, seen.action)
     left = bool(rng.integers(2))  # the figure's side; balloon and item take the other
     across = (lambda t: t * width) if left else (lambda t: (1 - t) * width)
     if seen.balloon:
