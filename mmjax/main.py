@@ -63,7 +63,7 @@ def claim(workdir, config: dict, *, overwrite: bool) -> bool:
 
     saved = workdir / 'config.json'
     if not saved.exists():
-        if workdir.exists() and any(workdir.iterdir()):
+        if workdir.exists() and any(not p.name.endswith('.tmp') for p in workdir.iterdir()):
             raise DataError(f'{workdir} is not empty and holds no run of mmjax (no config.json)')
         return False
     try:

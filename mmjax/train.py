@@ -54,7 +54,8 @@ class Trainer:
         """Returns the newest good checkpoint's state, or a fresh one."""
         found = self.checkpoints.newest()
         if found is None:
-            logs.truncate(self.workdir / 'metrics.jsonl', -1)
+            if parallel.is_first():
+                logs.truncate(self.workdir / 'metrics.jsonl', -1)
             self.checkpoints.discard_after(-1)
             return self._fresh(init_from)
         number, meta = found
@@ -69,7 +70,8 @@ class Trainer:
         state = self.checkpoints.restore(number, self.run.abstract_state(stage))
         self.checkpoints.discard_after(number)
         if parallel.is_first():
-            logs.truncate(self.workdir / 'metrics.jsonl', number)
+            keep = not self.progress.evaluate_due
+            logs.truncate(self.workdir / 'metrics.jsonl', number, keep_evaluations_at_step=keep)
         self.log.message(f'continuing from step {number}, stage {stage.name}')
         return state
 
@@ -277,6 +279,7 @@ class Trainer:
         self._check_pending()
         meta = {'stage': stage.index, 'data': self.run.fingerprint,
                 'progress': dataclasses.asdict(self.progress)}  # fmt: skip
+        self.log.flush()
         self.checkpoints.save(int(state['step']), state, meta)
 
     # End -------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ ALLOWED = {
     'step': {'optim', 'stages', 'losses.term'},
     'checkpoint': {'checkpoint', 'data.dataset', 'parallel'},
     'logs': {'data.dataset'},
-    'report': {'logs', 'data.dataset', 'report', 'report_page', 'report_curves'},
+    'report': {'logs', 'data.dataset', 'report'},
     'preemption': set(),
     'evaluate': {'parallel', 'data', 'task'},
     'build': ENGINE | {'data'},

@@ -259,7 +259,7 @@ def test_a_process_that_dies_is_told_and_the_others_end():
     next(found)
     one, other = multiprocessing.active_children()
     one.kill()
-    with pytest.raises(DataError, match='a loader process died.*data.workers'):
+    with pytest.raises(DataError, match=r'a loader process died.*data\.workers'):
         for _ in range(50):
             next(found)
     assert not other.is_alive()
@@ -302,9 +302,7 @@ KILLED = """
 
 
 ENDS = {'os.kill(os.getpid(), 9)': -9, 'os._exit(3)': 3, 'pass': 0, '1 / 0': 1}
-MARKED = [
-    pytest.param(then, marks=[pytest.mark.slow] * (code != -9)) for then, code in ENDS.items()
-]
+MARKED = [pytest.param(end, marks=[pytest.mark.slow] * (ENDS[end] != -9)) for end in ENDS]
 
 
 @pytest.mark.parametrize('then', MARKED)
@@ -313,10 +311,7 @@ def test_processes_do_not_outlive_the_run(tmp_path, root, then):
     text = textwrap.dedent(KILLED).format(root=str(root), tests=str(root / 'tests'), then=then)
     script.write_text(text)
     before = set(glob.glob('/dev/shm/*'))
-    done = subprocess.run(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        timeout=60,
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.returncode == ENDS[then], done.stderr
     assert 'leaked' not in done.stderr or then.startswith('os.')
     pids = [int(pid) for pid in done.stdout.split()]

@@ -182,7 +182,7 @@ def test_charts_are_valid_svg_and_show_stages_and_series(finished):
     workdir, _ = finished
     lines, _ = logs.read(workdir / 'metrics.jsonl')
     sections, still = curves.draw(lines, json.loads((workdir / 'results.json').read_text())['best'])
-    assert list(sections) == ['Losses', 'Scores', 'Schedules', 'Health']
+    assert list(sections) == ['Losses', 'Scores', 'Schedules', 'Health', 'Diagnostics']
     for charts in sections.values():
         for drawn in charts:
             ElementTree.fromstring(drawn.svg)
@@ -203,7 +203,7 @@ def test_bins_average_within_a_stage_only():
     value = rng.normal(size=n)
     value[[10, 700]] = np.nan, np.inf
     stage = [0] * 333 + [1] * (n - 333)
-    series = chart.Series('x', '', list(range(n)), value.tolist(), stage)
+    series = chart.Series('x', 'x', '', list(range(n)), value.tolist(), stage)
     parts, width = chart.bins(series)
     assert width == math.ceil(998 / chart.BINS)
     for index, (step, mean, low, high) in enumerate(parts):
@@ -217,7 +217,7 @@ def test_bins_average_within_a_stage_only():
 
 
 def test_evaluations_are_never_averaged():
-    series = chart.Series('x', '', list(range(900)), [0.0, 1.0] * 450, [0] * 900, dots=True)
+    series = chart.Series('eval/v/x', 'x', '', list(range(900)), [0.0, 1.0] * 450, [0] * 900)
     parts, width = chart.bins(series)
     assert width == 1 and len(parts[0][0]) == 900
 
@@ -270,7 +270,8 @@ def test_wrong_types_cost_one_part_only(tmp_path):
     described |= {'plan': [3, {'name': 'pages', 'groups': 1}], 'data': [1], 'config': 'x'}
     logs.write_json(workdir / 'config.json', described)
     page = page_of(workdir)
-    assert 'The part “data” could not be made' in page.text and 'loss/contrastive' in page.text
+    for words in ('The part “data” could not be made', 'python -m mmjax.main', 'loss/contrastive'):
+        assert words in page.text, words
 
 
 def test_large_pictures_are_reduced_and_said_so(tmp_path):

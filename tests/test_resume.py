@@ -92,17 +92,25 @@ def test_kill_9_changes_nothing(tmp_path, unbroken, workers):
     assert kill_at_random_moments(tmp_path / 'run', unbroken, 3, rng, arguments) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 2])
+def test_kill_9_at_twenty_moments(tmp_path, unbroken, workers):
+    """Run it alone as `pytest -m slow -k twenty`; each case kills up to 20 times."""
+    rng = random.Random(100 + workers)
+    arguments = [f'--config.data.workers={workers}']
+    assert kill_at_random_moments(tmp_path / 'run', unbroken, 20, rng, arguments) >= 10
+
+
 def test_a_flipped_bit_in_any_file_is_detected_and_the_run_goes_on(tmp_path, unbroken):
     """Orbax itself restores flipped array data without a word."""
     rng = random.Random(0)
     files = [p for p in sorted((unbroken / 'checkpoints' / str(newest(unbroken))).rglob('*'))
              if p.is_file() and p.stat().st_size]  # fmt: skip
     assert len(files) >= 3
-    from shutil import copytree
 
     for at, path in enumerate(files):
         workdir = tmp_path / str(at)
-        copytree(unbroken, workdir)
+        shutil.copytree(unbroken, workdir)
         (workdir / 'results.json').unlink()
         data = bytearray((workdir / path.relative_to(unbroken)).read_bytes())
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)

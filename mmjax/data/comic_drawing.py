@@ -13,7 +13,6 @@ from mmjax.data.comic_figures import (
     WHITE,
     Character,
     Pen,
-    emanata,
     figure,
     item,
     jitter,
@@ -121,6 +120,52 @@ def _backdrop(rng, draw, width, height, scene) -> float:
     return horizon
 
 
+def _emanata(rng, draw, width, height, action: str):
+    """Scatters the marks by which comics show an action (lines of speed, notes, drops, …)."""
+    size = rng.uniform(0.17, 0.23) * min(height, 1.4 * width)
+    colour = jitter(rng, pick(rng, (*COLOURS.values(), WHITE, INK)))
+    rows, columns = 3, max(2, round(width / height * 3))
+    for row in range(rows):
+        for column in range(columns):
+            if rng.random() < 0.2:
+                continue
+            x = (column + rng.uniform(0.15, 0.85)) * width / columns
+            y = (row + rng.uniform(0.3, 0.9)) * height / rows
+            pen = Pen(draw, x, y, size)
+            match action:
+                case 'run':
+                    for k in (0, 0.3, 0.6):
+                        pen.stroke([-0.8 + k * 1j, 0.8 + k * 1j], colour, 0.13)
+                case 'jump':
+                    for k in (-0.3, 0, 0.3):
+                        pen.stroke([k - 0.4j, k + 1j], colour, 0.13)
+                case 'fly':
+                    for k in (-0.3, 0, 0.3):
+                        pen.stroke([k - 0.5 - 0.3j, k + 0.5 + 0.7j], colour, 0.13)
+                case 'sleep':
+                    pen.stroke([-0.35 + 0.7j, 0.35 + 0.7j, -0.35, 0.35], colour, 0.18)
+                case 'sit':
+                    for k in (-0.4, 0, 0.4):
+                        pen.disc(k, 0.14, colour=colour, outline=False)
+                case 'handstand':
+                    pen.disc(0.3j, 0.42, colour=colour, outline=False)
+                    pen.disc(0.3j, 0.2, colour=INK, outline=False)
+                case 'climb':
+                    for k in (0, 0.35):
+                        pen.stroke([-0.4 + k * 1j, (0.35 + k) * 1j, 0.4 + k * 1j], colour, 0.16)
+                case 'hide':
+                    pen.stroke([0.35j, 0.95j], colour, 0.24)
+                    pen.disc(0.05j, 0.14, colour=colour, outline=False)
+                case 'ride':
+                    wave = np.linspace(-0.8, 0.8, 13)
+                    pen.stroke(wave + 0.2j * np.sin(wave * 8) + 0.3j, colour, 0.16)
+                case 'dance':
+                    pen.stroke([0.2 + 0.1j, 0.2 + 0.9j, 0.5 + 0.7j], colour, 0.14)
+                    pen.disc(0.04 + 0.1j, 0.2, 0.15, colour, False)
+                case 'cry':
+                    pen.fill([0.8j, 0.24 + 0.2j, 0.14, -0.14, -0.24 + 0.2j], colour, False)
+
+
 def _balloon(rng, draw, width, height, left: bool):
     """A balloon, box or burst full of scribbles; it is not told what is said in it."""
     half_width = width * rng.uniform(0.17, 0.25)
@@ -157,7 +202,7 @@ def panel(rng: np.random.Generator, width: int, height: int, scene: Scene, seen:
     picture = Image.new('RGB', (width, height))
     draw = ImageDraw.Draw(picture)
     horizon = _backdrop(rng, draw, width, height, scene)
-    emanata(rng, draw, width, height, seen.action)
+    _emanata(rng, draw, width, height, seen.action)
     left = bool(rng.integers(2))  # the figure's side; balloon and item take the other
     across = (lambda t: t * width) if left else (lambda t: (1 - t) * width)
     if seen.balloon:

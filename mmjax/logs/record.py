@@ -56,9 +56,16 @@ class Logs:
             if stage != self._stage:
                 events.add_text('stage', stage, line['step'])
                 self._stage = stage
-            for name, value in {'epoch': line['epoch'], **values}.items():
-                add = events.add_text if isinstance(value, str) else events.add_scalar
-                add(name, value if isinstance(value, str) else float(value), line['step'])
+            for name, value in values.items():
+                if isinstance(value, str):
+                    events.add_text(name, value, line['step'])
+            numbers = {n: float(v) for n, v in values.items() if not isinstance(v, str)}
+            numbers['epoch'] = line['epoch']
+            # One event a line: add_scalar queues one a value, 3.4 ms for 30 values instead of .1.
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            scalars = [Summary.Value(tag=n, simple_value=v) for n, v in numbers.items()]
+            events.file_writer.add_summary(Summary(value=scalars), line['step'])
 
     def figures(self, step: int, figures: Mapping[str, Any]) -> None:
         """Saves matplotlib Figures as figures/<name>.png, and sends them to TensorBoard.

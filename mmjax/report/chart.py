@@ -39,12 +39,17 @@ class Chart:
 class Series:
     """Points of one curve; `stage` keeps a line from crossing into the next stage."""
 
+    key: str  # in metrics.jsonl
     label: str
     colour: str
     step: list[int]
     value: list[float]
     stage: list[int]
-    dots: bool = False  # evaluation: every point marked, never averaged
+
+    @property
+    def dots(self) -> bool:
+        """Whether it is an evaluation: every point marked, none averaged."""
+        return self.key.startswith('eval/')
 
     @property
     def constant(self) -> bool:
@@ -101,6 +106,8 @@ def chart(title, series, stages, *, wide=False, log=False, ring=None, zero='') -
             axis.set_ylim(bottom=max(positive.min() * 0.8, positive.max() * 1e-4))
         elif len(values) and 0 <= values.min() < 0.35 * values.max():
             axis.set_ylim(bottom=0)
+        elif len(values) and np.ptp(values) < (least := 0.02 * np.abs(values).max()):
+            axis.set_ylim(*(np.mean([values.min(), values.max()]) + np.array([-1, 1]) * least))
         if ring:
             _mark(axis, *ring)
         _dress(axis, log, legend)
@@ -142,7 +149,7 @@ def _rows(series: Sequence[Series], letters: int) -> list[list[Series]]:
 
 def _canvas(width: float, height: float, legend: int):
     """Returns a figure and its axes of `height` inches, with room for `legend` rows below."""
-    top, bottom, left, right = 0.24, 0.42 + 0.2 * legend, 0.55, 0.1
+    top, bottom, left, right = 0.24, 0.42 + 0.2 * legend, 0.6, 0.1
     total = top + height + bottom
     figure = Figure(figsize=(width, total))
     box = (left / width, bottom / total, 1 - (left + right) / width, height / total)
@@ -177,10 +184,11 @@ def _broken(axis, s: Series) -> int:
 
 def _mark(axis, step: float, value: float, words: str) -> None:
     axis.plot(step, value, 'o', ms=10, mfc='none', mec=INK, mew=1.2, zorder=5)
-    high = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))[1] > 0.5
+    across, up = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))
+    side = 'right' if across > 0.9 else 'left' if across < 0.1 else 'center'
     axis.annotate(
-        words, (step, value), xytext=(0, -16 if high else 10), textcoords='offset points',
-        ha='center', fontsize=8.5, fontweight='bold', annotation_clip=False, zorder=7,
+        words, (step, value), xytext=(0, -16 if up > 0.5 else 10), textcoords='offset points',
+        ha=side, fontsize=8.5, fontweight='bold', annotation_clip=False, zorder=7,
         bbox={'fc': 'white', 'ec': 'none', 'pad': 1.2, 'alpha': 0.85},
     )  # fmt: skip
 

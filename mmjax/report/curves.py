@@ -10,6 +10,7 @@ from mmjax.report.chart import Chart, Series, chart
 TRAIN = '#2f63c9'
 EVALUATION = ('#d9541e', '#138a6b', '#8a4fc4', '#b8860b')
 GROUPS = ('#2f63c9', '#d9541e', '#138a6b', '#8a4fc4', '#b8860b', '#c23b6b', '#3f8fb0', '#6b7280')
+_MACHINE = ('examples_per_second', 'loss_scale')
 _HIDDEN = ('step', 'epoch', 'step_seconds')
 
 
@@ -41,7 +42,7 @@ def collect(lines: Sequence[Mapping]) -> dict[str, Series]:
             value = number(item)
             if value is None or key in _HIDDEN:
                 continue
-            series = out.setdefault(key, Series(key, TRAIN, [], [], [], key.startswith('eval/')))
+            series = out.setdefault(key, Series(key, key, TRAIN, [], [], []))
             series.step.append(line['step'])
             series.value.append(value)
             series.stage.append(index)
@@ -72,7 +73,7 @@ def draw(lines: Sequence[Mapping], best: Mapping | None) -> tuple[dict[str, list
                 same = s.label in (title, 'train')
                 still[title if same else f'{title} ({s.label})'] = s.value[-1]
             return
-        ring = _ring(best, title, series)
+        ring = _ring(best, series)
         sections[section].append(chart(title, series, stages, ring=ring, **options))
 
     def with_evaluations(key, metric):
@@ -98,10 +99,10 @@ def draw(lines: Sequence[Mapping], best: Mapping | None) -> tuple[dict[str, list
         norms = [train['grad_norm'], *(norms if len(norms) > 1 else [])]
     if norms:
         add('Health', 'gradient norm', norms, log=True)
-    for key in sorted(other, key=lambda k: k != 'examples_per_second'):
-        add('Health', key, joined[key])
+    for key in sorted(other, key=lambda k: k not in _MACHINE):
+        add('Health' if key in _MACHINE else 'Diagnostics', key, joined[key])
     for key in family('count/'):
-        add('Health', key, [train[key]])
+        add('Diagnostics', key, [train[key]])
     return dict(sections), still
 
 
@@ -130,17 +131,15 @@ def _members(members: list[str], evaluations: Mapping, many: bool) -> list[Serie
     out = []
     for metric in members:
         for series in evaluations[metric]:
-            label = f'{series.label} {metric}' if many else metric
+            short = metric.rsplit('_', 1)[-1]
+            label = f'{series.label} {short}' if many else short
             out.append(_grouped(series, len(out), label))
     return out
 
 
-def _ring(best: Mapping | None, title: str, series: Sequence[Series]):
+def _ring(best: Mapping | None, series: Sequence[Series]) -> tuple[int, float, str] | None:
     """Returns (step, value, text) of the run's best point where this chart shows that metric."""
-    evaluator, _, metric = str((best or {}).get('metric', '')).partition('/')
     value = number((best or {}).get('value'))
-    labels = [metric, f'{evaluator} {metric}']
-    if metric in (title, title.removeprefix('loss/')):
-        labels.append(evaluator)
-    shown = value is not None and any(s.dots and s.label in labels for s in series)
-    return (best['step'], value, f'best {value:.4g}') if shown else None
+    if value is None or not any(s.key == f'eval/{best["metric"]}' for s in series):
+        return None
+    return best['step'], value, f'best {value:.4g}'

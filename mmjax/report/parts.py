@@ -43,7 +43,7 @@ def header(left) -> Markup:
     if speed := left.train('examples_per_second'):
         items.append(('examples a second', show(statistics.median(speed)), 'median of the log'))
     if seconds := _seconds(left.lines):
-        items.append(('time in updates', duration(seconds), 'from step_seconds in the log'))
+        items.append(('time in updates', duration(seconds), 'compilation included'))
     title = element('h1', left.workdir.name)
     parts = [
         element('div', title, element('span', badge, class_=f'badge {kind}'), class_='top'),

@@ -57,6 +57,9 @@ class PageScores(Evaluator):
         figure = Figure(figsize=(12, 2.3 * max(len(rows), 1)), layout='constrained')
         widest = max([int(asked[row].sum()) for row in rows], default=1)
         axes = figure.subplots(max(len(rows), 1), widest, squeeze=False)
+        figure.set_label(
+            'Panels with the text of their page that their picture finds; green where it is theirs.'
+        )
         for axis in axes.flat:
             axis.axis('off')
         for line, row in enumerate(rows):
@@ -97,7 +100,7 @@ def within_and_across(outputs, panels, has) -> dict[str, float | str]:
     out['collapse_verdict'] = (
         'no page with two texts'
         if math.isnan(accuracy)
-        else collapse.verdict(intra, inter, accuracy, chance, forward.chance_error)
+        else collapse.verdict(intra, inter, accuracy, chance, max(error, forward.chance_error))
     )
     return out
 
@@ -125,6 +128,7 @@ def _similarity(fused, panels, pages=16):
     """Draws the cosines of the first pages' panels; a healthy model shows blocks."""
     rows = _unit(fused[:pages][panels[:pages]])
     figure = Figure(figsize=(6, 5), layout='constrained')
+    figure.set_label('Cosines of fused panel embeddings; lines part pages.')
     axis = figure.subplots()
     image = axis.imshow(rows @ rows.T, vmin=-1, vmax=1, cmap='RdBu_r')
     for edge in np.cumsum(panels[:pages].sum(1))[:-1] - 0.5:
