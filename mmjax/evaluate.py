@@ -35,8 +35,8 @@ class Apply:
         devices = self._mesh.size
         batch_size = -(-min(batch_size, len(dataset)) // devices) * devices
         sampler = samplers.make(
-            {'name': 'sequential', 'by': dataset.length_key}, dataset.index, len(dataset), batch_size, seed=0, stage=0,
-            lengths=dataset.lengths,
+            {'name': 'sequential', 'by': dataset.length_key}, dataset.index, len(dataset),
+            batch_size, seed=0, stage=0, lengths=dataset.lengths,
         )  # fmt: skip
         host = pipeline.batches(
             dataset, sampler, seed=0, stage=0, stop=sampler.steps_per_epoch, train=False,

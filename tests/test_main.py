@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 def refuse(tmp_path, *arguments, env=None):
-    """Runs a command that must fail; returns its one sentence, after seeing that nothing is left."""
+    """Runs a command that must fail and leave nothing; returns its one sentence."""
     before = sorted(tmp_path.rglob('*'))
     cache = {'MMJAX_CACHE': str(tmp_path / 'cache'), **(env or {})}
     done = command(SMOKE, f'--workdir={tmp_path / "run"}', *arguments, env=cache)

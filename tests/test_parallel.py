@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,8 @@ mesh = parallel.mesh({'data': -1, 'fsdp': 1})
 loss, grad = device_step(w, x.reshape(8, 2, 5), mask.reshape(8, 2))
 with jax.set_mesh(mesh):
     put = lambda a: jax.device_put(a, parallel.rows(mesh))
-    want, dw = jax.jit(jax.value_and_grad(lambda w, x, m: term(w, x, m).mean()))(w, put(x), put(mask))
+    mean = lambda w, x, m: term(w, x, m).mean()
+    want, dw = jax.jit(jax.value_and_grad(mean))(w, put(x), put(mask))
 np.testing.assert_allclose(loss[0], want, rtol=1e-6)
 np.testing.assert_allclose(grad[0], dw, rtol=1e-5)
 assert jax.device_count() == 8
@@ -98,24 +100,12 @@ def test_a_mesh_that_does_not_fit_the_devices_is_an_error():
         parallel.check_batch(8, 3, mesh)
 
 
-def test_large_leaves_are_sharded_along_their_longest_axis():
-    class Fake:
-        shape = {'fsdp': 4}
-
-    found = {}
-
-    def note(mesh, spec):
-        return tuple(spec)
-
-    original = parallel.NamedSharding
-    parallel.NamedSharding = note
-    try:
-        leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        tree = {'wide': leaf(64, 1024), 'tall': leaf(1024, 64), 'odd': leaf(333, 333),
-                'small': leaf(4, 4)}  # fmt: skip
-        found = parallel.weights(tree, Fake)
-    finally:
-        parallel.NamedSharding = original
+def test_large_leaves_are_sharded_along_their_longest_axis(monkeypatch):
+    mesh = types.SimpleNamespace(shape={'fsdp': 4})
+    monkeypatch.setattr(parallel, 'NamedSharding', lambda mesh, spec: tuple(spec))
+    leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    tree = {'wide': leaf(64, 1024), 'tall': leaf(1024, 64), 'odd': leaf(333, 333)}
+    found = parallel.weights({**tree, 'small': leaf(4, 4)}, mesh)
     assert found == {'wide': (None, 'fsdp'), 'tall': ('fsdp',), 'odd': (), 'small': ()}
 
 

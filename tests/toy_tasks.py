@@ -114,8 +114,8 @@ class CTC(Task):
 
     def init(self, key, batch):
         k1, k2 = jax.random.split(key)
-        return {'params': {'in': {'kernel': jax.random.normal(k1, (5, self.width)) * 0.3},
-                           'out': {'kernel': jax.random.normal(k2, (self.width, 5)) * 0.3}}}  # fmt: skip
+        kernel = lambda key, *shape: {'kernel': 0.3 * jax.random.normal(key, shape)}
+        return {'params': {'in': kernel(k1, 5, self.width), 'out': kernel(k2, self.width, 5)}}
 
     def forward(self, variables, batch, stage, *, train, key):
         p = variables['params']

@@ -31,7 +31,7 @@ class Dataset(abc.ABC):
         """Decodes, augments (when `train`) and tokenizes one record."""
 
     def collate(self, examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:
-        """Stacks examples to a batch; `bucket` is the length to pad to where lengths vary, else 0."""
+        """Stacks examples to a batch; `bucket` is the length to pad to, 0 where there is one."""
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
     @abc.abstractmethod
