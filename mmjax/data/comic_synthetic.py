@@ -3,17 +3,19 @@
 What is in the pixels, and so can be learnt:
   - of a page: place, time of day, weather and palette; a cast of two or three characters, each
     of a species, a colour and a hat;
-  - of a panel: who acts, one of 11 actions, one of 12 items in one of 8 colours, and perhaps
-    another of the cast watching. No two panels of a page share an action or an item, so any two
-    of its texts differ in at least two things that can be seen.
+  - of a panel: who acts, one of 11 actions (pose, prop and the marks comics put around it), one of
+    12 items (in a round inset) in one of 8 colours, perhaps another of the cast beside. No two
+    panels of a page share an action or an item, so any two of its texts differ in at least two
+    things that can be seen.
 What a text says: always the action and the item, often who, the item's colour, who watches, and
 where and when; in speech, narration or sound effects with several words for most things. A
 character's name goes with its species.
 What is not in the pixels: the words (lettering is scribble), how long the text is (balloons have
 their size, shape and number of lines from a stream that never saw the text) and whether it is
-spoken or narrated. A silent panel has no balloon. Panel boxes have a random stream of their own:
-layout says nothing of a text. Left and right are in no text, so pictures may be mirrored. What no
-text speaks of: where things stand, how large, clutter in the items' colours, colours of props.
+spoken, narrated or a sound. A silent panel has no balloon. Panel boxes have a random stream of
+their own: layout says nothing of a text. Left and right are in no text, so pictures may be
+mirrored. What no text speaks of: where things stand and how large, clutter in the items' colours,
+colours of props and marks. No font is used: pixels depend on pillow's polygons alone.
 """
 
 import csv

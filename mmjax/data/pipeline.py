@@ -4,15 +4,17 @@ Batch `step` is a pure function of (dataset, sampler, seed, stage, step), so res
 only, and 1, 2 or 4 hosts see the same global batches. Grain reads ahead and runs the processes.
 """
 
+import atexit
 import collections
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
-import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from multiprocessing import resource_tracker
@@ -153,6 +155,11 @@ def _start_worker(index: int, count: int) -> None:
     threading.Thread(target=follow, name='mmjax-follow-parent', daemon=True).start()
 
 
+def _close(reference: weakref.ref) -> None:
+    if (found := reference()) is not None:
+        found.close()
+
+
 class Batches:
     """Iterates over local batches; `close()` (or leaving `with`) ends its threads and processes.
 
@@ -162,6 +169,7 @@ class Batches:
     def __init__(self, steps: _Steps, start: int, stop: int, workers: int, ahead: int):
         self._steps, self._workers, self._children = steps, workers, []
         self._started, self._closed = False, False
+        self._at_exit = functools.partial(_close, weakref.ref(self))
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain reads flags of its own
                 flags.FLAGS.mark_as_parsed()
@@ -202,7 +210,9 @@ class Batches:
                 f'a loader process died ({error}): exit code -9 may be a lack of memory, -7 of '
                 'space in /dev/shm; set data.workers=0 or fewer'
             ) from error
-        return {key: np.asarray(value) for key, value in batch.items()}
+        if self._workers:  # out of shared memory, which nobody frees who is alive at exit
+            batch = {key: np.array(value) for key, value in batch.items()}
+        return batch
 
     def _first(self) -> dict[str, np.ndarray]:
         """Starts the processes and returns the first batch.
@@ -217,21 +227,22 @@ class Batches:
             return next(self._iterator)
 
         self._started = True
+        atexit.register(self._at_exit)  # before multiprocessing's own, which ends the queues
         with _STARTING, futures.ThreadPoolExecutor(1, 'mmjax-start') as pool:
             before = set(multiprocessing.active_children())
-            try:
-                return pool.submit(start).result()
-            finally:
-                patience = time.monotonic() + 5
-                while len(self._children) < self._workers and time.monotonic() < patience:
-                    self._children = list(set(multiprocessing.active_children()) - before)
-                    time.sleep(0.01)
+            first, seen = pool.submit(start), False
+            while not seen and len(self._children) < self._workers:
+                seen = first.done()
+                self._children = list(set(multiprocessing.active_children()) - before)
+                futures.wait([first], timeout=0.01)
+            return first.result()
 
     def close(self) -> None:
         """Ends threads and processes: at once, or after the batch a process is at."""
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self._at_exit)
         self._steps.close()
         self._iterator.close()
         self._iterator = None
@@ -239,6 +250,10 @@ class Batches:
             if child.is_alive():
                 child.kill()
             child.join()
+
+    def __del__(self):
+        if hasattr(self, '_iterator'):
+            self.close()
 
     def __enter__(self):
         return self
@@ -303,7 +318,7 @@ def batches(
         dataset, sampler, seed=seed, stage=stage, train=train, threads=threads,
         place=process_index * count, count=count,
     )  # fmt: skip
-    return Batches(steps, start, stop, workers, prefetch if threads else 0)
+    return Batches(steps, start, stop, min(workers, stop - start), prefetch if threads else 0)
 
 
 def to_device(
