@@ -18,9 +18,9 @@ def get_config(argument: str = ''):
     config.task = 'comic'
     config.batch_size = 32  # pages
 
-    config.data.image_size = 64  # of a panel, pixels
+    config.data.image_size = 128  # of a panel, pixels
     config.data.max_panels = 16  # the published N; later panels are cut and counted
-    config.data.buckets = (4, 6, 9, 16)  # panels a page is padded to; one compilation each
+    config.data.buckets = (3, 6, 9, 16)  # panels a page is padded to; one compilation each
     config.data.max_tokens = 32
     config.data.vocabulary = 2048  # of the tokenizer that is trained on the pages' text
     config.data.use_composition = True
@@ -33,9 +33,9 @@ def get_config(argument: str = ''):
         visual_backbone='resnet',  # siglip | resnet | both
         visual_fusion='attention',  # of both: attention | gate | concat
         siglip=dict(patch_size=8, width=128, depth=4, heads=4, mlp_width=512, dropout=0.0),
-        resnet=dict(stage_sizes=(1, 1, 1, 1), width=24, bottleneck=False, stem_kernel=3,
-                    stem_stride=2, stem_pool=False),
-        bert=dict(width=128, depth=2, heads=4, mlp_width=256, max_length=128, dropout=0.1),
+        resnet=dict(stage_sizes=(1, 1, 1), width=48, bottleneck=False, stem_kernel=11,
+                    stem_stride=8, stem_pool=False),
+        bert=dict(width=128, depth=1, heads=4, mlp_width=256, max_length=128, dropout=0.1),
         heads=dict(features=512, siglip_hidden=384, resnet_hidden=512, composition_hidden=256,
                    gate_hidden=512, reconstruction_hidden=1024, dropout=0.1),
         pretrained=dict(siglip=config_dict.placeholder(str), resnet=config_dict.placeholder(str),

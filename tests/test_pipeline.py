@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -173,6 +174,23 @@ def test_padding_is_decoded_once():
     assert calls == [8] and not batch['mask'].any() and (batch['row'] == 8).all()
 
 
+def test_an_epoch_is_planned_once_and_forgotten():
+    plans = []
+
+    class Planned:
+        batch_size, steps_per_epoch = BATCH, 2
+
+        def plan(self, epoch):
+            rows = np.arange(2 * BATCH).reshape(2, BATCH)
+            plans.append((epoch, weakref.ref(rows)))
+            return samplers.Plan(rows, rows >= 0, np.zeros(2, np.int64))
+
+    with batches(sampler=Planned(), stop=12) as found:
+        list(found)
+    assert [epoch for epoch, _ in plans] == list(range(6))
+    assert sum(rows() is not None for _, rows in plans) <= 2
+
+
 @pytest.fixture(scope='module')
 def with_workers():
     """The first batches of two worker counts, the processes meanwhile, and seconds to close."""
@@ -267,14 +285,14 @@ def test_a_process_that_dies_is_told_and_the_others_end():
 
 @pytest.mark.parametrize('threads', [1, 3])
 def test_closing_ends_the_threads(threads):
-    found = batches(Rows(seconds=0.05), threads=threads)
+    found = batches(Rows(seconds=0.1), threads=threads)
     next(found)
     assert decoding_threads()
     start = time.monotonic()
     found.close()
     found.close()
     assert time.monotonic() - start < 0.2
-    check_gone(lambda: not decoding_threads(), 0.5)  # one example, not the batches ahead
+    check_gone(lambda: not decoding_threads(), 0.3)  # one example, not the batches ahead
     assert list(found) == []
 
 

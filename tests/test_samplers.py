@@ -232,6 +232,19 @@ def test_pk_partners_change_from_batch_to_batch():
     assert len(met) > 500 and max(met.values()) <= 8
 
 
+def test_pk_pictures_meet_others_of_their_identity_every_epoch():
+    sampler = make({'name': 'pk', 'by': 'id', 'k': 2}, {'id': np.repeat(np.arange(4), 10)}, 40, 8)
+    pairs = [{tuple(sorted(p)) for p in sampler.plan(e).rows.reshape(-1, 2)} for e in range(30)]
+    assert len(set.union(*pairs)) > 0.9 * 4 * 45
+
+
+def test_bucketed_knows_that_fifty_stretched_by_a_tenth_is_fifty_five():
+    spec = {'name': 'bucketed', 'by': 'n', 'stretch': 1.1}
+    assert 50 * 1.1 > 55
+    assert make(spec, {'n': np.array([50])}, 1, 1, lengths=(55, 90)).plan(0).bucket == [55]
+    assert make(spec, {'n': np.array([51])}, 1, 1, lengths=(55, 90)).plan(0).bucket == [90]
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_bucketed_batches_have_one_bucket_that_fits_tightly(case):
     rng = np.random.default_rng(case)

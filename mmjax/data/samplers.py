@@ -236,7 +236,7 @@ class Bucketed:
             raise DataError("sampler 'bucketed': the dataset has no bucket lengths")
         lengths = np.unique(data.lengths)
         length = data.column('bucketed', by, 'iu')
-        longest = np.ceil(length * stretch - 1e-6).astype(np.int64)  # 10 · 1.1 is 11
+        longest = np.ceil(length * stretch - 1e-6).astype(np.int64)  # 50 · 1.1 is 55
         bucket = np.searchsorted(lengths, longest)
         beyond = np.flatnonzero(bucket == len(lengths))
         if len(beyond) and too_long == 'error':
