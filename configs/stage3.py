@@ -20,9 +20,11 @@ def get_config(argument: str = ''):
 
     config.data.image_size = 128  # of a panel, pixels
     config.data.max_panels = 16  # the published N; later panels are cut and counted
-    config.data.buckets = (3, 6, 9, 16)  # panels a page is padded to; one compilation each
+    config.data.buckets = (9, 16)  # panels a page may be padded to, for the bucketed sampler
     config.data.max_tokens = 32
     config.data.vocabulary = 2048  # of the tokenizer that is trained on the pages' text
+    config.data.hidden_tokens = 0.1  # share of the tokens hidden in training
+    config.data.hidden_texts = 0.1  # share of the panels whose text is hidden in training
     config.data.use_composition = True
     config.data.max_fault_share = 0.01
     config.data.max_pixels = 50_000_000
@@ -31,11 +33,12 @@ def get_config(argument: str = ''):
 
     config.model = dict(
         visual_backbone='resnet',  # siglip | resnet | both
+        pack=True,  # run the towers on the panels that are there, not on padding
         visual_fusion='attention',  # of both: attention | gate | concat
         siglip=dict(patch_size=8, width=128, depth=4, heads=4, mlp_width=512, dropout=0.0),
-        resnet=dict(stage_sizes=(1, 1, 1), width=48, bottleneck=False, stem_kernel=11,
+        resnet=dict(stage_sizes=(1, 1, 1), width=32, bottleneck=False, stem_kernel=11,
                     stem_stride=8, stem_pool=False),
-        bert=dict(width=128, depth=1, heads=4, mlp_width=256, max_length=128, dropout=0.1),
+        bert=dict(width=96, depth=1, heads=3, mlp_width=192, max_length=128, dropout=0.1),
         heads=dict(features=512, siglip_hidden=384, resnet_hidden=512, composition_hidden=256,
                    gate_hidden=512, reconstruction_hidden=1024, dropout=0.1),
         pretrained=dict(siglip=config_dict.placeholder(str), resnet=config_dict.placeholder(str),
@@ -44,7 +47,7 @@ def get_config(argument: str = ''):
     config.losses = dict(temperature=0.07, chunk='auto', stop_context=False)
     config.loss_weights = dict(contrastive=1.0, reconstruction=0.5, alignment=0.3)
 
-    config.sampler = dict(name='bucketed', by='n_panels')
+    config.sampler = dict(name='stratified', by=dict(n_panels=2, n_text=2))
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.01
     config.optimizer.warmup_fraction = 0.05
@@ -76,7 +79,6 @@ def get_config(argument: str = ''):
                                    stem_kernel=7, stem_pool=True)  # fmt: skip
         config.model.bert.update(width=384, depth=6, heads=12, mlp_width=1536, max_length=512)
         config.model.heads.resnet_hidden = 1024
-        config.sampler = dict(name='stratified', by=dict(n_panels=2, n_text=2))
         config.optimizer.learning_rate = 1e-4
         config.stages = ('pages',)
         config.stage.pages = dict(epochs=9.0, learning_rates=dict(vision=0.0, text=0.0))

@@ -167,6 +167,8 @@ class ComicPages(Dataset):
         buckets: Sequence[int] = (),
         use_composition: bool = True,
         augmentation: pictures.Augmentation | None = _AUGMENTATION,
+        hidden_tokens: float = 0.0,
+        hidden_texts: float = 0.0,
         cache_bytes: int = 256 << 20,
     ):
         """Opens a split.
@@ -178,6 +180,8 @@ class ComicPages(Dataset):
           buckets: panels a batch may be padded to, for the samplers; none: max_panels.
           use_composition: False leaves the composition out (zeros, modality absent): an ablation.
           augmentation: applied when training; None for none.
+          hidden_tokens, hidden_texts: share of the tokens, and of the panels' whole texts, that
+            are hidden at random in training.
           cache_bytes: memory, in each process, for decoded pages; filled once and kept, so that a
             small set is decoded only in the first epoch. 0 for none.
         """
@@ -192,6 +196,7 @@ class ComicPages(Dataset):
         self.length_key = 'n_panels'
         self.use_composition = use_composition
         self.augmentation = augmentation
+        self.hidden_tokens, self.hidden_texts = hidden_tokens, hidden_texts
         self._cache_bytes = cache_bytes
         self._kept: dict[int, Image.Image] = {}
         self._kept_bytes = 0
@@ -214,6 +219,33 @@ class ComicPages(Dataset):
         """Returns the same split with another tokenizer."""
         other = copy.copy(self)
         other.tokenizer = tokenizer
+        return other
+
+    def with_page(self, picture: str | os.PathLike) -> 'ComicPages':
+        """Returns a split of one page: a picture, and its JSON of the same name beside it.
+
+        Raises:
+          DataError: a file that is missing, unreadable or malformed.
+        """
+        picture = pathlib.Path(picture)
+        page = picture.with_suffix('.json')
+        for path in (picture, page):
+            if not path.is_file():
+                raise DataError(f'{path} does not exist (a page is a picture and its JSON beside)')
+        image = picture.read_bytes()
+        limits = {'max_pixels': self.pages.max_pixels}
+        size = pictures.check_picture(image, str(picture), **limits)
+        content = comic_folder.read_json(page, str(page))
+        record, _ = comic_folder.page_record(content, str(page), size, self.pages.max_panels)
+        if not record['boxes']:
+            raise DataError(f'{page} has no panels')
+        other = copy.copy(self)
+        other.pages = dataclasses.replace(self.pages, root=None)
+        other._kept, other._kept_bytes = {}, 0
+        other._records = [{**record, 'canonical_id': picture.stem, 'image_path': '',
+                           'page_type': self.pages.page_types[0], 'image': image}]  # fmt: skip
+        other.index = {key: np.asarray([value]) for key, value in
+                       _index(other._records[0], self.pages.page_types).items()}  # fmt: skip
         return other
 
     def record(self, row: int) -> dict[str, Any]:
@@ -262,16 +294,19 @@ class ComicPages(Dataset):
         for place in range(n):
             box = record['boxes'][place]
             if train and self.augmentation:
-                box = self.augmentation.box(box, rng)
+                boxes[place] = box = self.augmentation.box(box, rng)
             cut = pictures.crop_resize(picture, box, size)
             images[place] = self.augmentation.tone(cut, rng) if train and self.augmentation else cut
         tokens, token_mask = self.tokenizer.encode(
             [*record['texts'], *[''] * (limit - n)], self.max_tokens
         )
+        if train:  # rare words give a page away: what is left must do without them
+            token_mask &= rng.random(token_mask.shape) >= self.hidden_tokens
+            token_mask &= rng.random((limit, 1)) >= self.hidden_texts
         panels = np.arange(limit) < n
         composition = np.zeros((limit, COMPOSITION), np.float32)
         if self.use_composition:
-            composition[:n] = _composition(record)
+            composition[:n] = _composition(record, boxes[:n])  # of what the pictures show
         has_composition = panels & self.use_composition
         return {
             'images': images,
@@ -314,9 +349,9 @@ class ComicPages(Dataset):
             ) from error
 
 
-def _composition(record: Mapping[str, Any]) -> np.ndarray:
+def _composition(record: Mapping[str, Any], boxes: np.ndarray) -> np.ndarray:
     """Returns float32 [panels, 7]; slots 3 and 4 (shots) are not annotated by either form."""
-    x0, y0, x1, y1 = np.asarray(record['boxes'], np.float64).T
+    x0, y0, x1, y1 = np.asarray(boxes, np.float64).T
     values = np.zeros((len(x0), COMPOSITION), np.float32)
     values[:, 0] = (x1 - x0) * record['width'] / ((y1 - y0) * record['height'])
     values[:, 1] = (x1 - x0) * (y1 - y0)

@@ -252,7 +252,7 @@ class Batches:
             child.join()
 
     def __del__(self):
-        if hasattr(self, '_iterator'):
+        if hasattr(self, '_iterator') and not sys.is_finalizing():
             self.close()
 
     def __enter__(self):

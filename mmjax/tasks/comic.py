@@ -1,6 +1,7 @@
 """Comic panels: one embedding a panel from its picture, its text and its place on the page."""
 
 import json
+import math
 import os
 import pathlib
 
@@ -42,6 +43,8 @@ class Recipe(Task):
             )
         self.splits, self.tokenizer = _pages(config, assets)
         self.model, self.folders = _model(config, self.tokenizer.size)
+        panels = self.splits['train'].index['n_panels']
+        self.pack, self.panels_a_page = config.model.pack, (panels.mean(), panels.std())
         self.temperature = config.losses.temperature
         chunk = config.losses.chunk
         self.chunk = chunk if chunk == 'auto' else int(chunk)
@@ -83,24 +86,56 @@ class Recipe(Task):
 
     def forward(self, variables, batch, stage, *, train, key):
         frozen = frozenset(group for group in ('vision', 'text') if not stage.trains(group))
-        inputs = self._inputs(batch)
+        *arrays, asked = self._inputs(batch)
+        place = jnp.cumsum(asked.reshape(-1)).reshape(asked.shape)
+        inputs = (*arrays, asked & (place <= self._capacity(asked)))
         hidden = reconstruction.hidden_panel(batch['key'], inputs[-1])
-
-        def run(model):
-            out = model.encode(*inputs, train=train, frozen=frozen)
-            context = reconstruction.context_mean(
-                out['fused'], inputs[-1], hidden, stop_gradient=self.stop_context
-            )
-            return {**out, 'predicted': model.reconstruct(context, train=train)}
-
-        outputs, changed = self.model.apply(
-            variables, method=run, mutable=['batch_stats'], rngs={'dropout': key}
+        encode_key, predict_key = jax.random.split(key)
+        outputs, changed = self._packed(inputs, lambda arrays: self.model.apply(
+            variables, *arrays, train, frozen, method='encode', mutable=['batch_stats'],
+            rngs={'dropout': encode_key},
+        ))  # fmt: skip
+        context = reconstruction.context_mean(
+            outputs['fused'], inputs[-1], hidden, stop_gradient=self.stop_context
         )
-        return {**outputs, 'hidden': hidden}, changed['batch_stats']
+        predicted = self.model.apply(
+            variables, context, train, method='reconstruct', rngs={'dropout': predict_key}
+        )
+        outputs |= {'predicted': predicted, 'hidden': hidden, 'panels': inputs[-1]}
+        return outputs, changed['batch_stats']
+
+    def _capacity(self, panels):
+        """Returns how many panels a batch of this shape may hold, a multiple of 8.
+
+        Four standard deviations above what the training pages need, so that about one batch in
+        30,000 is cut; `panels_left_out` in the log counts what was.
+        """
+        pages, slots = panels.shape
+        mean, deviation = self.panels_a_page
+        needed = mean * pages + 4 * deviation * math.sqrt(pages)
+        return min(math.ceil(needed / 8) * 8, pages * slots) if self.pack else pages * slots
+
+    def _packed(self, inputs, apply):
+        """Returns apply(inputs) as (outputs, changed), computed on the panels that are there.
+
+        Pages have few of the slots they are padded to: the real panels are gathered into a row of
+        fixed capacity and their outputs put back.
+        """
+        pages, slots = inputs[-1].shape
+        capacity = self._capacity(inputs[-1])
+        if capacity == pages * slots:
+            return apply(inputs)
+        order = jnp.argsort(~inputs[-1].reshape(-1), stable=True)[:capacity]
+        take = lambda x: x.reshape(-1, *x.shape[2:])[order][None]
+        outputs, changed = apply(tuple(map(take, inputs)))
+        empty = lambda x: jnp.zeros((pages * slots, x.shape[-1]), x.dtype)
+        put = lambda x: empty(x).at[order].set(x[0]).reshape(pages, slots, -1)
+        return {name: put(x) for name, x in outputs.items()}, changed
 
     def terms(self, variables, outputs, batch, stage):
-        panels, has = self._inputs(batch)[-1], batch['modality'].astype(bool)
-        return self._terms(outputs, panels, has)
+        terms = self._terms(outputs, outputs['panels'], batch['modality'].astype(bool))
+        asked = self._inputs(batch)[-1].sum()
+        return {**terms, 'panels_left_out': asked - outputs['panels'].sum()}
 
     def _terms(self, outputs, panels, has):
         rows = lambda x: x.reshape(-1, x.shape[-1])
@@ -129,12 +164,10 @@ class Recipe(Task):
         fold = lambda row: jax.random.fold_in(jax.random.key(0), row)
         hidden = reconstruction.hidden_panel(jax.vmap(fold)(batch['row']), inputs[-1])
 
-        def run(model):
-            out = model.encode(*inputs, train=False)
-            context = reconstruction.context_mean(out['fused'], inputs[-1], hidden)
-            return {**out, 'predicted': model.reconstruct(context, train=False)}
-
-        return {**self.model.apply(variables, method=run), 'hidden': hidden}
+        outputs = self.model.apply(variables, *inputs, False, method='encode')
+        context = reconstruction.context_mean(outputs['fused'], inputs[-1], hidden)
+        predicted = self.model.apply(variables, context, False, method='reconstruct')
+        return {**outputs, 'predicted': predicted, 'hidden': hidden}
 
     def fused(self, variables, batch):
         """Embeds a batch: float32 [batch, panels, features]."""
@@ -142,6 +175,32 @@ class Recipe(Task):
 
     def evaluators(self):
         return {'val': PageScores(self, self.dataset('val'), self.batch_size, self.weights)}
+
+    def predict(self, variables, inputs, output):
+        """Says which of its page's texts each panel of one page finds, and writes embeddings.
+
+        `inputs` is a picture with its JSON beside it (`page.jpg`, `page.json`).
+        """
+        page = self.splits['val'].with_page(inputs)
+        example = page.collate([page.example(0, np.random.default_rng(0), False)], 0)
+        batch = {**example, 'mask': np.ones(1, bool), 'row': np.zeros(1, np.int32)}
+        found = {
+            name: np.asarray(x[0]) for name, x in jax.jit(self.encode)(variables, batch).items()
+        }
+        output.mkdir(parents=True, exist_ok=True)
+        count, texts = int(example['panels'].sum()), page.record(0)['texts']
+        np.save(output / 'embeddings.npy', found['fused'][:count])
+        told = [i for i in range(count) if example['modality'][0, i, 1]]
+        unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+        logits = unit(found['vision'][:count]) @ unit(found['text'][told]).T / self.temperature
+        odds = np.exp(logits - logits.max(-1, keepdims=True, initial=-np.inf))
+        odds /= np.maximum(odds.sum(-1, keepdims=True), 1e-30)
+        lines = [f'{page.record(0)["canonical_id"]}: {count} panels, {len(told)} with text']
+        for panel in range(count if told else 0):
+            best = told[int(np.argmax(odds[panel]))]
+            own = 'its own' if best == panel else f"panel {best + 1}'s"
+            lines.append(f'panel {panel + 1} finds {own} ({odds[panel].max():.2f}): {texts[best]}')
+        return '\n'.join([*lines, f'embeddings: {output / "embeddings.npy"}'])
 
     def embed(self, apply, output):
         """Writes embeddings.npy [pages, panels, features], mask.npy, index.jsonl, page by page."""
@@ -184,7 +243,8 @@ def _pages(config, assets):
     )  # fmt: skip
     options = dict(
         image_size=spec.image_size, max_tokens=spec.max_tokens, buckets=tuple(spec.buckets),
-        use_composition=spec.use_composition,
+        use_composition=spec.use_composition, hidden_tokens=spec.hidden_tokens,
+        hidden_texts=spec.hidden_texts,
         augmentation=pictures.Augmentation(**spec.augmentation.to_dict()),
     )  # fmt: skip
     splits = {name: comic.ComicPages(prepared, name, **options) for name in ('train', 'val')}
