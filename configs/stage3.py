@@ -16,7 +16,7 @@ def get_config(argument: str = ''):
     words = mmjax_config.words(argument, ('smoke', 'published'))
     config = mmjax_config.default()
     config.task = 'comic'
-    config.batch_size = 32  # pages
+    config.batch_size = 16  # pages
 
     config.data.image_size = 128  # of a panel, pixels
     config.data.max_panels = 16  # the published N; later panels are cut and counted
@@ -45,16 +45,17 @@ def get_config(argument: str = ''):
                         bert=config_dict.placeholder(str)),
     )  # fmt: skip
     config.losses = dict(temperature=0.07, chunk='auto', stop_context=False)
-    config.loss_weights = dict(contrastive=1.0, reconstruction=0.5, alignment=0.3)
+    config.loss_weights = dict(contrastive=1.0, reconstruction=0.5, alignment=0.5)
 
     config.sampler = dict(name='stratified', by=dict(n_panels=2, n_text=2))
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.01
-    config.optimizer.warmup_fraction = 0.05
+    config.optimizer.warmup_steps = 50
+    config.optimizer.span = 'run'
     config.stages = ('align', 'pages')
-    config.stage.align = dict(epochs=10.0, loss_weights=dict(contrastive=0.0, alignment=1.0))
-    config.stage.pages = dict(epochs=10.0)
-    config.evaluate.every_epochs = 5.0
+    config.stage.align = dict(epochs=9.0, loss_weights=dict(contrastive=0.0, alignment=1.0))
+    config.stage.pages = dict(epochs=5.0)
+    config.evaluate.every_epochs = 3.0
     config.best = dict(metric='val/loss', mode='min')
 
     if 'smoke' in words:

@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from mmjax.data.dataset import DataError
@@ -32,6 +32,7 @@ _PROCESS = flags.DEFINE_integer('process', None, 'index of this process')
 
 def parse(argv: list[str]):
     """Reads the flags; a wrong one is a DataError that names it. Returns the locked config."""
+    app.define_help_flags()
     for argument in argv[1:]:
         if match := re.match(r'--?config=([^:]+)', argument):
             if not pathlib.Path(match.group(1)).is_file():
@@ -41,9 +42,11 @@ def parse(argv: list[str]):
     except flags.Error as error:
         raise DataError(str(error)) from None
     except (AttributeError, KeyError) as error:
-        name = str(error).strip('\'"')
+        words = re.findall(r"""['"]([^'"\\\\]+)""", str(error)) or ['?']
+        name = words[0]
         key = next((a for a in argv[1:] if re.search(rf'[.]{re.escape(name)}(=|\.|$)', a)), name)
-        raise DataError(f"the config has no key '{name}' ({key})") from None
+        hint = f"; did you mean '{words[1]}'?" if 'Did you mean' in str(error) else ''
+        raise DataError(f"the config has no key '{name}' ({key}){hint}") from None
     if len(rest) > 1:
         raise DataError(f"unexpected argument '{rest[1]}'")
     if _CONFIG.value is None:
@@ -118,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f'mmjax: {error}', file=sys.stderr)
         return 1
-    except SystemExit as stop:  # absl's --help
-        return int(stop.code or 0)
+    except SystemExit:  # absl has printed its --help
+        return 0
 
 
 if __name__ == '__main__':

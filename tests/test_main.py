@@ -19,11 +19,11 @@ def folder(tmp_path_factory):
     return root
 
 
-def refuse(tmp_path, *arguments, env=None):
+def refuse(tmp_path, *arguments, cache=None):
     """Runs a command that must fail and leave nothing; returns its one sentence."""
     before = sorted(tmp_path.rglob('*'))
-    cache = {'MMJAX_CACHE': str(tmp_path / 'cache'), **(env or {})}
-    done = command(SMOKE, f'--workdir={tmp_path / "run"}', *arguments, env=cache)
+    env = {'MMJAX_CACHE': str(cache or tmp_path / 'cache')}
+    done = command(SMOKE, f'--workdir={tmp_path / "run"}', *arguments, env=env)
     assert done.returncode == 1, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith('mmjax: ')]
     assert len(errors) == 1 and 'Traceback' not in done.stderr, done.stderr
@@ -43,8 +43,9 @@ def refuse(tmp_path, *arguments, env=None):
         ('--mode=predict', 'needs a trained run'),
     ],
 )
-def test_bad_arguments(tmp_path, argument, message):
-    assert message in refuse(tmp_path, argument)
+def test_bad_arguments(tmp_path, tmp_path_factory, argument, message):
+    cache = tmp_path_factory.getbasetemp() / 'prepared'  # built-in pages are no part of the run
+    assert message in refuse(tmp_path, argument, cache=cache)
 
 
 def test_unknown_words_and_missing_config_files():
