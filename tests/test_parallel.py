@@ -53,7 +53,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, cache, single):
     workdir = tmp_path / 'run'
     done = subprocess.run(
         ['bash', 'launch/local.sh', '2', SMOKE, f'--workdir={workdir}'],
-        cwd=ROOT, env=environment({'JAX_NUM_CPU_DEVICES': '1', **cache}), capture_output=True,
+        cwd=ROOT, env=environment({'JAX_NUM_CPU_DEVICES': '1', 'PYTHON': sys.executable, **cache}), capture_output=True,
         text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
