@@ -24,13 +24,12 @@ class MaskedBatchNorm(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
-    scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, *, train: bool) -> jax.Array:
         """Normalises x [rows…, features]; `mask` covers any number of x's leading axes."""
         features = x.shape[-1]
-        scale = self.param('scale', self.scale_init, (features,))
+        scale = self.param('scale', nn.initializers.ones, (features,))
         bias = self.param('bias', nn.initializers.zeros, (features,))
         running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (features,))
         running_variance = self.variable('batch_stats', 'variance', jnp.ones, (features,))

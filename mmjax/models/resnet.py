@@ -34,8 +34,7 @@ class Conv(nn.Module):
 class Block(nn.Module):
     """A residual block: 3×3, 3×3 (basic) or 1×1, 3×3, 1×1 of 4 times the width (bottleneck).
 
-    The stride is in the first 3×3 (in a bottleneck: v1.5). The scale of the last norm starts at 0,
-    so that a fresh block is the identity (Goyal 2017).
+    The stride is in the first 3×3 (in a bottleneck: v1.5).
     """
 
     width: int
@@ -53,11 +52,9 @@ class Block(nn.Module):
         for index, (features, kernel, stride) in enumerate(plan, start=1):
             last = index == len(plan)
             y = Conv(features, kernel, stride, self.dtype, name=f'conv_{index}')(y)
-            y = MaskedBatchNorm(
-                dtype=self.dtype,
-                scale_init=nn.initializers.zeros if last else nn.initializers.ones,
-                name=f'norm_{index}',
-            )(y, mask, train=train)
+            # All scales start at 1: with the last one at 0 a small tower from scratch stood still
+            # for hundreds of updates of a contrastive loss.
+            y = MaskedBatchNorm(dtype=self.dtype, name=f'norm_{index}')(y, mask, train=train)
             y = y if last else nn.relu(y)
         if self.stride > 1 or x.shape[-1] != y.shape[-1]:
             x = Conv(y.shape[-1], 1, self.stride, self.dtype, name='shortcut')(x)
