@@ -51,10 +51,10 @@ def test_eight_devices_give_the_losses_of_one(tmp_path, cache, single, fsdp):
 
 def test_two_processes_give_the_losses_of_one(tmp_path, cache, single):
     workdir = tmp_path / 'run'
+    env = {'JAX_NUM_CPU_DEVICES': '1', 'PYTHON': sys.executable, **cache}
     done = subprocess.run(
         ['bash', 'launch/local.sh', '2', SMOKE, f'--workdir={workdir}'],
-        cwd=ROOT, env=environment({'JAX_NUM_CPU_DEVICES': '1', 'PYTHON': sys.executable, **cache}), capture_output=True,
-        text=True, timeout=400,
+        cwd=ROOT, env=environment(env), capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     same(lines(workdir), single)
