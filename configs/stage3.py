@@ -45,7 +45,7 @@ def get_config(argument: str = ''):
                         bert=config_dict.placeholder(str)),
     )  # fmt: skip
     config.losses = dict(temperature=0.07, chunk='auto', stop_context=False)
-    config.loss_weights = dict(contrastive=1.0, reconstruction=0.5, alignment=0.5)
+    config.loss_weights = dict(contrastive=1.0, reconstruction=0.5, alignment=1.0)  # published: .3
 
     config.sampler = dict(name='stratified', by=dict(n_panels=2, n_text=2))
     config.optimizer.learning_rate = 1e-3
@@ -53,7 +53,7 @@ def get_config(argument: str = ''):
     config.optimizer.warmup_steps = 50
     config.optimizer.span = 'run'
     config.stages = ('align', 'pages')
-    config.stage.align = dict(epochs=9.0, loss_weights=dict(contrastive=0.0, alignment=1.0))
+    config.stage.align = dict(epochs=7.0, loss_weights=dict(contrastive=0.0, alignment=1.0))
     config.stage.pages = dict(epochs=5.0)
     config.evaluate.every_epochs = 3.0
     config.best = dict(metric='val/loss', mode='min')
@@ -73,6 +73,7 @@ def get_config(argument: str = ''):
     if 'published' in words:
         config.batch_size = 64
         config.precision = 'bfloat16'
+        config.loss_weights.alignment = 0.3
         config.data.update(image_size=224, max_tokens=128, vocabulary=30522, buckets=(16,))
         config.model.visual_backbone = 'both'
         config.model.siglip.update(patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)

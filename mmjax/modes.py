@@ -30,7 +30,8 @@ def run(
     if cache:
         jax.config.update('jax_compilation_cache_dir', cache)
     parallel.start(*processes)
-    fresh = not existing or overwrite
+    # A run killed before its first checkpoint has nothing to keep: its workdir is claimed again.
+    fresh = not existing or overwrite or not (workdir / 'checkpoints').exists()
     built = build.run(config, assets=None if fresh else workdir)
     if mode == 'prepare':
         print(f'prepared {len(built.data)} records: {built.fingerprint}')
@@ -39,7 +40,7 @@ def run(
     first = parallel.is_first()
     target = epath.Path(output) if output else workdir / mode
     if mode == 'train':
-        if first:
+        if first and fresh:  # a run that goes on keeps what it said at its start
             claim_workdir(workdir, built, plain, argv, anew=existing and overwrite)
         parallel.barrier('workdir')
         return _train(built, workdir, init_from, allow_data_change)
