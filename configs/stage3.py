@@ -12,10 +12,10 @@ weights and temperature from the config.
 
 Measured on the built-in validation pages (119 narrative pages, 625 panels; 1,056 updates; the
 README's first command took 529 s on 2 CPU cores, installation and drawing the pages included):
-image→text R@1 within the page .955, text→image .986 (chance .207); floors of
-`benchmarks/comic_floors.py`: nearest neighbour in pixels .331, bag of words from colours .373,
-layout .201. The contrastive term falls to 4.307 between collapse 6.436 and floor 1.523; mean
-cosine .885 inside a page, .458 between pages; verdict healthy.
+image→text R@1 within the page .955, text→image .986 (chance .207). Floors of
+`benchmarks/comic_floors.py` on 113 such pages: nearest neighbour in pixels .331, bag of words from
+colours .373, layout .201. The contrastive term falls to 4.307 between collapse 6.436 and floor
+1.523; mean cosine .885 inside a page, .458 between pages; verdict healthy.
 """
 
 from ml_collections import config_dict

@@ -12,12 +12,10 @@ from absl import logging as absl_logging
 from etils import epath
 
 import mmjax
-from mmjax import build, logs, optim, parallel, report
-from mmjax.checkpoint import Checkpoints, load_weights, merge
+from mmjax import build, evaluate, logs, optim, parallel, report
 from mmjax.data.dataset import DataError
-from mmjax.evaluate import Apply
 from mmjax.preemption import EXIT_CODE, Preempted
-from mmjax.train import run_abstract, train
+from mmjax.train import train, weights_from
 
 
 def run(
@@ -44,11 +42,11 @@ def run(
             claim_workdir(workdir, built, plain, argv, anew=existing and overwrite)
         parallel.barrier('workdir')
         return _train(built, workdir, init_from, allow_data_change)
-    variables = trained(built, workdir, init_from)
-    with jax.set_mesh(built.mesh):
-        apply = Apply(built.task, variables, built.mesh, threads=built.loader['threads'])
+    with jax.set_mesh(built.mesh):  # the best weights of the run, the newest where none is best
+        variables, _ = weights_from(built, init_from or str(workdir))
+        apply = evaluate.Apply(built.task, variables, built.mesh, threads=built.loader['threads'])
         if mode == 'evaluate':
-            scores = {name: e.run(apply, figures=True) for name, e in built.evaluators.items()}
+            scores = evaluate.run(built.evaluators, apply, figures=True)
             text = json.dumps({name: s.metrics for name, s in scores.items()}, indent=1)
         elif mode == 'embed':
             text = built.task.embed(apply, target)
@@ -120,26 +118,6 @@ def _train(built, workdir, init_from, allow_data_change) -> int:
         print(json.dumps(results, indent=1))
         print(f'report: {workdir / "report.html"}')
     return 0
-
-
-def trained(built, workdir: epath.Path, init_from: str | None):
-    """Returns the best weights of the run in `workdir` (the newest where none is best)."""
-    with jax.set_mesh(built.mesh):
-        abstract = run_abstract(built)
-        if init_from:
-            params, stats, _ = load_weights(init_from)
-            loaded = {'params': params, 'batch_stats': stats} if stats else {'params': params}
-            fresh, unused = built.init
-            return merge(built.init_variables(), loaded, allow_fresh=fresh, allow_unused=unused)[0]
-        store = Checkpoints(workdir, keep=built.cadence.keep)
-        try:
-            if store.best_meta():
-                return store.restore_best(abstract)
-            params, stats, _ = load_weights(str(workdir))
-        finally:
-            store.close()
-        loaded = {'params': params, 'batch_stats': stats} if stats else {'params': params}
-        return merge(built.init_variables(), loaded)[0]
 
 
 def export(variables, target: epath.Path, plain: dict) -> str:

@@ -76,13 +76,11 @@ class Trainer:
         return state
 
     def _fresh(self, init_from: str | None) -> step.State:
-        variables = self.run.init_variables()
         if init_from:
-            params, stats, source = load_weights(init_from)
-            loaded = {'params': params, 'batch_stats': stats} if stats else {'params': params}
-            fresh, unused = self.run.init
-            variables, report = merge(variables, loaded, allow_fresh=fresh, allow_unused=unused)
-            self.log.message(f'weights from {source}: {report}')
+            variables, found = weights_from(self.run, init_from)
+            self.log.message(f'weights from {found}')
+        else:
+            variables = self.run.init_variables()
         stage = self.run.stages[0]
         make = functools.partial(step.create, stage=stage, groups=self.run.groups,
                                  settings=self.run.settings)  # fmt: skip
@@ -303,6 +301,15 @@ class Trainer:
             self.workdir, best=self.progress.best, stages=self.progress.stages, skipped=skipped,
             final={name: score.metrics for name, score in scores.items()}, weights=which,
         ) if parallel.is_first() else {}  # fmt: skip
+
+
+def weights_from(run: Run, spec: str) -> tuple[Any, str]:
+    """Returns (fresh variables with another run's weights put in, what was loaded); see merge."""
+    params, stats, source = load_weights(spec)
+    loaded = {'params': params, 'batch_stats': stats} if stats else {'params': params}
+    fresh, unused = run.init
+    variables, report = merge(run.init_variables(), loaded, allow_fresh=fresh, allow_unused=unused)
+    return variables, f'{source}: {report}'
 
 
 def run_abstract(run: Run) -> Any:

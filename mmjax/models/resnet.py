@@ -52,8 +52,6 @@ class Block(nn.Module):
         for index, (features, kernel, stride) in enumerate(plan, start=1):
             last = index == len(plan)
             y = Conv(features, kernel, stride, self.dtype, name=f'conv_{index}')(y)
-            # All scales start at 1: with the last one at 0 a small tower from scratch stood still
-            # for hundreds of updates of a contrastive loss.
             y = MaskedBatchNorm(dtype=self.dtype, name=f'norm_{index}')(y, mask, train=train)
             y = y if last else nn.relu(y)
         if self.stride > 1 or x.shape[-1] != y.shape[-1]:
