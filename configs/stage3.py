@@ -36,6 +36,7 @@ def get_config(argument: str = ''):
     config.data.vocabulary = 2048  # of the tokenizer that is trained on the pages' text
     config.data.hidden_tokens = 0.0  # share of the tokens hidden in training
     config.data.hidden_texts = 0.0  # share of the panels whose text is hidden in training
+    config.data.hidden_places = 0.0  # share of the panels whose composition is hidden in training
     config.data.use_composition = True
     config.data.max_fault_share = 0.01
     config.data.max_pixels = 50_000_000

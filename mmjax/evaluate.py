@@ -23,10 +23,11 @@ class Apply:
 
     The last batch is padded with masked rows, so that a method is compiled once a shape; the
     padding is cut before the caller sees it. `check` runs between batches and may raise.
+    `variables` are the weights it applies, for what is no split.
     """
 
     def __init__(self, task, variables, mesh, *, threads=2, check: Callable = lambda: None):
-        self._task, self._variables, self._mesh = task, variables, mesh
+        self._task, self.variables, self._mesh = task, variables, mesh
         self._threads, self._check = threads, check
 
     def __call__(
@@ -46,7 +47,7 @@ class Apply:
         try:
             for batch, _ in pipeline.to_device(host, parallel.rows(self._mesh)):
                 self._check()
-                outputs = _call(self._task, method, self._variables, batch)
+                outputs = _call(self._task, method, self.variables, batch)
                 outputs, batch = parallel.fetch((outputs, dict(batch)))
                 real = batch['mask']
                 yield jax.tree.map(lambda x: x[real], (outputs, batch))

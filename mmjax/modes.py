@@ -31,12 +31,14 @@ def run(
     # A run killed before its first checkpoint has nothing to keep: its workdir is claimed again.
     fresh = not existing or overwrite or not (workdir / 'checkpoints').exists()
     built = build.run(config, assets=None if fresh else workdir)
-    if mode == 'prepare':
-        print(f'prepared {len(built.data)} records: {built.fingerprint}')
-        return 0
-    build.check_terms(built)
     first = parallel.is_first()
     target = epath.Path(output) if output else workdir / mode
+    if mode == 'prepare':
+        if first:
+            told = built.task.prepare(target)
+            print(f'{told}\nprepared {len(built.data)} records: {built.fingerprint}'.strip())
+        return 0
+    build.check_terms(built)
     if mode == 'train':
         if first and fresh:  # a run that goes on keeps what it said at its start
             claim_workdir(workdir, built, plain, argv, anew=existing and overwrite)
@@ -51,11 +53,11 @@ def run(
         elif mode == 'embed':
             text = built.task.embed(apply, target)
         elif mode == 'export':
-            text = export(variables, target, plain)
+            text = export(built.task, variables, target, plain)
         else:
             if not input:
                 raise DataError('--mode=predict needs --input')
-            text = built.task.predict(variables, input, target)
+            text = built.task.predict(apply, input, target)
     if first:
         print(text)
     return 0
@@ -120,15 +122,19 @@ def _train(built, workdir, init_from, allow_data_change) -> int:
     return 0
 
 
-def export(variables, target: epath.Path, plain: dict) -> str:
-    """Writes the weights as safetensors, names 'params/a/b/kernel', and the config beside."""
+def export(task, variables, target: epath.Path, plain: dict) -> str:
+    """Writes the weights as safetensors, names 'params/a/b/kernel', and the config beside.
+
+    The task may add published forms.
+    """
     from safetensors.numpy import save
 
-    flat = {
-        key: np.ascontiguousarray(x) for key, x in optim.flatten(parallel.fetch(variables)).items()
-    }
+    variables = parallel.fetch(variables)
+    flat = {key: np.ascontiguousarray(x) for key, x in optim.flatten(variables).items()}
+    more = ''
     if parallel.is_first():
         target.mkdir(parents=True, exist_ok=True)
         (target / 'model.safetensors').write_bytes(save(flat))
         logs.write_json(target / 'config.json', plain)
-    return f'{len(flat)} tensors: {target / "model.safetensors"}'
+        more = task.export(variables, target)
+    return f'{len(flat)} tensors: {target / "model.safetensors"}\n{more}'.strip()

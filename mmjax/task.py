@@ -79,10 +79,18 @@ class Task(abc.ABC):
     def save_assets(self, workdir) -> None:
         """Writes what the model needs beside its weights: a tokenizer, a normalisation."""
 
-    def predict(self, variables: Variables, inputs: str, output) -> str:
+    def predict(self, apply: Apply, inputs: str, output) -> str:
         """Answers `--mode=predict --input=…`; returns the text to print."""
         raise ValueError(f'{type(self).__name__} has no predict mode')
 
     def embed(self, apply: Apply, output) -> str:
         """Answers `--mode=embed`: writes arrays under `output`; returns the text to print."""
         raise ValueError(f'{type(self).__name__} has no embed mode')
+
+    def prepare(self, output) -> str:
+        """Answers `--mode=prepare`, after the data are prepared; may write under `output`."""
+        return ''
+
+    def export(self, variables: Variables, output) -> str:
+        """Writes the weights in published forms beside ours, for `--mode=export`."""
+        return ''

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmjax.data import builders, comic_folder, pictures
+from mmjax.data import builders, comic_folder, folders, pictures
 from mmjax.data.dataset import DataError, Dataset
 from mmjax.data.ledger import Ledger, Progress, RecordError
 from mmjax.data.tokenizers import Tokenizer
@@ -169,6 +169,7 @@ class ComicPages(Dataset):
         augmentation: pictures.Augmentation | None = _AUGMENTATION,
         hidden_tokens: float = 0.0,
         hidden_texts: float = 0.0,
+        hidden_places: float = 0.0,
         cache_bytes: int = 256 << 20,
     ):
         """Opens a split.
@@ -180,8 +181,8 @@ class ComicPages(Dataset):
           buckets: panels a batch may be padded to, for the samplers; none: max_panels.
           use_composition: False leaves the composition out (zeros, modality absent): an ablation.
           augmentation: applied when training; None for none.
-          hidden_tokens, hidden_texts: share of the tokens, and of the panels' whole texts, that
-            are hidden at random in training.
+          hidden_tokens, hidden_texts, hidden_places: share of the tokens, of the panels' whole
+            texts and of their compositions that are hidden at random in training.
           cache_bytes: memory, in each process, for decoded pages; filled once and kept, so that a
             small set is decoded only in the first epoch. 0 for none.
         """
@@ -197,9 +198,8 @@ class ComicPages(Dataset):
         self.use_composition = use_composition
         self.augmentation = augmentation
         self.hidden_tokens, self.hidden_texts = hidden_tokens, hidden_texts
-        self._cache_bytes = cache_bytes
-        self._kept: dict[int, Image.Image] = {}
-        self._kept_bytes = 0
+        self.hidden_places = hidden_places
+        self._kept = pictures.Kept(cache_bytes)
         summary = pages.prepared.summary
         if split not in summary['splits']:
             raise DataError(f'{pages.prepared.directory} holds no split {split!r}')
@@ -211,9 +211,6 @@ class ComicPages(Dataset):
 
     def __len__(self) -> int:
         return len(self._records)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_kept': {}, '_kept_bytes': 0}
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> 'ComicPages':
         """Returns the same split with another tokenizer."""
@@ -235,13 +232,13 @@ class ComicPages(Dataset):
         image = picture.read_bytes()
         limits = {'max_pixels': self.pages.max_pixels}
         size = pictures.check_picture(image, str(picture), **limits)
-        content = comic_folder.read_json(page, str(page))
+        content = folders.read_json(page, str(page))
         record, _ = comic_folder.page_record(content, str(page), size, self.pages.max_panels)
         if not record['boxes']:
             raise DataError(f'{page} has no panels')
         other = copy.copy(self)
         other.pages = dataclasses.replace(self.pages, root=None)
-        other._kept, other._kept_bytes = {}, 0
+        other._kept = pictures.Kept(0)
         other._records = [{**record, 'canonical_id': picture.stem, 'image_path': '',
                            'page_type': self.pages.page_types[0], 'image': image}]  # fmt: skip
         other.index = {key: np.asarray([value]) for key, value in
@@ -290,12 +287,13 @@ class ComicPages(Dataset):
         images = np.zeros((limit, size, size, 3), np.uint8)
         boxes = np.zeros((limit, 4), np.float32)
         boxes[:n] = record['boxes']
+        composition = np.zeros((limit, COMPOSITION), np.float32)
+        composition[:n] = _composition(record, boxes[:n])
         picture = self._reduced(row, record)
         for place in range(n):
-            box = record['boxes'][place]
             if train and self.augmentation:
-                boxes[place] = box = self.augmentation.box(box, rng)
-            cut = pictures.crop_resize(picture, box, size)
+                boxes[place] = self.augmentation.box(record['boxes'][place], rng)
+            cut = pictures.crop_resize(picture, boxes[place], size)
             images[place] = self.augmentation.tone(cut, rng) if train and self.augmentation else cut
         tokens, token_mask = self.tokenizer.encode(
             [*record['texts'], *[''] * (limit - n)], self.max_tokens
@@ -304,34 +302,31 @@ class ComicPages(Dataset):
             token_mask &= rng.random(token_mask.shape) >= self.hidden_tokens
             token_mask &= rng.random((limit, 1)) >= self.hidden_texts
         panels = np.arange(limit) < n
-        composition = np.zeros((limit, COMPOSITION), np.float32)
-        if self.use_composition:
-            composition[:n] = _composition(record, boxes[:n])  # of what the pictures show
-        has_composition = panels & self.use_composition
+        placed = panels & self.use_composition
+        if train:
+            placed &= rng.random(limit) >= self.hidden_places
+        composition *= placed[:, None]
         return {
             'images': images,
             'tokens': tokens * token_mask,
             'token_mask': token_mask,
             'composition': composition,
-            'modality': np.stack([panels, token_mask.any(1), has_composition], axis=1),
+            'modality': np.stack([panels, token_mask.any(1), placed], axis=1),
             'panels': panels,
             'boxes': boxes,
         }
 
     def _reduced(self, row: int, record: Mapping[str, Any]) -> Image.Image:
         """Returns the page at least as large as its panels' cuts need it, kept where room is."""
-        if (picture := self._kept.get(row)) is None:
+
+        def make() -> Image.Image:
             width, height = record['width'], record['height']
             sides = ((x1 - x0, y1 - y0) for x0, y0, x1, y1 in record['boxes'])
             smallest = min(min(w * width, h * height) for w, h in sides)
             share = min(1.0, 1.15 * self.image_size / smallest)  # augmented boxes may be smaller
-            suffices = math.ceil(width * share), math.ceil(height * share)
-            picture = self._open(row, record, suffices)
-            size = 4 * picture.width * picture.height  # PIL keeps four bytes a pixel
-            if self._kept_bytes + size <= self._cache_bytes:  # a race costs a picture too many
-                self._kept_bytes += size
-                self._kept[row] = picture
-        return picture
+            return self._open(row, record, (math.ceil(width * share), math.ceil(height * share)))
+
+        return self._kept.get(row, make)
 
     def _open(
         self, row: int, record: Mapping[str, Any], at_least: tuple[int, int] | None

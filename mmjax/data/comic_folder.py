@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -22,6 +21,7 @@ import numpy as np
 
 from mmjax.data import pictures
 from mmjax.data.dataset import DataError
+from mmjax.data.folders import file_stamp, read_json
 from mmjax.data.ledger import Ledger, RecordError
 
 COLUMNS = ('canonical_id', 'image_path', 'split')
@@ -98,7 +98,7 @@ class ComicFolder:
         return [
             row.canonical_id,
             row.image_path,
-            *map(_stat, (self.root / f for f in self._files(row))),
+            *map(file_stamp, (self.root / f for f in self._files(row))),
         ]
 
     def _check(self, row: Row, max_panels: int, max_pixels: int) -> dict[str, Any]:
@@ -166,21 +166,6 @@ def read_labels(root: pathlib.Path) -> dict[str, str]:
             raise DataError(f'{root / LABELS}: the page type of {key!r} is not a string')
         labels[key] = sys.intern(value)
     return labels
-
-
-def read_json(path: pathlib.Path, name: str) -> Any:
-    """Parses a file; raises RecordError naming it and, where the syntax is wrong, the line."""
-    try:
-        return json.loads(path.read_bytes().decode('utf-8-sig'))
-    except FileNotFoundError as error:
-        raise RecordError('missing_json', f'{name} does not exist') from error
-    except json.JSONDecodeError as error:
-        raise RecordError('malformed_json', f'{name} line {error.lineno}: {error.msg}') from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b'\n') + 1
-        raise RecordError('malformed_json', f'{name} line {line}: not UTF-8') from error
-    except (OSError, RecursionError) as error:
-        raise RecordError('malformed_json', f'{name} cannot be read: {error}') from error
 
 
 def page_record(
@@ -325,15 +310,6 @@ def _digest(root: pathlib.Path, splits: dict[str, int], count: int) -> str:
         if isinstance(row, Row) and row.split in splits:
             if place % every == 0:
                 for path in (f'json/{row.canonical_id}.json', row.image_path):
-                    digest.update(repr(_stat(root / path)).encode())
+                    digest.update(repr(file_stamp(root / path)).encode())
             place += 1
     return digest.hexdigest()
-
-
-def _stat(path: pathlib.Path) -> list[int]:
-    """Size and time of change, [0, 0] where there is no file."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return [0, 0]
-    return [stat.st_size, stat.st_mtime_ns]

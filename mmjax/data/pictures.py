@@ -4,7 +4,7 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -122,6 +122,33 @@ def crop_resize(picture: Image.Image, box: Sequence[float], size: int) -> np.nda
         (size, size), Image.Resampling.BILINEAR, (x0, y0, x1, y1), reducing_gap=2.0
     )
     return np.asarray(cut)
+
+
+class Kept:
+    """Decoded pictures by row, kept until they fill `limit` bytes; then no more are.
+
+    A small set is so decoded only in the first epoch. Pickled, it is empty.
+    """
+
+    def __init__(self, limit: int):
+        self._limit, self._bytes = limit, 0
+        self._pictures: dict[int, Image.Image] = {}
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __reduce__(self):
+        return Kept, (self._limit,)
+
+    def get(self, row: int, make: Callable[[], Image.Image]) -> Image.Image:
+        """Returns the picture of `row`, made by `make` if it is not here."""
+        if (picture := self._pictures.get(row)) is None:
+            picture = make()
+            size = 4 * picture.width * picture.height  # PIL keeps four bytes a pixel
+            if self._bytes + size <= self._limit:  # a race of threads costs a picture too many
+                self._bytes += size
+                self._pictures[row] = picture
+        return picture
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,11 @@ class AdaptiveFusion(nn.Module):
         x = jnp.where(present[..., None], jnp.stack(normed, -2), 0)  # [rows, 3, D]
         seen = jnp.concatenate([x.reshape(x.shape[0], -1), present.astype(x.dtype)], -1)
         gate = nn.Dense(self.hidden, dtype=self.dtype, name='gate_hidden')(seen)
-        gate = nn.Dense(3, dtype=self.dtype, name='gate')(nn.gelu(gate, approximate=False))
+        # From zeros all modalities weigh the same at first: a random gate soon shuts all but the
+        # one that learns fastest, and those it shuts get no gradient.
+        gate = nn.Dense(3, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='gate')(
+            nn.gelu(gate, approximate=False)
+        )
         gates = jax.nn.softmax(jnp.where(present, gate.astype(jnp.float32), -1e4))
         gates = jnp.where(present, gates, 0.0)
         residual = self.param('residual', nn.initializers.constant(0.1), ())

@@ -154,6 +154,9 @@ class Recipe(Task):
         )
         diagnostics = {f'contrastive_{name}': value for name, value in report.items()}
         terms = {'contrastive': pull, 'reconstruction': predict, 'alignment': align}
+        count = jnp.maximum(panels.sum(), 1)  # gates are 0 on padding
+        gates = jax.lax.stop_gradient(outputs['gates'].sum((0, 1)) / count)
+        diagnostics |= {f'gate_{name}': gates[i] for i, name in enumerate(comic.MODALITIES)}
         return {**terms, **diagnostics, 'alignment_cosine': _cosine(outputs, pairs)}
 
     # Evaluation ------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ class Recipe(Task):
     def evaluators(self):
         return {'val': PageScores(self, self.dataset('val'), self.batch_size, self.weights)}
 
-    def predict(self, variables, inputs, output):
+    def predict(self, apply, inputs, output):
         """Says which of its page's texts each panel of one page finds, and writes embeddings.
 
         `inputs` is a picture with its JSON beside it (`page.jpg`, `page.json`).
@@ -185,7 +188,8 @@ class Recipe(Task):
         example = page.collate([page.example(0, np.random.default_rng(0), False)], 0)
         batch = {**example, 'mask': np.ones(1, bool), 'row': np.zeros(1, np.int32)}
         found = {
-            name: np.asarray(x[0]) for name, x in jax.jit(self.encode)(variables, batch).items()
+            name: np.asarray(x[0])
+            for name, x in jax.jit(self.encode)(apply.variables, batch).items()
         }
         output.mkdir(parents=True, exist_ok=True)
         count, texts = int(example['panels'].sum()), page.record(0)['texts']
@@ -244,7 +248,7 @@ def _pages(config, assets):
     options = dict(
         image_size=spec.image_size, max_tokens=spec.max_tokens, buckets=tuple(spec.buckets),
         use_composition=spec.use_composition, hidden_tokens=spec.hidden_tokens,
-        hidden_texts=spec.hidden_texts,
+        hidden_texts=spec.hidden_texts, hidden_places=spec.hidden_places,
         augmentation=pictures.Augmentation(**spec.augmentation.to_dict()),
     )  # fmt: skip
     splits = {name: comic.ComicPages(prepared, name, **options) for name in ('train', 'val')}
