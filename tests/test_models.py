@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.models import comic
+from mmjax.models import comic, layers
 from mmjax.models.bert import Bert, masked_mean
 from mmjax.models.resnet import ResNet
 from mmjax.models.vit import ViT, siglip_base
@@ -224,7 +224,7 @@ def test_each_backbone_gets_the_pixel_statistics_it_was_trained_with():
     outputs, _ = _encode(model, variables, inputs, train=False)
     np.testing.assert_allclose(outputs['vision'].reshape(-1, D), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match='uint8'):
-        comic.normalize_pixels(jnp.zeros((1, 2, 2, 3)), comic.SIGLIP_PIXELS)
+        layers.normalize_pixels(jnp.zeros((1, 2, 2, 3)), comic.SIGLIP_PIXELS)
 
 
 @pytest.mark.parametrize('fusion', comic.FUSIONS)

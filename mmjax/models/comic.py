@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.models.bert import Bert, masked_mean
-from mmjax.models.layers import MaskedBatchNorm
+from mmjax.models.layers import MaskedBatchNorm, normalize_pixels
 from mmjax.models.resnet import ResNet
 from mmjax.models.vit import ViT
 
@@ -19,14 +19,6 @@ PARTS = (
     'vision', 'siglip', 'resnet', 'text',
     'vision_head', 'text_head', 'composition', 'fusion', 'reconstruction',
 )  # fmt: skip
-
-
-def normalize_pixels(images: jax.Array, statistics) -> jax.Array:
-    """Maps uint8 images […, 3] to float32 (images / 255 − mean) / deviation."""
-    if images.dtype != jnp.uint8:
-        raise ValueError(f'images are {images.dtype}, not uint8 in 0-255')
-    mean, deviation = (jnp.asarray(x, jnp.float32) for x in statistics)
-    return (images.astype(jnp.float32) / 255.0 - mean) / deviation
 
 
 class Projector(nn.Module):

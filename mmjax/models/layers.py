@@ -9,6 +9,14 @@ import jax.numpy as jnp
 kernel_init = nn.initializers.xavier_uniform()
 
 
+def normalize_pixels(images: jax.Array, statistics) -> jax.Array:
+    """Maps uint8 images […, 3] to float32 (images / 255 − mean) / deviation."""
+    if images.dtype != jnp.uint8:
+        raise ValueError(f'images are {images.dtype}, not uint8 in 0-255')
+    mean, deviation = (jnp.asarray(x, jnp.float32) for x in statistics)
+    return (images.astype(jnp.float32) / 255.0 - mean) / deviation
+
+
 class MaskedBatchNorm(nn.Module):
     """Batch normalisation whose statistics come from valid rows only (Ioffe & Szegedy 2015).
 

@@ -18,6 +18,7 @@ from flax import traverse_util
 from mmjax.data.dataset import DataError
 
 SINGLE, INDEX, CONFIG = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
+OPEN_CLIP = 'open_clip_model.safetensors'  # what open_clip calls SINGLE
 
 
 class Layout(NamedTuple):
@@ -62,7 +63,8 @@ def norm(name: str, path: str, features: int) -> list[Entry]:
 class Weights:
     """The tensors of a folder: `model.safetensors`, or the shards that its index names.
 
-    Opening reads headers only. `names` maps each tensor to its file.
+    Without either, `open_clip_model.safetensors` is taken. Opening reads headers only. `names` maps
+    each tensor to its file.
 
     Raises:
       DataError: a file is missing, unreadable or not what the index says, or two files hold the
@@ -81,6 +83,8 @@ class Weights:
             files = sorted(set(listed.values()))
         elif (self.folder / SINGLE).is_file():
             listed, files = None, [SINGLE]
+        elif (self.folder / OPEN_CLIP).is_file():
+            listed, files = None, [OPEN_CLIP]
         else:
             raise DataError(
                 f'{self.folder}: found neither {SINGLE} nor {INDEX}; other formats, such as '

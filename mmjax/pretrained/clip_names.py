@@ -1,0 +1,254 @@
+"""Tables of CLIP's tensors: Hugging Face's CLIPModel, and OpenAI's names, which open_clip keeps.
+
+Both leave out `logit_scale`, a scalar that both call so.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmjax.data.dataset import DataError
+from mmjax.pretrained import files
+
+EPSILON = 1e-5  # of every LayerNorm, unless a Hugging Face config says otherwise
+HEAD = 64  # the width of each of OpenAI's heads
+
+PATCHES = files.Layout(  # [width, 3, patch, patch] → [patch · patch · 3, width]
+    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+    lambda x: x.reshape(math.isqrt(len(x) // 3), -1, 3, x.shape[1]).transpose(3, 2, 0, 1),
+)
+INWARD = ('query', 'key', 'value')
+
+
+def hugging_face(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[files.Entry]:
+    """Returns CLIPModel's table for towers of these fields (ClipVision, ClipText)."""
+    width, root, path = vision['width'], 'vision_model', 'params/vision'
+    table = [
+        files.Entry(f'{root}.embeddings.class_embedding', (width,), (f'{path}/class_token',)),
+        _patches(f'{root}.embeddings.patch_embedding.weight', vision),
+        files.Entry(
+            f'{root}.embeddings.position_embedding.weight',
+            (positions(vision), width), (f'{path}/positions',),
+        ),
+        *files.norm(f'{root}.pre_layrnorm', f'{path}/norm_pre', width),  # spelled so there
+        *_layers(root, path, vision),
+        *files.norm(f'{root}.post_layernorm', f'{path}/norm', width),
+        files.Entry(
+            'visual_projection.weight', (vision['features'], width),
+            (f'{path}/projection/kernel',), files.LINEAR,
+        ),
+    ]  # fmt: skip
+    width, root, path = text['width'], 'text_model', 'params/text'
+    return [
+        *table,
+        files.Entry(
+            f'{root}.embeddings.token_embedding.weight',
+            (text['vocabulary'], width), (f'{path}/words/embedding',),
+        ),
+        files.Entry(
+            f'{root}.embeddings.position_embedding.weight',
+            (text['max_length'], width), (f'{path}/positions',),
+        ),
+        *_layers(root, path, text),
+        *files.norm(f'{root}.final_layer_norm', f'{path}/norm', width),
+        files.Entry(
+            'text_projection.weight', (text['features'], width),
+            (f'{path}/projection/kernel',), files.LINEAR,
+        ),
+    ]  # fmt: skip
+
+
+def openai(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[files.Entry]:
+    """Returns OpenAI's table for towers of these fields (ClipVision or ModifiedResNet)."""
+    width, path = text['width'], 'params/text'
+    tower = _modified_resnet(vision) if 'stage_sizes' in vision else _transformer(vision)
+    return [
+        *tower,
+        files.Entry(
+            'token_embedding.weight', (text['vocabulary'], width), (f'{path}/words/embedding',)
+        ),
+        files.Entry('positional_embedding', (text['max_length'], width), (f'{path}/positions',)),
+        *_resblocks('transformer', path, text),
+        *files.norm('ln_final', f'{path}/norm', width),
+        files.Entry('text_projection', (width, text['features']), (f'{path}/projection/kernel',)),
+    ]
+
+
+def positions(vision: Mapping[str, Any]) -> int:
+    """Returns how many positions a picture tower has: the grid's, and the class token's or mean."""
+    return 1 + (vision['image_size'] // cell(vision)) ** 2
+
+
+def cell(vision: Mapping[str, Any]) -> int:
+    """Returns the side, in pixels, of what one position stands for."""
+    if 'stage_sizes' in vision:
+        return 4 * 2 ** (len(vision['stage_sizes']) - 1)
+    return vision['patch_size']
+
+
+def heads(path, width: int, head: int) -> int:
+    """Returns how many heads of width `head` there are; DataError where `width` is no multiple."""
+    if width % head:
+        raise DataError(f'{path}: width {width} is not a multiple of the head width {head}')
+    return width // head
+
+
+def is_openai(weights: files.Weights) -> bool:
+    """Returns whether tensors have OpenAI's names, not CLIPModel's; DataError where they have none.
+
+    One tensor of CLIPModel's names makes them CLIPModel's.
+    """
+    if any(name.startswith(('vision_model.', 'text_model.')) for name in weights.names):
+        return False
+    if any(name.startswith('visual.') for name in weights.names):
+        return True
+    raise DataError(f"{weights.folder}: the tensors are not named as CLIPModel's or OpenAI's are")
+
+
+def openai_fields(weights: files.Weights) -> dict[str, dict[str, Any]]:
+    """Returns the fields of both towers as OpenAI's tensors show them, and its quick GELU.
+
+    Raises:
+      DataError: a tensor that shows a size is missing or has not as many axes as it must, or a
+        width is no multiple of `HEAD`.
+    """
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        found = weights.shape(name)
+        if len(found) != rank:
+            file = weights.names[name]
+            raise DataError(f"{file}: tensor '{name}' has shape {list(found)}, not {rank} axes")
+        return found
+
+    def transformer(root: str, width: int, features: int) -> dict[str, Any]:
+        return {
+            'width': width,
+            'depth': _count(weights, rf'{root}\.resblocks\.(\d+)\.'),
+            'heads': heads(weights.folder, width, HEAD),
+            'mlp_width': shape(f'{root}.resblocks.0.mlp.c_fc.bias', 1)[0],
+            'features': features,
+            'activation': 'quick_gelu',
+            'epsilon': EPSILON,
+        }
+
+    vocabulary, _ = shape('token_embedding.weight', 2)
+    max_length, width = shape('positional_embedding', 2)
+    _, features = shape('text_projection', 2)
+    text = {'vocabulary': vocabulary, 'max_length': max_length}
+    text |= transformer('transformer', width, features)
+    stages = _count(weights, r'visual\.layer(\d+)\.', first=1)
+    if stages:
+        sizes = (_count(weights, rf'visual\.layer{i}\.(\d+)\.') for i in range(1, stages + 1))
+        vision = {'stage_sizes': tuple(sizes), 'width': shape('visual.layer1.0.conv1.weight', 4)[0]}
+        places, channels = shape('visual.attnpool.positional_embedding', 2)
+        vision |= {'heads': heads(weights.folder, channels, HEAD), 'features': features}
+    else:
+        width, _, patch, _ = shape('visual.conv1.weight', 4)
+        places, _ = shape('visual.positional_embedding', 2)
+        vision = {'patch_size': patch, **transformer('visual.transformer', width, features)}
+    return {'vision': {'image_size': math.isqrt(places - 1) * cell(vision), **vision}, 'text': text}
+
+
+def _count(weights: files.Weights, pattern: str, first: int = 0) -> int:
+    """Returns how many numbers from `first` on the group of `pattern` takes among the names."""
+    found = (re.match(pattern, name) for name in weights.names)
+    return max((int(match[1]) + 1 - first for match in found if match), default=0)
+
+
+def _patches(name: str, vision: Mapping[str, Any]) -> files.Entry:
+    shape = (vision['width'], 3, vision['patch_size'], vision['patch_size'])
+    return files.Entry(name, shape, ('params/vision/patch_embedding/kernel',), PATCHES)
+
+
+def _layers(root: str, path: str, tower: Mapping[str, Any]) -> Iterator[files.Entry]:
+    width, mlp_width = tower['width'], tower['mlp_width']
+    for index in range(tower['depth']):
+        name, block = f'{root}.encoder.layers.{index}', f'{path}/block_{index}'
+        for theirs, ours in (
+            ('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value'), ('out_proj', 'out'),
+        ):  # fmt: skip
+            yield from files.linear(f'{name}.self_attn.{theirs}', f'{block}/{ours}', width, width)
+        yield from files.norm(f'{name}.layer_norm1', f'{block}/norm_1', width)
+        yield from files.norm(f'{name}.layer_norm2', f'{block}/norm_2', width)
+        yield from files.linear(f'{name}.mlp.fc1', f'{block}/up', width, mlp_width)
+        yield from files.linear(f'{name}.mlp.fc2', f'{block}/down', mlp_width, width)
+
+
+def _resblocks(root: str, path: str, tower: Mapping[str, Any]) -> Iterator[files.Entry]:
+    width, mlp_width = tower['width'], tower['mlp_width']
+    for index in range(tower['depth']):
+        name, block = f'{root}.resblocks.{index}', f'{path}/block_{index}'
+        kernels = tuple(f'{block}/{part}/kernel' for part in INWARD)
+        biases = tuple(f'{block}/{part}/bias' for part in INWARD)
+        yield files.Entry(f'{name}.attn.in_proj_weight', (3 * width, width), kernels, files.LINEAR)
+        yield files.Entry(f'{name}.attn.in_proj_bias', (3 * width,), biases)
+        yield from files.linear(f'{name}.attn.out_proj', f'{block}/out', width, width)
+        yield from files.norm(f'{name}.ln_1', f'{block}/norm_1', width)
+        yield from files.norm(f'{name}.ln_2', f'{block}/norm_2', width)
+        yield from files.linear(f'{name}.mlp.c_fc', f'{block}/up', width, mlp_width)
+        yield from files.linear(f'{name}.mlp.c_proj', f'{block}/down', mlp_width, width)
+
+
+def _transformer(vision: Mapping[str, Any]) -> list[files.Entry]:
+    width, path = vision['width'], 'params/vision'
+    return [
+        files.Entry('visual.class_embedding', (width,), (f'{path}/class_token',)),
+        _patches('visual.conv1.weight', vision),
+        files.Entry(
+            'visual.positional_embedding', (positions(vision), width), (f'{path}/positions',)
+        ),
+        *files.norm('visual.ln_pre', f'{path}/norm_pre', width),
+        *_resblocks('visual.transformer', path, vision),
+        *files.norm('visual.ln_post', f'{path}/norm', width),
+        files.Entry('visual.proj', (width, vision['features']), (f'{path}/projection/kernel',)),
+    ]
+
+
+def _modified_resnet(vision: Mapping[str, Any]) -> list[files.Entry]:
+    width, table = vision['width'], []
+    stem = ((3, width // 2), (width // 2, width // 2), (width // 2, width))
+    for number, (inputs, outputs) in enumerate(stem, start=1):
+        table += _conv(
+            f'conv{number}', f'bn{number}', f'stem_{number}', f'stem_norm_{number}',
+            inputs, outputs, 3,
+        )  # fmt: skip
+    inputs, index = width, 0
+    for stage, blocks in enumerate(vision['stage_sizes']):
+        inner = width * 2**stage
+        for position in range(blocks):
+            name, path = f'layer{stage + 1}.{position}', f'block_{index}'
+            plan = ((inputs, inner, 1), (inner, inner, 3), (inner, 4 * inner, 1))
+            for number, (before, after, kernel) in enumerate(plan, start=1):
+                table += _conv(
+                    f'{name}.conv{number}', f'{name}.bn{number}',
+                    f'{path}/conv_{number}', f'{path}/norm_{number}', before, after, kernel,
+                )  # fmt: skip
+            if inputs != 4 * inner or (position == 0 and stage > 0):
+                table += _conv(
+                    f'{name}.downsample.0', f'{name}.downsample.1',
+                    f'{path}/shortcut', f'{path}/shortcut_norm', inputs, 4 * inner, 1,
+                )  # fmt: skip
+            inputs, index = 4 * inner, index + 1
+    name, path = 'visual.attnpool', 'params/vision/pool'
+    table.append(
+        files.Entry(
+            f'{name}.positional_embedding', (positions(vision), inputs), (f'{path}/positions',)
+        )
+    )
+    for theirs, ours in (('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value')):
+        table += files.linear(f'{name}.{theirs}', f'{path}/{ours}', inputs, inputs)
+    return table + files.linear(f'{name}.c_proj', f'{path}/out', inputs, vision['features'])
+
+
+def _conv(
+    conv: str, norm: str, path: str, norm_path: str, inputs: int, outputs: int, kernel: int
+) -> list[files.Entry]:
+    shape = (outputs, inputs, kernel, kernel)
+    conv, norm, running = f'visual.{conv}', f'visual.{norm}', f'batch_stats/vision/{norm_path}'
+    return [
+        files.Entry(f'{conv}.weight', shape, (f'params/vision/{path}/kernel',), files.CONV),
+        *files.norm(norm, f'params/vision/{norm_path}', outputs),
+        files.Entry(f'{norm}.running_mean', (outputs,), (f'{running}/mean',)),
+        files.Entry(f'{norm}.running_var', (outputs,), (f'{running}/variance',)),
+    ]
