@@ -71,6 +71,14 @@ def words(argument: str | None, known: Iterable[str]) -> frozenset[str]:
     return found
 
 
+def one_of(found: Iterable[str], choices: tuple[str, ...], default: str) -> str:
+    """Returns which of `choices` is among the words found; two of them are an error."""
+    named = [word for word in choices if word in found]
+    if len(named) > 1:
+        raise DataError(f"the config words '{named[0]}' and '{named[1]}' exclude each other")
+    return named[0] if named else default
+
+
 class View:
     """A read-only view of a ConfigDict that records which leaves were read.
 

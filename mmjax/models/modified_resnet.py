@@ -70,12 +70,35 @@ class AttentionPool(nn.Module):
         return dense('out', self.features)(pooled.reshape(batch, channels))
 
 
+class StatisticsPool(nn.Module):
+    """Projects the means and deviations over space of several maps, shallow ones included.
+
+    Colours and textures of the first maps reach the embedding directly: a small net that is
+    trained from scratch on few items keeps them for items it has not seen.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, maps: list[jax.Array]) -> jax.Array:
+        """Maps [batch, height_i, width_i, channels_i] each to [batch, features]."""
+        parts = []
+        for x in maps:
+            x = x.astype(jnp.float32)
+            parts += [x.mean((1, 2)), jnp.sqrt(x.var((1, 2)) + 1e-6)]
+        pooled = [nn.LayerNorm(dtype=self.dtype, name=f'norm_{i}')(x) for i, x in enumerate(parts)]
+        return nn.Dense(self.features, dtype=self.dtype, name='out')(jnp.concatenate(pooled, -1))
+
+
 class ModifiedResNet(nn.Module):
     """CLIP's residual net with masked batch norms (Radford 2021, after He 2018's ResNet-D).
 
     The defaults are RN50's. A small one: `ModifiedResNet(64, (1, 1, 1, 1), 16, 8, 128)`. The stem
     makes a quarter of the picture's side, every stage after the first halves it; stage s puts out
     4 · width · 2^s channels. Blocks are counted through all stages: `block_0`, `block_1`, …
+    `pooling`: 'attention' is CLIP's; 'statistics' pools the stem's and every stage's output by
+    `StatisticsPool`, for small nets from scratch.
     """
 
     image_size: int = 224
@@ -83,6 +106,7 @@ class ModifiedResNet(nn.Module):
     width: int = 64
     heads: int = 32
     features: int = 1024
+    pooling: str = 'attention'
     dtype: jnp.dtype = jnp.float32
     implementation: str = 'xla'
 
@@ -97,6 +121,8 @@ class ModifiedResNet(nn.Module):
         size, shrink = self.image_size, 4 * 2 ** (len(self.stage_sizes) - 1)
         if images.shape[1:] != (size, size, 3):
             raise ValueError(f'images {images.shape} are not [batch, {size}, {size}, 3]')
+        if self.pooling not in ('attention', 'statistics'):
+            raise ValueError(f"pooling '{self.pooling}' is not attention or statistics")
         if size % shrink:
             raise ValueError(f'image_size {size} is not a multiple of {shrink}')
         x = images
@@ -106,13 +132,16 @@ class ModifiedResNet(nn.Module):
             norm = MaskedBatchNorm(dtype=self.dtype, name=f'stem_norm_{index}')
             x = nn.relu(norm(x, mask, train=train))
         x = _halve(x)
-        index = 0
+        maps, index = [x], 0
         for stage, blocks in enumerate(self.stage_sizes):
             for first in (position == 0 for position in range(blocks)):
                 x = Bottleneck(
                     self.width * 2**stage, first and stage > 0, self.dtype, name=f'block_{index}'
                 )(x, mask, train=train)
                 index += 1
+            maps.append(x)
+        if self.pooling == 'statistics':
+            return StatisticsPool(self.features, self.dtype, name='pool')(maps)
         return AttentionPool(
             self.heads, self.features, self.dtype, self.implementation, name='pool'
         )(x)

@@ -1,0 +1,300 @@
+"""Search and scores of queries against a gallery: exact, tile by tile, with ties told honestly.
+
+Ties are broken by lot, and every score is its expected value. For a right picture with cosine s,
+candidates above s + `retrieval.TOLERANCE` stand before it, and those within the tolerance of s tie
+with it, in an order drawn at random: `ties.py` has the closed forms, which are the mean over all
+orders. So embeddings that have collapsed to one point score exactly chance, never 1.
+"""
+
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mmjax.evals import ties
+from mmjax.evals.retrieval import _mean
+
+
+@dataclasses.dataclass(frozen=True)
+class GalleryScores:
+    """Scores of the queries that have a right picture in the gallery; fractions in 0–1.
+
+    `rank[k]` is the fraction with a right picture among the first k, `chance[k]` what a random
+    order gives, `cmc` the curve at 1, 2, …, 50 (or the largest k). `map` is the mean of average
+    precision over the whole ranking, `minp` that of (right pictures)/(rank of the last right one),
+    Ye et al. 2020, https://arxiv.org/abs/2001.04193. Means are NaN where no query is scored.
+
+    A scored query has a value in each of `scored` (its row), `ap`, `inp`, `hits[k]` (its credit at
+    k) and `first` (the mean rank, from 1, of its first right picture). `left_out` counts the
+    queries without a right picture.
+    """
+
+    rank: dict[int, float]
+    map: float
+    minp: float
+    cmc: np.ndarray
+    chance: dict[int, float]
+    scored: np.ndarray
+    ap: np.ndarray
+    inp: np.ndarray
+    hits: dict[int, np.ndarray]
+    first: np.ndarray
+    left_out: int
+
+
+def search(
+    queries: np.ndarray, gallery: np.ndarray, k: int, *,
+    chunk_queries: int = 1024, chunk_gallery: int = 4096,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Returns float32 [q, k] cosines and int64 [q, k] rows of the nearest gallery rows, best first.
+
+    Of equal cosines the lower row comes first, whatever the tiles: products are taken in float64
+    and rounded to float32, so that equal rows have equal cosines. Memory holds one tile; a gallery
+    in a `np.memmap` is read tile by tile, once for each `chunk_queries` queries.
+
+    Args:
+      queries, gallery: float [q, d] and [g, d], of any length; a zero row has cosine 0.
+      k: how many, 1 or more; more than g is g.
+      chunk_queries, chunk_gallery: rows and columns of a tile.
+
+    Raises:
+      ValueError: no gallery, shapes that do not fit, or values that are not finite.
+    """
+    queries, gallery = _checked(queries, gallery, chunk_queries, chunk_gallery, [k])
+    k = min(k, len(gallery))
+    scores = np.empty((len(queries), k), np.float32)
+    rows = np.empty((len(queries), k), np.int64)
+    for start in range(0, len(queries), chunk_queries):
+        asked = slice(start, start + chunk_queries)
+        units = _unit(queries[asked])
+        best, found = np.empty((len(units), 0), np.float32), np.empty((len(units), 0), np.int64)
+        for column in range(0, len(gallery), chunk_gallery):
+            tile = units @ _unit(gallery[column : column + chunk_gallery]).T
+            new, places = _largest(tile.astype(np.float32), k)
+            best, found = np.hstack([best, new]), np.hstack([found, places + column])
+            # Stable, and rows of earlier tiles stand to the left: equal cosines stay in row order.
+            order = np.argsort(-best, axis=1, kind='stable')[:, :k]
+            best, found = (np.take_along_axis(x, order, axis=1) for x in (best, found))
+        scores[asked], rows[asked] = best, found
+    return scores, rows
+
+
+def rank(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    *,
+    query_rows: np.ndarray | None = None,
+    gallery_rows: np.ndarray | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    chunk_queries: int = 1024,
+    chunk_gallery: int = 4096,
+) -> GalleryScores:
+    """Scores every query against the whole gallery; pictures of its identity are right.
+
+    Rankings are never cut: the cosines of a query's right pictures come first, then each tile tells
+    how many of the others stand before them. Memory holds one tile and the right pictures of
+    `chunk_queries` queries. The queries may be texts, one an identity or more.
+
+    Args:
+      queries, gallery: float [q, d] and [g, d], of any length, by cosine; a `np.memmap` will do.
+      query_ids, gallery_ids: integers or strings [q] and [g], the identity.
+      query_rows, gallery_rows: integers or strings [q] and [g], the picture itself; a gallery row
+        that is the query's own picture is no candidate for it. Both or none.
+      ks: cut-offs of 1 or more.
+      chunk_queries, chunk_gallery: rows and columns of a tile.
+
+    Raises:
+      ValueError: no gallery, shapes that do not fit, or values that are not finite.
+    """
+    queries, gallery = _checked(queries, gallery, chunk_queries, chunk_gallery, ks)
+    if (query_rows is None) != (gallery_rows is None):
+        raise ValueError('query_rows and gallery_rows go together, got one of them')
+    q, g = len(queries), len(gallery)
+    ids = _codes(query_ids, gallery_ids, q, g)
+    if query_rows is None:
+        query_rows, gallery_rows = np.zeros(q, int), np.ones(g, int)
+    same = _codes(query_rows, gallery_rows, q, g)
+    of_identity, of_picture = _partners(*ids), _partners(*same)
+    parts = []
+    for start in range(0, max(q, 1), chunk_queries):
+        asked = np.arange(start, min(start + chunk_queries, q))
+        (query, row), own = of_identity(asked), of_picture(asked)
+        other = same[0][asked[query]] != same[1][row]
+        hidden = np.hstack([(query, row), own])
+        units = _unit(queries[asked]).astype(np.float32)
+        counts = _chunk(units, gallery, query[other], row[other], hidden, chunk_gallery)
+        candidates = g - np.bincount(own[0], minlength=len(asked))
+        parts.append((candidates, *counts))
+    candidates, sizes, ap, inp, before, tied, right = map(np.concatenate, zip(*parts, strict=True))
+    scored = np.flatnonzero(sizes)
+    ap, inp, before, tied, right = (x[scored] for x in (ap, inp, before, tied, right))
+    depth = max([50, *ks])
+    hits = dict(enumerate(ties.hits(before, tied, right, depth), 1))
+    guesses = list(ties.hits(0 * before, candidates[scored], sizes[scored], depth))
+    return GalleryScores(
+        rank={k: _mean(hits[k]) for k in ks},
+        map=_mean(ap),
+        minp=_mean(inp),
+        cmc=np.array([_mean(credit) for credit in hits.values()]),
+        chance={k: _mean(guesses[k - 1]) for k in ks},
+        scored=scored,
+        ap=ap,
+        inp=inp,
+        hits={k: hits[k] for k in ks},
+        first=before + (tied + 1) / (right + 1),
+        left_out=q - len(scored),
+    )
+
+
+def bootstrap_difference(
+    a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None,
+    samples: int = 2000, seed: int = 0,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Returns mean(a) − mean(b) and its 95 % interval, by a paired bootstrap over queries.
+
+    Queries of one identity are not independent: with `groups`, whole groups are drawn. The interval
+    is infinite with fewer than two groups: nothing is known then.
+
+    Args:
+      a, b: float [n], scores of the same queries (`ap`, `hits[k]`) by two models.
+      groups: int [n], the identity of each query.
+
+    Raises:
+      ValueError: shapes that do not fit, nothing to compare, or values that are not finite.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    groups = np.arange(len(a)) if groups is None else np.asarray(groups)
+    if a.ndim != 1 or not len(a) or not a.shape == b.shape == groups.shape:
+        shapes = f'{a.shape}, {b.shape} and {groups.shape}'
+        raise ValueError(f'a, b and groups must be [n] of one length, 1 or more, got {shapes}')
+    if not np.isfinite(a - b).all():
+        raise ValueError(f'row {np.flatnonzero(~np.isfinite(a - b))[0]} of a or b is not finite')
+    index = np.unique(groups, return_inverse=True)[1]
+    sums, sizes = np.bincount(index, a - b), np.bincount(index)
+    if len(sizes) < 2:
+        return _mean(a - b), float('-inf'), float('inf')
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(sizes), size=len(sizes)) for _ in range(samples))
+    means = [sums[drawn].sum() / sizes[drawn].sum() for drawn in draws]
+    return _mean(a - b), *np.quantile(means, [0.025, 0.975]).tolist()
+
+
+def figure(queries: Sequence, results: Sequence, right: Sequence, titles: Sequence[str]) -> Figure:
+    """Draws, a row a query, the query and its first ten results, right in green, wrong in red.
+
+    Args:
+      queries: pictures [height, width, 3], uint8 or floats in 0–1, or texts.
+      results: for each query the pictures it finds, best first; those past the tenth are not drawn.
+      right: for each query whether each of them is right.
+      titles: for each query the line above it. Lists of different lengths are a ValueError.
+    """
+    widest = max([min(len(found), 10) for found in results], default=1)
+    height = max(len(queries), 1)
+    drawn = Figure(figsize=(1.2 * (widest + 1), 1.5 * height), layout='constrained')
+    drawn.set_label('Queries (left) and what they find, best first: green is right, red is wrong.')
+    axes = drawn.subplots(height, widest + 1, squeeze=False)
+    for axis in axes.flat:
+        axis.axis('off')
+    rows = zip(axes[: len(queries)], queries, results, right, titles, strict=True)
+    for line, query, found, truth, title in rows:
+        line[0].set_title(title, fontsize=7)
+        if isinstance(query, str):
+            line[0].text(0, 1, textwrap.fill(query, 20, max_lines=8), fontsize=6, va='top')
+        else:
+            line[0].imshow(query)
+        shown = list(zip(found, truth, strict=True))
+        for axis, (picture, is_right) in zip(line[1:], shown, strict=False):
+            axis.imshow(picture)
+            axis.axis('on')
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(color='tab:green' if is_right else 'tab:red', linewidth=3)
+    return drawn
+
+
+def _checked(queries, gallery, chunk_queries, chunk_gallery, ks):
+    queries, gallery = np.asarray(queries), np.asarray(gallery)  # a view of a memmap, no copy
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        shapes = f'{queries.shape} and {gallery.shape}'
+        raise ValueError(f'queries and gallery must be [q, d] and [g, d], got {shapes}')
+    if not len(gallery):
+        raise ValueError('the gallery needs one row or more, got none')
+    for name, least in (('k', ks), ('chunk', (chunk_queries, chunk_gallery))):
+        if min(least, default=1) < 1:
+            raise ValueError(f'{name} must be 1 or more, got {min(least)}')
+    for name, rows in (('queries', queries), ('gallery', gallery)):
+        for start in range(0, len(rows), chunk_gallery):
+            bad = np.flatnonzero(~np.isfinite(rows[start : start + chunk_gallery]).all(axis=1))
+            if len(bad):
+                raise ValueError(f'{name}: row {start + bad[0]} is not finite')
+    return queries, gallery
+
+
+def _unit(rows):
+    rows = np.asarray(rows, np.float64)  # so that no float32 length over- or underflows
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1)  # a zero row ties with everything: chance
+
+
+def _largest(scores, k):
+    """Returns [q, k] scores and columns of the k largest, lower ones of equals, in column order."""
+    k = min(k, scores.shape[1])
+    least = np.partition(scores, -k, axis=1)[:, -k, None]
+    keep = scores >= least
+    crowded = np.flatnonzero(keep.sum(axis=1) > k)
+    above, level = scores[crowded] > least[crowded], scores[crowded] == least[crowded]
+    keep[crowded] = above | (level & (np.cumsum(level, 1) <= k - above.sum(1, keepdims=True)))
+    columns = np.flatnonzero(keep).reshape(len(scores), k) % scores.shape[1]
+    return np.take_along_axis(scores, columns, axis=1), columns
+
+
+def _codes(query_keys, gallery_keys, q, g):
+    """Returns [q] and [g] integers that are equal where the keys are."""
+    keys = np.asarray(query_keys), np.asarray(gallery_keys)
+    shapes = [list(x.shape) for x in keys]
+    if shapes != [[q], [g]]:
+        raise ValueError(f'ids and rows must be [{q}] and [{g}], got {shapes[0]} and {shapes[1]}')
+    kinds = {x.dtype.kind for x in keys if len(x)}
+    if len(kinds) > 1 or not kinds <= set('iuU'):  # joined, 1 and '1' would become equal
+        raise ValueError(f'ids and rows must be integers or strings of one kind, got {kinds}')
+    return np.split(np.unique(np.concatenate(keys), return_inverse=True)[1], [q])
+
+
+def _partners(query_codes, gallery_codes):
+    """Returns a function: rows of queries → (place among them, gallery row) of all equal codes."""
+    order = np.argsort(gallery_codes, kind='stable')
+    sides = 'left', 'right'
+    first, last = (np.searchsorted(gallery_codes, query_codes, s, sorter=order) for s in sides)
+
+    def of(rows):
+        sizes = last[rows] - first[rows]
+        offsets = np.repeat(first[rows] - np.cumsum(sizes) + sizes, sizes)
+        return np.repeat(np.arange(len(rows)), sizes), order[np.arange(sizes.sum()) + offsets]
+
+    return of
+
+
+def _chunk(units, gallery, query, row, hidden, chunk):
+    """Returns the `ties.Rankings.scores` of one tile of queries.
+
+    `query`, `row` are the right pairs. They are `hidden` in the tiles, with what is no candidate,
+    and counted apart, so that rounding never makes a precision larger than 1.
+    """
+    own = np.empty(len(row), np.float32)
+    for start in range(0, len(row), chunk):
+        pair = slice(start, start + chunk)
+        pictures = _unit(gallery[row[pair]]).astype(np.float32)
+        own[pair] = np.einsum('pd,pd->p', units[query[pair]], pictures)
+    rankings = ties.Rankings(query, own, len(units))
+    hidden = hidden[:, np.argsort(hidden[1], kind='stable')]
+    for start in range(0, len(gallery), chunk):
+        tile = units @ _unit(gallery[start : start + chunk]).astype(np.float32).T
+        inside = hidden[:, slice(*np.searchsorted(hidden[1], [start, start + chunk]))]
+        tile[inside[0], inside[1] - start] = -np.inf
+        tile.sort(axis=1)
+        rankings.add(tile)
+    return rankings.scores()
