@@ -1,6 +1,7 @@
 """How far query → gallery retrieval of products gets with nothing learnt: chance and floors.
 
     python benchmarks/retrieval_floors.py [--root=FOLDER] [--seed=0] [--side=128]
+        [--embeddings=RUN/embed]
 
 Each floor ranks the whole gallery by the distance to a query picture and scores by the item alone;
 of several distances the best Rank-1 counts.
@@ -11,7 +12,9 @@ of several distances the best Rank-1 counts.
                 length 1: L2
 
 Built-in products, or with --root a folder: image_paths.json {path: {item_id, split}} with the
-splits query and gallery. Writes benchmarks/results/retrieval_floors.json.
+splits query and gallery. --embeddings names what `--mode=embed` of a run on the same data wrote:
+its scores are set beside the floors, with the 95 % bootstrap interval (over queries) of the
+difference in mAP from the best histogram. Writes benchmarks/results/retrieval_floors.json.
 """
 
 import argparse
@@ -28,7 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from mmjax.data import retrieval_synthetic
 
 SIZES = {
-    'train_items': 240,
+    'train_items': 480,
     'val_items': 40,
     'test_items': 60,
     'shots': 6,
@@ -121,13 +124,40 @@ def scores(distance: np.ndarray, queries: np.ndarray, gallery: np.ndarray) -> di
     at least as near. Every query has a right one.
     """
     right = gallery[np.argsort(distance, axis=1, kind='stable')] == queries[:, None]
-    precision = np.cumsum(right, 1) / np.arange(1, right.shape[1] + 1)
-    average = (precision * right).sum(1) / right.sum(1)
     return {
         'rank1': float(right[:, 0].mean()),
         'rank5': float(right[:, :5].any(1).mean()),
-        'mAP': float(average.mean()),
+        'mAP': float(average_precision(distance, queries, gallery).mean()),
     }
+
+
+def average_precision(distance: np.ndarray, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """AP of every query: [q]."""
+    right = gallery[np.argsort(distance, axis=1, kind='stable')] == queries[:, None]
+    precision = np.cumsum(right, 1) / np.arange(1, right.shape[1] + 1)
+    return (precision * right).sum(1) / right.sum(1)
+
+
+def compare(run: pathlib.Path, sets, by_path: bool, samples: int = 5000) -> dict:
+    """Scores of a run's embeddings, and their gain in mAP over the best histogram."""
+    rows = np.load(run / 'embeddings.npy')
+    index = [json.loads(line) for line in (run / 'index.jsonl').read_text().splitlines()]
+    if by_path:  # the order that `folder` has
+        index.sort(key=lambda entry: entry['path'])
+    of = lambda split: [entry['row'] for entry in index if entry['split'] == split]
+    names = [np.array([item for item, _ in sets[split]]) for split in ('query', 'gallery')]
+    if [len(of('query')), len(of('gallery'))] != [len(ids) for ids in names]:
+        raise SystemExit(f'{run} holds other pictures than the data')
+    mine = -rows[of('query')] @ rows[of('gallery')].T
+    cells = [np.stack([histogram(file) for _, file in sets[s]]) for s in ('query', 'gallery')]
+    kinds = {k: distances(*cells, k) for k in ('l1', 'l2', 'chi2', 'hellinger')}
+    floor = max((average_precision(d, *names) for d in kinds.values()), key=np.mean)
+    gain = average_precision(mine, *names) - floor
+    rng = np.random.default_rng(0)
+    drawn = gain[rng.integers(len(gain), size=(samples, len(gain)))].mean(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    found = scores(mine, *names)
+    return found | {'histogram_mAP': floor.mean(), 'gain': gain.mean(), 'low': low, 'high': high}
 
 
 def measure(sets) -> dict[str, dict[str, float]]:
@@ -151,18 +181,22 @@ def main():
     parser.add_argument('--root', type=pathlib.Path, help='a folder of pictures; else built-in')
     parser.add_argument('--seed', type=int, default=0, help='of the built-in products')
     parser.add_argument('--side', type=int, default=128, help='of built-in photographs, pixels')
+    parser.add_argument('--embeddings', type=pathlib.Path, help='what --mode=embed of a run wrote')
     parser.add_argument('--out', type=pathlib.Path, help='where the JSON goes')
     arguments = parser.parse_args()
     start = time.perf_counter()
     sets = folder(arguments.root) if arguments.root else built_in(arguments.seed, arguments.side)
     drawn = time.perf_counter() - start
     found = measure(sets)
+    highest = max(v['rank1'] for v in found.values())
+    if arguments.embeddings:
+        found['run'] = compare(arguments.embeddings, sets, bool(arguments.root))
     result = {
         'data': arguments.root.name if arguments.root else 'built-in',
         'pictures': {split: len(rows) for split, rows in sets.items()},
         'items': {split: len({item for item, _ in rows}) for split, rows in sets.items()},
-        'floors': {k: {m: round(x, 4) for m, x in v.items()} for k, v in found.items()},
-        'highest_rank1': round(max(v['rank1'] for v in found.values()), 4),
+        'floors': {k: {m: round(float(x), 4) for m, x in v.items()} for k, v in found.items()},
+        'highest_rank1': round(highest, 4),
         'seconds': {
             'pictures': round(drawn, 1),
             'all': round(time.perf_counter() - start, 1),

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,29 @@ class Scores:
 
     metrics: dict[str, float | str]
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)  # matplotlib Figures
+
+
+def final_weights(loss_weights: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the weights that an evaluation sums losses with: of a schedule, where it ends."""
+    return {
+        name: float(weight['end'] if isinstance(weight, Mapping) else weight)
+        for name, weight in loss_weights.items()
+    }
+
+
+def gather(
+    apply: Apply, method: str, dataset: Dataset, batch_size: int, keys: Sequence[str] = ()
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Applies a method to a whole split; returns (outputs, those keys of its batches), joined.
+
+    For outputs [batch, …] whose other sides are the same in every batch.
+    """
+    outputs, batches = [], []
+    for output, batch in apply(method, dataset, batch_size):
+        outputs.append(output)
+        batches.append({key: batch[key] for key in keys})
+    join = lambda *parts: np.concatenate(parts)
+    return jax.tree.map(join, *outputs), jax.tree.map(join, *batches)
 
 
 class Evaluator(abc.ABC):

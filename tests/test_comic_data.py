@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.data import comic, comic_folder, pictures, tokenizers
+from mmjax.data import comic, comic_folder, folders, pictures, tokenizers
 from mmjax.data.dataset import DataError
 from mmjax.data.ledger import RecordError
 
@@ -548,6 +548,27 @@ def test_tone_is_the_formula_and_boxes_stay_near():
     limit = (0.04 + 0.03) * np.array([0.4, 0.2, 0.4, 0.2])
     assert (moved <= limit + 1e-9).all() and (moved > 0.8 * limit).all()
     assert (augmentation.box((0, 0, 1, 1), rng) >= 0).all()
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_pictures_are_turned_as_their_exif_says(orientation):
+    """What a viewer shows: EXIF's tables of where row 0 and column 0 of the file lie."""
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3, 1).repeat(3, 2) * 40
+    shown = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+             5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1),
+             7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90}  # fmt: skip
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(buffer, 'PNG', exif=exif)
+    expected = shown[orientation](pixels)
+    np.testing.assert_array_equal(np.asarray(pictures.open_picture(buffer.getvalue())), expected)
+    assert pictures.check_picture(buffer.getvalue()) == expected.shape[1::-1]
+
+
+def test_a_key_that_stands_twice_is_malformed(tmp_path):
+    (tmp_path / 'a.json').write_text('{"a": 1, "b": {"c": 2, "c": 3}}')
+    with pytest.raises(RecordError, match=r"a\.json: 'c' stands twice"):
+        folders.read_json(tmp_path / 'a.json', 'a.json')
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'LA', 'P', '1', 'CMYK', 'I;16'])

@@ -81,9 +81,9 @@ def test_faults_of_prompts_are_named(tmp_path):
         with pytest.raises(DataError, match=message):
             prompts.read_prompts(save(path, content))
     path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(DataError, match=r'p\.json cannot be read'):
+    with pytest.raises(DataError, match=r'p\.json line 1: not UTF-8'):
         prompts.read_prompts(path)
-    with pytest.raises(DataError, match=r'cannot be read: .*none'):
+    with pytest.raises(DataError, match=r'none does not exist'):
         prompts.read_prompts(tmp_path / 'none')
 
 

@@ -48,6 +48,11 @@ class Prepared:
         return Records(self.directory, split)
 
 
+def cache_dir(given: str | None) -> pathlib.Path:
+    """Returns where prepared records are kept: `given`, else $MMJAX_CACHE, else ~/.cache/mmjax."""
+    return pathlib.Path(given or os.environ.get('MMJAX_CACHE', '~/.cache/mmjax')).expanduser()
+
+
 def prepare(
     directory: str | os.PathLike,
     *,

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from mmjax.data.dataset import DataError
 from mmjax.data.ledger import RecordError
@@ -46,7 +46,7 @@ def open_picture(
     max_pixels: int = MAX_PIXELS,
     at_least: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """Decodes a whole picture to RGB.
+    """Decodes a whole picture to RGB, turned as its EXIF orientation says.
 
     Args:
       source: encoded bytes, or the path of a file.
@@ -72,7 +72,7 @@ def open_picture(
             if at_least:
                 picture.draft('RGB', at_least)
             picture.load()
-            return _rgb(picture)
+            return _rgb(ImageOps.exif_transpose(picture))
     except RecordError:
         raise
     except FileNotFoundError as error:
@@ -94,7 +94,8 @@ def check_picture(
     with Image.open(
         io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS
     ) as picture:
-        return picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return picture.size[::-1] if turned else picture.size
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mmjax.data.clip_tokenizer import CUTS, shorten
 from mmjax.data.dataset import DataError
+from mmjax.data.folders import read_json
 
 NOUN = 'clothing item'
 TEMPLATE = 'A {noun} in {color}. {description}'
@@ -29,7 +30,7 @@ def read_descriptions(path: str | os.PathLike, unique: bool = True) -> list[dict
     A description that is a string is one sentence; a color may be missing, null or empty. Raises
     DataError: malformed JSON, a missing key, a wrong type and, if `unique`, an item twice.
     """
-    entries = _read_json(path)
+    entries = read_json(pathlib.Path(path), str(path))
     if not isinstance(entries, list):
         raise DataError(f'{path} is not a list of descriptions')
     return list(_checked(entries, f'{path}: ', unique))
@@ -37,7 +38,7 @@ def read_descriptions(path: str | os.PathLike, unique: bool = True) -> list[dict
 
 def read_prompts(path: str | os.PathLike) -> dict[str, str]:
     """Reads prompts, {item_id: text}; raises DataError as `read_descriptions` does."""
-    prompts = _read_json(path)
+    prompts = read_json(pathlib.Path(path), str(path))
     if not isinstance(prompts, dict):
         raise DataError(f'{path} is not an object of prompts by item_id')
     for item, text in prompts.items():
@@ -282,19 +283,3 @@ def _check_template(template: str, allowed: Sequence[str]) -> None:
                 raise DataError(f'the template {template!r} has {name!r}, not one of {allowed}')
     except ValueError as error:
         raise DataError(f'the template {template!r} is malformed: {error}') from error
-
-
-def _read_json(path: str | os.PathLike) -> Any:
-    def once(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise DataError(f'{path}: {twice!r} stands twice in one object')
-        return found
-
-    try:
-        return json.loads(pathlib.Path(path).read_text('utf-8-sig'), object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        raise DataError(f'{path} line {error.lineno}: {error.msg}') from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f'{path} cannot be read: {error}') from error

@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.data import comic, pictures, tokenizers
+from mmjax.data import builders, comic, pictures, tokenizers
 from mmjax.data.dataset import DataError
 from mmjax.losses import contrastive, reconstruction
 from mmjax.models.bert import Bert
@@ -20,7 +18,7 @@ from mmjax.pretrained import bert as bert_weights
 from mmjax.pretrained import files
 from mmjax.pretrained import resnet as resnet_weights
 from mmjax.pretrained import siglip as siglip_weights
-from mmjax.task import Task
+from mmjax.task import Task, final_weights
 from mmjax.tasks.comic_scores import PageScores
 
 BACKBONES = {'siglip': ('siglip',), 'resnet': ('resnet',), 'both': ('siglip', 'resnet')}
@@ -49,10 +47,7 @@ class Recipe(Task):
         chunk = config.losses.chunk
         self.chunk = chunk if chunk == 'auto' else int(chunk)
         self.stop_context = config.losses.stop_context
-        self.weights = {
-            name: value['end'] if isinstance(value, dict) else value
-            for name, value in config.loss_weights.to_dict().items()
-        }
+        self.weights = final_weights(config.loss_weights.to_dict())
         self.batch_size = config.batch_size
 
     def dataset(self, split):
@@ -238,9 +233,8 @@ def _pages(config, assets):
     Returns ({split: ComicPages}, tokenizer).
     """
     spec = config.data
-    cache = spec.cache or os.environ.get('MMJAX_CACHE', '~/.cache/mmjax')
     prepared = comic.prepare_pages(
-        spec.root, pathlib.Path(cache).expanduser(), seed=config.seed,
+        spec.root, builders.cache_dir(spec.cache), seed=config.seed,
         synthetic_sizes=spec.built_in.to_dict(), max_panels=spec.max_panels,
         max_fault_share=spec.max_fault_share, max_pixels=spec.max_pixels,
         wait=jax.process_index() > 0,

@@ -18,7 +18,7 @@ from mmjax.losses.term import Term
 from mmjax.models import clip
 from mmjax.pretrained import clip as clip_weights
 from mmjax.pretrained import files
-from mmjax.task import Task
+from mmjax.task import Task, final_weights, gather
 from mmjax.tasks import retrieval_data
 from mmjax.tasks.retrieval_scores import ItemScores, QueryGallery, shown
 
@@ -56,7 +56,7 @@ class Recipe(Task):
         for name in weights:
             if name not in LOSSES:
                 raise DataError(f"loss_weights names '{name}'; there are {', '.join(LOSSES)}")
-        self.weights = {n: w['end'] if isinstance(w, dict) else w for n, w in weights.items()}
+        self.weights = final_weights(weights)
         self.batch_size = config.batch_size
         self.length, self.root = length, config.data.root
 
@@ -187,8 +187,8 @@ class Recipe(Task):
             tokens, mask = self.tokenizer.encode([inputs], self.prompts.limit)
             batch = {'tokens': tokens, 'token_mask': mask}
             found, picture = jax.jit(self.embed_texts)(apply.variables, batch), None
-        encoded = [x for x, _ in apply('embed_images', gallery, self.batch_size)]
-        return shown(np.asarray(found), picture, inputs, np.concatenate(encoded), gallery, output)
+        encoded, _ = gather(apply, 'embed_images', gallery, self.batch_size)
+        return shown(np.asarray(found), picture, inputs, encoded, gallery, output)
 
     def embed(self, apply, output):
         """Writes embeddings.npy [pictures, features] and index.jsonl, texts.npy and texts.jsonl."""

@@ -1,11 +1,18 @@
 """What the retrieval recipe learns from: prompts of items, splits of pictures, a tokenizer."""
 
-import os
 import pathlib
 
 import jax
 
-from mmjax.data import clip_tokenizer, photos, prompts, retrieval, retrieval_folder, tokenizers
+from mmjax.data import (
+    builders,
+    clip_tokenizer,
+    photos,
+    prompts,
+    retrieval,
+    retrieval_folder,
+    tokenizers,
+)
 from mmjax.data.dataset import DataError
 
 POLICIES = ('raw', 'safe')
@@ -66,7 +73,6 @@ class Prompts:
 def open_splits(config):
     """Prepares the items and opens every split that is there; val may be items of train."""
     spec = config.data
-    cache = spec.cache or os.environ.get('MMJAX_CACHE', '~/.cache/mmjax')
     names = ['train', 'val', 'query', 'gallery']
     if spec.root:
         names = [n for n in names if n == 'train' or retrieval_folder.has_split(spec.root, n)]
@@ -77,7 +83,7 @@ def open_splits(config):
             f"{spec.root} has no pictures of split 'val': data.val_items=.1 takes items of train"
         )
     prepared = retrieval.prepare_items(
-        spec.root, pathlib.Path(cache).expanduser(), splits=tuple(names), seed=config.seed,
+        spec.root, builders.cache_dir(spec.cache), splits=tuple(names), seed=config.seed,
         synthetic_sizes=spec.built_in.to_dict(), max_fault_share=spec.max_fault_share,
         max_pixels=spec.max_pixels, wait=jax.process_index() > 0,
     )  # fmt: skip

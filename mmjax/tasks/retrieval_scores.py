@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mmjax.evals import gallery as search
 from mmjax.losses.term import Term
-from mmjax.task import Evaluator, Scores
+from mmjax.task import Evaluator, Scores, gather
 
 
 class ItemScores(Evaluator):
@@ -25,7 +25,7 @@ class ItemScores(Evaluator):
         )  # fmt: skip
 
     def run(self, apply, *, figures):
-        outputs, identity = _encode(apply, 'encode', self.pictures, self.batch_size)
+        outputs, identity = _embedded(apply, 'encode', self.pictures, self.batch_size)
         arrays = {name: jnp.asarray(x) for name, x in outputs.items()}
         terms = self.task._terms(
             apply.variables, arrays, jnp.asarray(identity), jnp.ones(len(identity), bool),
@@ -52,8 +52,8 @@ class QueryGallery(Evaluator):
         self.query, self.gallery, self.batch_size = query, gallery, batch_size
 
     def run(self, apply, *, figures):
-        ask, wanted = _encode(apply, 'embed_images', self.query, self.batch_size)
-        encoded, items = _encode(apply, 'encode', self.gallery, self.batch_size)
+        ask, wanted = _embedded(apply, 'embed_images', self.query, self.batch_size)
+        encoded, items = _embedded(apply, 'encode', self.gallery, self.batch_size)
         images = encoded['image']
         found = search.rank(ask, images, wanted, items)
         texts, told = _one_text_an_item(encoded['text'], items)
@@ -109,17 +109,9 @@ def shown(found, picture, asked: str, gallery_embeddings, gallery, output) -> st
     return '\n'.join([*lines, f'drawn: {output / "nearest.png"}'])
 
 
-def _encode(apply, method, data, batch_size):
-    """Returns (outputs of the whole split, identity [n])."""
-    parts, identity = [], []
-    for outputs, batch in apply(method, data, batch_size):
-        parts.append(outputs)
-        identity.append(batch['identity'])
-    if isinstance(parts[0], dict):
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    else:
-        joined = np.concatenate(parts)
-    return joined, np.concatenate(identity)
+def _embedded(apply, method, data, batch_size):
+    outputs, batch = gather(apply, method, data, batch_size, ('identity',))
+    return outputs, batch['identity']
 
 
 def _one_text_an_item(texts, identity):
