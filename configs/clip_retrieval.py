@@ -6,7 +6,7 @@
 Versions: `v1` InfoNCE, raw prompts, shuffled batches, constant rate; `v2` SupCon over pictures and
 texts, PK batches; `v3` goes on from v2's best with twice the rate (`--init_from=RUN_OF_V2`; or
 `v3,staged`: both stages in one run); `v4` (default) token-safe prompts, cosine with warm-up.
-Towers: `vit` or `rn50`. `published` takes ViT-B/16 or RN50 at 224 px, to be given weights with
+Towers: `vit` or `rn50`. `few`: a shallow net on colours and textures, for few items and no weights. `published` takes ViT-B/16 or RN50 at 224 px, to be given weights with
 --config.model.pretrained=FOLDER; `smoke` shows that all works.
 """
 
@@ -15,10 +15,11 @@ from ml_collections import config_dict
 from mmjax import config as mmjax_config
 
 VERSIONS = ('v1', 'v2', 'v3', 'v4')
+WORDS = ('vit', 'rn50', 'staged', 'few', 'smoke', 'published')
 
 
 def get_config(argument: str = ''):
-    words = mmjax_config.words(argument, (*VERSIONS, 'vit', 'rn50', 'staged', 'smoke', 'published'))
+    words = mmjax_config.words(argument, (*VERSIONS, *WORDS))
     version = mmjax_config.one_of(words, VERSIONS, 'v4')
     config = mmjax_config.default()
     config.task = 'retrieval'
@@ -62,6 +63,13 @@ def get_config(argument: str = ''):
     config.optimizer.update(learning_rate=1e-3, weight_decay=0.01, clip=5.0, schedule='constant')
     config.best = dict(metric='val/map', mode='max')
     epochs = 30.0
+    if 'few' in words:
+        config.model.rn50.update(stage_sizes=(1,), pooling='statistics')
+        config.data.augmentation.update(brightness=0.1, contrast=0.1, saturation=0.1, tint=0.05,
+                                        rotation=0.0)  # fmt: skip
+        config.optimizer.learning_rate = 3e-3
+        config.best.metric = ''  # val shows pictures of items that are learnt from
+        epochs = 12.0
     if 'smoke' in words:
         config.batch_size = 16
         config.data.image_size = 32
