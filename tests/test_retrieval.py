@@ -90,8 +90,9 @@ def infonce_oracle(a, b, labels, temperature):
     return np.mean(both)
 
 
-def test_losses_agree_with_loops_and_see_identities(model):
+def test_losses_agree_with_loops_and_see_identities(model, trained):
     built, apply = model
+    config_temperature = trained[1].losses.temperature
     rng = np.random.default_rng(0)
     image, text = rng.normal(size=(2, 6, 5)).astype(np.float32)
     labels = np.array([3, 3, 8, 8, 8, 1])
@@ -99,7 +100,7 @@ def test_losses_agree_with_loops_and_see_identities(model):
     mask = jnp.ones(6, bool)
     found = built.task._terms(apply.variables, outputs, labels, mask, ('supcon', 'infonce'))
     temperature = float(found['temperature'])
-    assert temperature == pytest.approx(0.07, rel=1e-6)
+    assert temperature == pytest.approx(config_temperature, rel=1e-6)
     both = np.concatenate([image, text])
     expected = supcon_oracle(both, np.tile(labels, 2), temperature)
     assert float(found['supcon'].mean()) == pytest.approx(expected, rel=1e-5)
@@ -143,14 +144,15 @@ def test_the_log_carries_the_loss_its_floor_its_collapse_and_the_cosine(trained)
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     steps = [line for line in lines if 'loss' in line]
     rows, k = 2 * config.batch_size, config.sampler.k  # pictures and texts
+    temperature = config.losses.temperature
     for line in steps:
         assert line['supcon_floor'] == pytest.approx(math.log(2 * k - 1), rel=1e-6)
         assert line['supcon_collapse'] == pytest.approx(math.log(rows - 1), rel=1e-6)
         assert line['supcon_floor'] < line['loss/supcon'] == pytest.approx(line['loss'])
         assert -1 <= line['image_text_cosine'] <= 1 and line['grad_norm'] > 0
         assert line['count/supcon'] == rows
-        assert line['temperature'] == pytest.approx(0.07, rel=1e-5)  # frozen
-    best = contrastive.supcon_simplex(config.batch_size // k, 2 * k, 0.07)
+        assert line['temperature'] == pytest.approx(temperature, rel=1e-5)  # frozen
+    best = contrastive.supcon_simplex(config.batch_size // k, 2 * k, temperature)
     assert min(line['loss'] for line in steps) >= best - 1e-5
 
 
@@ -215,7 +217,9 @@ def test_versions_differ_as_published():
     losses = {words: list(config.loss_weights) for words, config in chosen.items()}
     assert losses == {key: ['infonce' if key == 'v1' else 'supcon'] for key in chosen}
     assert [c.sampler.name for c in chosen.values()] == ['shuffle', *['pk'] * 4]
-    assert [c.losses.temperature for c in chosen.values()] == [0.07, 0.07, 0.07, 0.05, 0.05]
+    published = [tiny(f'published,{words}') for words in chosen]
+    assert [c.losses.temperature for c in published] == [0.07, 0.07, 0.07, 0.05, 0.05]
+    assert [c.optimizer.learning_rate for c in published] == [5e-5] * 5
     policies = [c.data.prompt_policy for c in chosen.values()]
     assert policies == ['raw', 'raw', 'raw', 'safe', 'safe']
 

@@ -201,7 +201,7 @@ def figure(queries: Sequence, results: Sequence, right: Sequence, titles: Sequen
         axis.axis('off')
     rows = zip(axes[: len(queries)], queries, results, right, titles, strict=True)
     for line, query, found, truth, title in rows:
-        line[0].set_title(title, fontsize=7)
+        line[0].set_title(textwrap.fill(title, 22, max_lines=2), fontsize=7)
         if isinstance(query, str):
             line[0].text(0, 1, textwrap.fill(query, 20, max_lines=8), fontsize=6, va='top')
         else:

@@ -128,7 +128,7 @@ class ModifiedResNet(nn.Module):
     makes a quarter of the picture's side, every stage after the first halves it; stage s puts out
     4 · width · 2^s channels. Blocks are counted through all stages: `block_0`, `block_1`, …
     `pooling`: 'attention' is CLIP's; 'statistics' pools the stem's and every stage's output by
-    `StatisticsPool`, for small nets from scratch.
+    `StatisticsPool` with `share`, for small nets from scratch.
     """
 
     image_size: int = 224
@@ -137,6 +137,7 @@ class ModifiedResNet(nn.Module):
     heads: int = 32
     features: int = 1024
     pooling: str = 'attention'
+    share: float = 0.3
     dtype: jnp.dtype = jnp.float32
     implementation: str = 'xla'
 
@@ -171,7 +172,8 @@ class ModifiedResNet(nn.Module):
                 index += 1
             maps.append(x)
         if self.pooling == 'statistics':
-            return StatisticsPool(self.features, dtype=self.dtype, name='pool')(images, maps)
+            pool = StatisticsPool(self.features, share=self.share, dtype=self.dtype, name='pool')
+            return pool(images, maps)
         return AttentionPool(
             self.heads, self.features, self.dtype, self.implementation, name='pool'
         )(x)

@@ -280,7 +280,7 @@ def _model(config, vocabulary, length):
 
 def _fields(module):
     """Returns the fields of a tower that decide what it computes."""
-    skip = ('dtype', 'implementation', 'parent', 'name')
+    skip = ('dtype', 'implementation', 'parent', 'name', 'pooling', 'share')
     return {key: getattr(module, key) for key in module.__dataclass_fields__ if key not in skip}
 
 
