@@ -38,10 +38,12 @@ def newest(workdir) -> int:
 
 
 def start(workdir, *arguments):
+    named = any(argument.startswith('--config=') for argument in arguments)
+    config = [] if named else [f'--config={CONFIG}']
+    command = [sys.executable, '-m', 'mmjax.main', *config, f'--workdir={workdir}', *arguments]
     return subprocess.Popen(
-        [sys.executable, '-m', 'mmjax.main', f'--config={CONFIG}', f'--workdir={workdir}',
-         *arguments], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
     )  # fmt: skip
 
 
@@ -100,6 +102,17 @@ def test_kill_9_at_twenty_moments(tmp_path, unbroken, workers):
     rng = random.Random(100 + workers)
     arguments = [f'--config.data.workers={workers}']
     assert kill_at_random_moments(tmp_path / 'run', unbroken, 20, rng, arguments) >= 10
+
+
+@pytest.mark.slow
+def test_kill_9_changes_nothing_in_the_retrieval_recipe(tmp_path, monkeypatch):
+    """Two stages, PK batches, batch statistics; the cache spares compiling after every kill."""
+    monkeypatch.setenv('MMJAX_COMPILATION_CACHE', str(tmp_path / 'compiled'))
+    arguments = ('--config=configs/clip_retrieval.py:smoke', f'--config.data.cache={tmp_path}/data')
+    finish(tmp_path / 'unbroken', *arguments)
+    rng = random.Random(7)
+    kills = kill_at_random_moments(tmp_path / 'run', tmp_path / 'unbroken', 3, rng, arguments)
+    assert kills > 0
 
 
 def test_a_flipped_bit_in_any_file_is_detected_and_the_run_goes_on(tmp_path, unbroken, caplog):

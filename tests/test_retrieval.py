@@ -310,3 +310,25 @@ def test_an_exported_model_loads_as_pretrained_weights(model, trained, cache, tm
         dict(variables['params']), dict(apply.variables['params']),
     )  # fmt: skip
     assert jax.tree.all(chex_equal)
+
+
+# Faults -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('entry', 'message'),
+    [
+        ({'item_id': 'a'}, 'has no split'),
+        ({'item_id': 3, 'split': 'train'}, 'item_id is 3, not a name'),
+    ],
+)
+def test_a_malformed_table_ends_with_one_sentence(tmp_path, entry, message):
+    (tmp_path / 'image_paths.json').write_text(json.dumps({'images/a.jpg': entry}))
+    (tmp_path / 'prompts.json').write_text('{"a": "a product"}')
+    done = runs.command(
+        '--config=configs/clip_retrieval.py:smoke', f'--config.data.root={tmp_path}',
+        f'--workdir={tmp_path}/run', f'--config.data.cache={tmp_path}/cache',
+    )  # fmt: skip
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert message in done.stderr and 'image_paths.json' in done.stderr
+    assert not (tmp_path / 'run').exists() and not (tmp_path / 'cache').exists()

@@ -129,9 +129,9 @@ def test_no_two_of_a_catalogue_look_the_same_to_a_text(monkeypatch):
 
 @pytest.mark.parametrize('key', synthetic.SIZES)
 def test_a_size_that_is_missing_or_too_small_is_named(key):
-    with pytest.raises(DataError, match=f'data.{key} is missing'):
+    with pytest.raises(DataError, match=rf'data\.built_in\.{key} is missing'):
         synthetic.catalogue(0, {k: v for k, v in SIZES.items() if k != key})
-    with pytest.raises(DataError, match=f'data.{key} must be at least 1, got 0'):
+    with pytest.raises(DataError, match=rf'data\.built_in\.{key} must be at least 1, got 0'):
         synthetic.catalogue(0, SIZES | {key: 0})
 
 

@@ -121,10 +121,11 @@ def open_folder(root: str | os.PathLike, splits: Sequence[str]) -> RetrievalFold
     return RetrievalFolder(root, base, rows, tuple(malformed), _digest(root, base, rows))
 
 
-def has_split(root: str | os.PathLike, split: str) -> bool:
-    """Whether the table names a picture of this split."""
+def named_splits(root: str | os.PathLike) -> set[str]:
+    """Returns the splits that the table names, well formed entry or not."""
     table = read_table(pathlib.Path(root).expanduser())
-    return any(isinstance(e, dict) and e.get('split') == split for e in table.values())
+    found = (entry.get('split') for entry in table.values() if isinstance(entry, dict))
+    return {split for split in found if isinstance(split, str)}
 
 
 def read_table(root: pathlib.Path) -> dict[str, Any]:

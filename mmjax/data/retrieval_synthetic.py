@@ -156,9 +156,9 @@ def catalogue(seed: int, sizes: Mapping[str, int]) -> dict[str, list[tuple[int, 
     """
     for key in SIZES:
         if key not in sizes:
-            raise DataError(f'data.{key} is missing: it is the number of built-in {key}')
+            raise DataError(f'data.built_in.{key} is missing: it is the number of built-in {key}')
         if sizes[key] < 1:
-            raise DataError(f'data.{key} must be at least 1, got {sizes[key]}')
+            raise DataError(f'data.built_in.{key} must be at least 1, got {sizes[key]}')
     counts = (sizes['test_items'], sizes['val_items'], sizes['train_items'])
     identities, looks, identity = [], set(), 0
     while len(identities) < sum(counts):

@@ -75,10 +75,11 @@ def open_splits(config):
     spec = config.data
     names = ['train', 'val', 'query', 'gallery']
     if spec.root:
-        names = [n for n in names if n == 'train' or retrieval_folder.has_split(spec.root, n)]
+        there = retrieval_folder.named_splits(spec.root)
+        names = [name for name in names if name == 'train' or name in there]
     if spec.val_items:
         names = [name for name in names if name != 'val']
-    elif 'val' not in names:
+    elif spec.root and 'train' in there and 'val' not in names:
         raise DataError(
             f"{spec.root} has no pictures of split 'val': data.val_items=.1 takes items of train"
         )
