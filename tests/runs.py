@@ -1,5 +1,6 @@
 """Small runs for tests: a config of a toy task, a run in this process, a run in another."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -29,6 +30,11 @@ def toy(task: str, steps: int = 12, /, **changes):
     config.optimizer.schedule = 'constant'
     config.log.update(every_steps=1, tensorboard=False)
     config.checkpoint.every_steps = 4
+    return change(config, **changes)
+
+
+def change(config, **changes):
+    """Sets dotted keys, with '__' for the dot, in place; returns the config."""
     for key, value in changes.items():
         *parents, leaf = key.split('__')
         where = config
@@ -36,6 +42,14 @@ def toy(task: str, steps: int = 12, /, **changes):
             where = where[parent]
         where[leaf] = value
     return config
+
+
+def recipe(name: str, words: str):
+    """Returns the config `configs/<name>.py:<words>`, unlocked."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f'configs/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(words).unlock()
 
 
 def run(config, workdir, **options) -> dict:

@@ -1,6 +1,5 @@
 """What `--mode=predict`, embed and export do with the comic recipe, on fresh weights."""
 
-import importlib.util
 import json
 
 import jax
@@ -17,10 +16,7 @@ from mmjax.data.dataset import DataError
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
     """Returns (built run, apply) of the smoke config at its smallest."""
-    spec = importlib.util.spec_from_file_location('stage3', runs.ROOT / 'configs/stage3.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config('smoke').unlock()
+    config = runs.recipe('stage3', 'smoke')
     config.data.cache = str(tmp_path_factory.mktemp('cache'))
     config.data.built_in = dict(train=12, val=6)
     config.model.resnet.update(width=4, stage_sizes=(1,))

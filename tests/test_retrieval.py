@@ -1,6 +1,5 @@
 """The retrieval recipe: its losses and lines, its versions' rates, and every mode on a tiny run."""
 
-import importlib.util
 import json
 import math
 
@@ -22,23 +21,13 @@ from mmjax.train import weights_from
 
 def tiny(words='', cache=None, **changes):
     """Returns the smoke config with towers that compile in seconds; changes as in runs.toy."""
-    path = runs.ROOT / 'configs/clip_retrieval.py'
-    spec = importlib.util.spec_from_file_location('clip_retrieval', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(f'smoke,vit,{words}').unlock()
+    config = runs.recipe('clip_retrieval', f'smoke,vit,{words}')
     config.model.vit.update(width=16, depth=1, heads=2, mlp_width=32, patch_size=16)
     config.model.text.update(width=16, heads=2, mlp_width=32)
     config.model.features = 16
     config.log.tensorboard = False
     config.data.cache = str(cache) if cache else None
-    for key, value in changes.items():
-        *parents, leaf = key.split('__')
-        where = config
-        for parent in parents:
-            where = where[parent]
-        where[leaf] = value
-    return config
+    return runs.change(config, **changes)
 
 
 @pytest.fixture(scope='module')

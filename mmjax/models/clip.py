@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import layers
-from mmjax.models.layers import normalize_pixels
+from mmjax.models.layers import normalize_pixels, patches
 from mmjax.models.modified_resnet import ModifiedResNet
 
 # Mean and standard deviation of pixels in 0-1, as CLIP was trained with.
@@ -95,25 +95,15 @@ class ClipVision(nn.Module):
         """Maps normalised images [batch, image_size, image_size, 3] to [batch, features].
 
         `mask` and `train` change nothing: they are there so that both towers are called alike.
-        Pixels beyond the last whole patch are left out, as a convolution without padding does.
         """
-        size, patch = self.image_size, self.patch_size
-        if images.shape[1:] != (size, size, 3):
-            raise ValueError(f'images {images.shape} are not [batch, {size}, {size}, 3]')
-        grid = size // patch
-        if not grid:
-            raise ValueError(f'image_size {size} is smaller than patch_size {patch}')
-        # A convolution whose stride is its kernel is one product over flattened patches.
-        x = images[:, : grid * patch, : grid * patch].astype(self.dtype)
-        x = x.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3)
-        x = x.reshape(-1, grid * grid, patch * patch * 3)
+        x = patches(images, self.image_size, self.patch_size).astype(self.dtype)
         x = nn.Dense(
             self.width, use_bias=False, dtype=self.dtype, kernel_init=_patch_init,
             name='patch_embedding',
         )(x)  # fmt: skip
         init = _normal(self.width**-0.5)
         token = self.param('class_token', init, (self.width,)).astype(self.dtype)
-        positions = self.param('positions', init, (1 + grid * grid, self.width))
+        positions = self.param('positions', init, (1 + x.shape[1], self.width))
         x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, self.width)), x], 1)
         x = x + positions.astype(self.dtype)
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm_pre')(x)

@@ -17,6 +17,22 @@ def normalize_pixels(images: jax.Array, statistics) -> jax.Array:
     return (images.astype(jnp.float32) / 255.0 - mean) / deviation
 
 
+def patches(images: jax.Array, size: int, patch: int) -> jax.Array:
+    """Cuts images [batch, size, size, 3] into rows of pixels [batch, (size // patch)², patch²·3].
+
+    A convolution whose stride is its kernel is one product of these rows. Pixels beyond the last
+    whole patch are left out, as a convolution without padding does.
+    """
+    if images.shape[1:] != (size, size, 3):
+        raise ValueError(f'images {images.shape} are not [batch, {size}, {size}, 3]')
+    grid = size // patch
+    if not grid:
+        raise ValueError(f'image_size {size} is smaller than patch_size {patch}')
+    x = images[:, : grid * patch, : grid * patch]
+    x = x.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3)
+    return x.reshape(-1, grid * grid, patch * patch * 3)
+
+
 class MaskedBatchNorm(nn.Module):
     """Batch normalisation whose statistics come from valid rows only (Ioffe & Szegedy 2015).
 

@@ -47,25 +47,13 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Maps normalised images [batch, image_size, image_size, 3] to [batch, width].
-
-        Pixels beyond the last whole patch are left out, as a convolution without padding does.
-        """
-        size, patch = self.image_size, self.patch_size
-        if images.shape[1:] != (size, size, 3):
-            raise ValueError(f'images {images.shape} are not [batch, {size}, {size}, 3]')
-        grid = size // patch
-        if not grid:
-            raise ValueError(f'image_size {size} is smaller than patch_size {patch}')
-        # A convolution whose stride is its kernel is one product over flattened patches.
-        x = images[:, : grid * patch, : grid * patch].astype(self.dtype)
-        x = x.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3)
-        x = x.reshape(-1, grid * grid, patch * patch * 3)
+        """Maps normalised images [batch, image_size, image_size, 3] to [batch, width]."""
+        x = layers.patches(images, self.image_size, self.patch_size).astype(self.dtype)
         embed = nn.Dense(
             self.width, dtype=self.dtype, kernel_init=layers.kernel_init, name='patch_embedding'
         )
         positions = self.param(
-            'positions', nn.initializers.normal(self.width**-0.5), (grid * grid, self.width)
+            'positions', nn.initializers.normal(self.width**-0.5), (x.shape[1], self.width)
         )
         x = embed(x) + positions.astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
