@@ -140,6 +140,8 @@ def test_the_log_carries_the_loss_its_floor_its_collapse_and_the_cosine(trained)
         assert line['supcon_floor'] < line['loss/supcon'] == pytest.approx(line['loss'])
         assert -1 <= line['image_text_cosine'] <= 1 and line['grad_norm'] > 0
         assert line['count/supcon'] == rows
+        groups = [value for key, value in line.items() if key.startswith('grad_norm/')]
+        assert len(groups) == 2 and line['grad_norm'] == pytest.approx(np.hypot(*groups), rel=1e-5)
         assert line['temperature'] == pytest.approx(temperature, rel=1e-5)  # frozen
     best = contrastive.supcon_simplex(config.batch_size // k, 2 * k, temperature)
     assert min(line['loss'] for line in steps) >= best - 1e-5
@@ -152,6 +154,24 @@ def test_results_have_the_scores(trained):
         assert 0 <= scores[name] <= 1
     assert scores['rank1'] <= scores['rank5'] <= scores['rank10']
     assert results['final']['val']['loss'] == results['final']['val']['supcon']
+
+
+def test_the_validation_loss_knows_identities(model, trained):
+    """The original's took every picture for an item of its own."""
+    built, apply = model
+    parts = list(apply('encode', built.task.dataset('val'), 16))
+    image, text = (np.concatenate([out[name] for out, _ in parts]) for name in ('image', 'text'))
+    labels = np.concatenate([batch['identity'] for _, batch in parts])
+    assert len(set(labels.tolist())) < len(labels)
+    temperature = trained[1].losses.temperature
+    expected = supcon_oracle(np.concatenate([image, text]), np.tile(labels, 2), temperature)
+    found = built.task.evaluators()['val'].run(apply, figures=False).metrics
+    assert found['loss'] == pytest.approx(expected, rel=1e-5)
+    # Each picture asks the others of the split, never itself.
+    cosines = np.float64(image) @ np.float64(image).T
+    np.fill_diagonal(cosines, -2)
+    hits = labels[cosines.argmax(1)] == labels
+    assert found['rank1'] == pytest.approx(hits.mean(), abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ class Recipe(Task):
             root = pathlib.Path(self.root).expanduser()
             table = retrieval_folder.read_table(root)
             found = prompts.consistency(self.prompts.source, table, root)
-            kept, _ = prompts.keep_pairs(table)
+            kept, _ = prompts.keep_pairs(table, split='train')
             (output / 'consistency.json').write_text(json.dumps(found.to_json(), indent=1))
             (output / 'image_paths_clean.json').write_text(json.dumps(kept, indent=1))
             told.insert(0, found.table())
