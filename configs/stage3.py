@@ -49,7 +49,7 @@ def get_config(argument: str = ''):
         visual_fusion='attention',  # of both: attention | gate | concat
         siglip=dict(patch_size=8, width=128, depth=4, heads=4, mlp_width=512, dropout=0.0),
         resnet=dict(stage_sizes=(1, 1, 1), width=32, bottleneck=False, stem_kernel=11,
-                    stem_stride=8, stem_pool=False),
+                    stem_stride=8, stem_pool=False, statistics=False),
         bert=dict(width=96, depth=1, heads=3, mlp_width=192, max_length=128, dropout=0.1),
         heads=dict(features=512, siglip_hidden=384, resnet_hidden=512, composition_hidden=256,
                    gate_hidden=512, reconstruction_hidden=1024, dropout=0.1),

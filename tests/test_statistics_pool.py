@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.models.modified_resnet import ModifiedResNet, StatisticsPool, colour_histogram
+from mmjax.models.modified_resnet import CLIP_RANGE, ModifiedResNet, StatisticsPool
+from mmjax.models.resnet import IMAGENET_RANGE, ResNet
+from mmjax.models.statistics import colour_histogram
 
 
-def histogram_oracle(pixels, bins):
+def histogram_oracle(pixels, bins, limits=CLIP_RANGE):
     """Trilinear votes, one pixel after the other."""
     out = np.zeros((bins,) * 3)
     for pixel in np.asarray(pixels, np.float64).reshape(-1, 3):
-        place = np.clip((pixel + 1.8) / 3.95 * (bins - 1), 0, bins - 1)
+        low, high = limits
+        place = np.clip((pixel - low) / (high - low) * (bins - 1), 0, bins - 1)
         low = np.minimum(np.floor(place).astype(int), bins - 2)
         for corner in itertools.product((0, 1), repeat=3):
             share = np.where(corner, place - low, 1 - (place - low))
@@ -26,7 +29,7 @@ def histogram_oracle(pixels, bins):
 @pytest.mark.parametrize('bins', [2, 3, 8])
 def test_histogram_is_the_sum_of_trilinear_votes_and_has_length_one(bins):
     pixels = np.random.default_rng(0).uniform(-2.2, 2.6, (2, 4, 5, 3)).astype(np.float32)
-    found = jax.jit(colour_histogram, static_argnums=1)(pixels, bins)
+    found = jax.jit(colour_histogram, static_argnums=(1, 2))(pixels, bins, CLIP_RANGE)
     chex.assert_shape(found, (2, bins**3))
     expected = np.stack([histogram_oracle(picture, bins) for picture in pixels])
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -35,9 +38,9 @@ def test_histogram_is_the_sum_of_trilinear_votes_and_has_length_one(bins):
 
 def test_histogram_of_one_colour_is_one_bin_and_passes_no_gradient():
     pixels = jnp.full((1, 4, 4, 3), -1.8)
-    found = colour_histogram(pixels, 4)
+    found = colour_histogram(pixels, 4, CLIP_RANGE)
     assert found[0, 0] == pytest.approx(1, abs=1e-6) and float(found.sum()) == pytest.approx(1)
-    gradient = jax.grad(lambda x: colour_histogram(x, 4).sum())(pixels + 0.3)
+    gradient = jax.grad(lambda x: colour_histogram(x, 4, CLIP_RANGE).sum())(pixels + 0.3)
     assert not np.asarray(gradient).any()
 
 
@@ -83,6 +86,22 @@ def test_a_net_with_it_learns_in_every_parameter_and_ignores_masked_rows():
     np.testing.assert_allclose(
         loss(variables['params'], other), loss(variables['params'], images), rtol=1e-6
     )
+
+
+def test_a_resnet_puts_out_the_statistics_of_all_its_maps():
+    net = ResNet((1, 1), 4, False, 3, 2, False, statistics=True)
+    images = np.random.default_rng(3).normal(size=(2, 12, 12, 3)).astype(np.float32)
+    found, variables = net.init_with_output(jax.random.key(0), images, train=False)
+    chex.assert_shape(found, (2, 512 + 2 * (4 + 4 + 8)))
+    for picture, row in zip(images, np.asarray(found), strict=True):
+        expected = histogram_oracle(picture[::2, ::2], 8, IMAGENET_RANGE)
+        np.testing.assert_allclose(row[:512], expected, atol=1e-5)
+    assert sorted(variables['params']['statistics']) == ['norm_0', 'norm_1', 'norm_2']
+    plain = ResNet((1, 1), 4, False, 3, 2, False)
+    last = plain.apply(variables, images, train=False)
+    norm = lambda x: (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+    means = np.asarray(found)[:, -16:-8] * np.sqrt(32)  # of the last map, in a norm with deviations
+    assert np.corrcoef(np.ravel(norm(means)), np.ravel(norm(np.asarray(last))))[0, 1] > 0.999
 
 
 def test_an_unknown_pooling_is_named():

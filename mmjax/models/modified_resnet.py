@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from mmjax.models import layers
 from mmjax.models.layers import MaskedBatchNorm
 from mmjax.models.resnet import Conv
+from mmjax.models.statistics import PictureStatistics
+
+CLIP_RANGE = (-1.8, 2.15)  # of pixels, as CLIP normalises them
 
 
 def _halve(x: jax.Array) -> jax.Array:
@@ -70,35 +73,8 @@ class AttentionPool(nn.Module):
         return dense('out', self.features)(pooled.reshape(batch, channels))
 
 
-def colour_histogram(pixels: jax.Array, bins: int = 8) -> jax.Array:
-    """Returns how much of a picture is near each of bins³ colours, in square roots.
-
-    A pixel gives its vote to the eight colours of the grid around it (trilinear). The square roots
-    of the shares have length 1, and their products are Hellinger affinities.
-
-    Args:
-      pixels: [batch, height, width, 3] as CLIP normalises them, about −1.8 to 2.15.
-      bins: colours along each axis, 2 or more.
-
-    Returns:
-      float32 [batch, bins³], without a gradient.
-    """
-    batch = len(pixels)
-    place = (jax.lax.stop_gradient(pixels).astype(jnp.float32) + 1.8) / 3.95 * (bins - 1)
-    place = jnp.clip(place, 0, bins - 1).reshape(batch, -1, 3, 1)
-    near = jnp.maximum(1 - jnp.abs(place - jnp.arange(bins)), 0)  # [batch, pixels, 3, bins]
-    pairs = (near[:, :, 0, :, None] * near[:, :, 1, None, :]).reshape(batch, -1, bins * bins)
-    votes = jnp.einsum('npq,npb->nqb', pairs, near[:, :, 2]) / near.shape[1]
-    return jnp.sqrt(votes.reshape(batch, -1))
-
-
 class StatisticsPool(nn.Module):
-    """Projects a picture's colours, and means and deviations of its maps, shallow ones included.
-
-    Colours and textures reach the embedding directly: a small net that is trained from scratch on
-    few items keeps them for items that it has not seen, where attention over the last map forgets.
-    The histogram has length 1, the statistics of all maps together `share`.
-    """
+    """Projects `PictureStatistics`, for a small net that is trained from scratch."""
 
     features: int
     bins: int = 8
@@ -108,17 +84,9 @@ class StatisticsPool(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, maps: list[jax.Array]) -> jax.Array:
         """Maps images [batch, size, size, 3], maps [batch, h, w, c] each, to [batch, features]."""
-        colours = colour_histogram(images[:, ::2, ::2], self.bins)
-        statistics = []
-        for index, x in enumerate(maps):
-            x = x.astype(jnp.float32)
-            x = jnp.concatenate([x.mean((1, 2)), jnp.sqrt(x.var((1, 2)) + 1e-6)], -1)
-            statistics.append(nn.LayerNorm(name=f'norm_{index}')(x))
-        statistics = jnp.concatenate(statistics, -1)
-        statistics *= self.share * statistics.shape[-1] ** -0.5
+        x = PictureStatistics(self.bins, self.share, CLIP_RANGE, name='statistics')(images, maps)
         init = nn.initializers.normal(self.features**-0.5)
-        out = nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name='out')
-        return out(jnp.concatenate([colours, statistics], -1))
+        return nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name='out')(x)
 
 
 class ModifiedResNet(nn.Module):

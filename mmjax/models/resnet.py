@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models.layers import MaskedBatchNorm
+from mmjax.models.statistics import PictureStatistics
 
+IMAGENET_RANGE = (-2.12, 2.64)  # of pixels less their mean, by their deviation
 _he_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
@@ -66,7 +68,8 @@ class ResNet(nn.Module):
     The defaults are ResNet-50 v1.5, 23,508,032 parameters. A small one: `ResNet((1, 1, 1, 1), 16,
     bottleneck=False, stem_kernel=3, stem_pool=False)`. Stage s has width · 2^s channels (4 times
     that out of a bottleneck) and halves the picture from s = 1 on. Blocks are counted through all
-    stages: `block_0`, `block_1`, …
+    stages: `block_0`, `block_1`, …  With `statistics`, `PictureStatistics` of the stem's and all
+    stages' maps come out in place of the last map's mean, for small nets from scratch.
     """
 
     stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
@@ -75,6 +78,7 @@ class ResNet(nn.Module):
     stem_kernel: int = 7
     stem_stride: int = 2
     stem_pool: bool = True
+    statistics: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -89,7 +93,7 @@ class ResNet(nn.Module):
         x = nn.relu(MaskedBatchNorm(dtype=self.dtype, name='stem_norm')(x, mask, train=train))
         if self.stem_pool:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        index = 0
+        maps, index = [x], 0
         for stage, blocks in enumerate(self.stage_sizes):
             for first in (position == 0 for position in range(blocks)):
                 stride = 2 if first and stage > 0 else 1
@@ -98,4 +102,8 @@ class ResNet(nn.Module):
                     name=f'block_{index}',
                 )(x, mask, train=train)  # fmt: skip
                 index += 1
+            maps.append(x)
+        if self.statistics:
+            pool = PictureStatistics(limits=IMAGENET_RANGE, name='statistics')
+            return pool(images, maps).astype(self.dtype)
         return x.astype(jnp.float32).mean((1, 2)).astype(self.dtype)
