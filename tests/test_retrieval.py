@@ -16,6 +16,8 @@ from mmjax.config import View
 from mmjax.data import clip_tokenizer
 from mmjax.data.dataset import DataError
 from mmjax.losses import contrastive
+from mmjax.models import clip
+from mmjax.tasks import retrieval
 from mmjax.train import weights_from
 
 
@@ -231,6 +233,17 @@ def test_versions_differ_as_published():
     assert [c.optimizer.learning_rate for c in published] == [5e-5] * 5
     policies = [c.data.prompt_policy for c in chosen.values()]
     assert policies == ['raw', 'raw', 'raw', 'safe', 'safe']
+
+
+@pytest.mark.parametrize(('words', 'preset'), [('vit', clip.vit_b_16), ('rn50', clip.rn50)])
+def test_published_is_openais_model(words, preset):
+    config = View(runs.recipe('clip_retrieval', f'published,{words}'))
+    found, _ = retrieval._model(config, 49408, 77)
+    wanted = clip.build(**preset())
+    for tower in ('vision', 'text'):
+        mine, theirs = getattr(found, tower), getattr(wanted, tower)
+        assert type(mine) is type(theirs)
+        assert retrieval._fields(mine) == retrieval._fields(theirs)
 
 
 @pytest.mark.parametrize('words', ['v1,v2', 'vit,rn50'])
