@@ -196,6 +196,13 @@ def test_every_loss_trains_the_towers_and_a_thawed_temperature(cache, tmp_path, 
     assert moved.get('logit_bias', 'sigmoid' not in loss)
 
 
+def test_a_sigmoid_that_only_a_stage_names_is_refused(cache):
+    config = tiny('v2', cache)
+    config.stage.tune = dict(steps=2, loss_weights=dict(sigmoid=1.0))
+    with pytest.raises(DataError, match=r"stage\.tune: .*names 'sigmoid'"):
+        build.check_terms(build.run(config))
+
+
 # Versions -----------------------------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ class Recipe(Task):
                 raise DataError(f"loss_weights names '{name}'; there are {', '.join(LOSSES)}")
         self.weights = final_weights(weights)
         self.batch_size = config.batch_size
-        self.length, self.root = length, config.data.root
+        self.root = config.data.root
 
     def _texts(self):
         if self.prompts.raw is None:  # built-in items describe themselves
@@ -135,6 +135,10 @@ class Recipe(Task):
             asked = jnp.maximum((wrong > 0).sum(), 1)
             terms['infonce_collapse'] = jnp.log1p(wrong.astype(jnp.float32)).sum() / asked
         if 'sigmoid' in losses:
+            if 'logit_bias' not in variables['params']:
+                raise ValueError(
+                    "a stage's loss_weights names 'sigmoid', config.loss_weights has not"
+                )
             bias = variables['params']['logit_bias']
             terms['sigmoid'] = contrastive.sigmoid(
                 image, text, mask, scale=scale, bias=bias, labels=labels, chunk=self.chunk
