@@ -79,7 +79,8 @@ def open_splits(config):
         names = [name for name in names if name == 'train' or name in there]
     if spec.val_items:
         names = [name for name in names if name != 'val']
-    elif spec.root and 'train' in there and 'val' not in names:
+    elif spec.root and 'val' not in names:
+        retrieval_folder.open_folder(spec.root, ('train',))  # its own faults come first
         raise DataError(
             f"{spec.root} has no pictures of split 'val': data.val_items=.1 takes items of train"
         )
