@@ -6,7 +6,8 @@
 Versions: `v1` InfoNCE, raw prompts, shuffled batches, constant rate; `v2` SupCon over pictures and
 texts, PK batches; `v3` goes on from v2's best with twice the rate (`--init_from=RUN_OF_V2`; or
 `v3,staged`: both stages in one run); `v4` (default) token-safe prompts, cosine with warm-up.
-Towers: `vit` or `rn50`. `few`: a shallow net of colours and textures, for few items and no weights.
+Towers: `vit` or `rn50` (default; `smoke`: `vit`). `few`: a shallow net of colours and textures,
+for few items and no weights.
 `published` takes ViT-B/16 or RN50 at 224 px, to be given weights with
 --config.model.pretrained=FOLDER; `smoke` shows that all works.
 
@@ -64,7 +65,7 @@ def get_config(argument: str = ''):
                                 query_shots=2, gallery_shots=4)  # fmt: skip
 
     config.model = dict(
-        vision=mmjax_config.one_of(words, ('vit', 'rn50'), 'rn50'),
+        vision=mmjax_config.one_of(words, ('vit', 'rn50'), 'vit' if 'smoke' in words else 'rn50'),
         features=128,
         vit=dict(patch_size=8, width=128, depth=4, heads=4, mlp_width=512),
         rn50=dict(stage_sizes=(1, 1, 1, 1), width=16, heads=8, pooling='statistics', share=1.0),
@@ -95,7 +96,7 @@ def get_config(argument: str = ''):
         config.data.image_size = 32
         config.data.built_in = dict(train_items=12, val_items=4, test_items=4, shots=4,
                                     query_shots=1, gallery_shots=2)  # fmt: skip
-        config.model.rn50.update(stage_sizes=(1, 1), width=8, heads=4)
+        config.model.rn50.update(stage_sizes=(1,), width=8, heads=4)
         config.model.vit.update(width=32, depth=2, heads=2, mlp_width=64)
         config.model.text.update(width=32, depth=1, heads=2, mlp_width=64)
         config.model.features = 32
