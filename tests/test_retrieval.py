@@ -341,6 +341,21 @@ def test_an_exported_model_loads_as_pretrained_weights(model, trained, cache, tm
     assert jax.tree.all(chex_equal)
 
 
+def test_a_text_tower_too_small_for_the_tokenizer_is_refused(model, cache, tmp_path):
+    """Ids past its table would silently become its last one."""
+    built, apply = model
+    modes.export(built.task, apply.variables, epath.Path(tmp_path), {})
+    config = tiny('v2', cache, model__pretrained=str(tmp_path / 'clip'), data__max_tokens=78)
+    with pytest.raises(DataError, match=r'max_length 77, .* need 78'):
+        build.run(config)
+
+
+def test_prompts_that_are_not_utf_8_are_one_sentence(cache, tmp_path):
+    (tmp_path / 'p.json').write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(DataError, match=r'p\.json line 1: not UTF-8'):
+        build.run(tiny('v2', cache, data__prompts=str(tmp_path / 'p.json')))
+
+
 # Faults -------------------------------------------------------------------------------------
 
 

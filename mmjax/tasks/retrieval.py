@@ -275,6 +275,12 @@ def _model(config, vocabulary, length):
     }  # fmt: skip
     if spec.pretrained:
         fields = clip_weights.fields(spec.pretrained)
+        for key, needed in (('vocabulary', vocabulary), ('max_length', length)):
+            if fields['text'][key] < needed:
+                raise DataError(
+                    f'{spec.pretrained}: the text tower has {key} {fields["text"][key]}, the '
+                    f'tokenizer and data.max_tokens need {needed}'
+                )
     fields['vision']['image_size'] = config.data.image_size
     model = clip.build(
         **fields, temperature=config.losses.temperature or 0.07, dtype=jnp.dtype(config.precision)

@@ -47,7 +47,7 @@ class Prompts:
             self._read(pathlib.Path(given).expanduser())
 
     def _read(self, path):
-        first = path.read_text('utf-8-sig').lstrip()[:1] if path.is_file() else ''
+        first = path.read_text('utf-8-sig', errors='replace').lstrip()[:1] if path.is_file() else ''
         if first == '[':
             self.source = prompts.read_descriptions(path, unique=False)
             self.write(prompts.read_descriptions(path))
