@@ -167,7 +167,7 @@ def identities(rng, count, most):
 @pytest.mark.parametrize('case', range(120))
 def test_pk_covers_every_picture_with_each_identity_at_most_once_a_batch(case):
     rng = np.random.default_rng(case)
-    k, p = int(rng.integers(2, 5)), int(rng.integers(1, 9))
+    k, p = int(rng.integers(1, 5)), int(rng.integers(1, 9))
     # A few identities that are in (nearly) every batch come with every third case.
     most = [4 * k, 12 * k, 3][case % 3]
     identity = identities(rng, int(rng.integers(p, 4 * p + 2)), most)
@@ -286,7 +286,7 @@ def test_bucketed_batches_have_one_bucket_that_fits_tightly(case):
         ({'name': 'sequential', 'by': 'x'}, "wants the index 'x'"),
         ({'name': 'shuffle', 'remainder': 'x'}, "remainder='x' is not 'drop' or 'pad'"),
         ({'name': 'pk', 'by': 'a'}, "sampler 'pk' needs the option 'k'"),
-        ({'name': 'pk', 'by': 'a', 'k': 1}, 'k at least 2'),
+        ({'name': 'pk', 'by': 'a', 'k': 0}, 'k at least 1'),
         ({'name': 'pk', 'by': 'a', 'k': 3}, 'batch_size 4 is not identities × k=3'),
         ({'name': 'pk', 'by': 'x', 'k': 2}, "wants the index 'x'; there are: a, f"),
         ({'name': 'pk', 'by': 'f', 'k': 2}, "cannot use the index 'f', float64"),

@@ -1,4 +1,4 @@
-"""PK sampling: a few pictures each of a few identities, and every picture once an epoch."""
+"""PK sampling: a few rows each of a few identities, and every row once an epoch."""
 
 import numpy as np
 
@@ -7,12 +7,13 @@ from mmjax.data.plans import Data, Plan
 
 
 class PK:
-    """P = batch_size / k identities × k pictures; an epoch shows every picture of each of them.
+    """P = batch_size / k identities × k rows; an epoch shows every row of each of them.
 
     by: the index that holds the identity.
-    k: pictures of an identity in a batch. Identities with fewer are left out and counted.
+    k: rows (pictures of a product, say) of an identity in a batch; 1 keeps the rows of a batch
+      apart. Identities with fewer are left out and counted.
 
-    An identity's pictures are cut into groups of k, the last filled with its own pictures. The
+    An identity's rows are cut into groups of k, the last filled with its own rows. The
     epoch has ⌈groups / P⌉ batches; an identity is in a batch at most once, unless it has more
     groups than there are batches (counted as crowded identities). What the last batch lacks,
     fewer than P groups, are repeats of groups from identities that it does not have; where too
@@ -20,10 +21,10 @@ class PK:
     """
 
     def __init__(self, data: Data, *, by: str, k: int):
-        if k < 2 or data.batch_size % k:
+        if k < 1 or data.batch_size % k:
             raise DataError(
                 f"sampler 'pk': batch_size {data.batch_size} is not identities × k={k} pictures, "
-                'with k at least 2'
+                'with k at least 1'
             )
         identity = np.unique(data.column('pk', by, 'biuSU'), return_inverse=True)[1]
         count = np.bincount(identity)

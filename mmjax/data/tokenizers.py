@@ -79,7 +79,7 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocabulary: int = 2000, *, lower_case: bool = True
+    texts: Iterable[str], vocabulary: int = 2000, *, lower_case: bool = True, lines: bool = False
 ) -> Tokenizer:
     """Trains byte-level BPE: any text can be written, and the same texts give the same JSON.
 
@@ -91,6 +91,8 @@ def train_tokenizer(
       vocabulary: largest number of ids, of which 4 are special ([PAD] 0, [UNK], [CLS], [SEP]) and
         256 are bytes.
       lower_case: whether case is dropped, after Unicode NFKC.
+      lines: whether a piece is a line, for listings of machine code: an instruction may become one
+        token, none spans two instructions, and line breaks take no token (nor are decoded again).
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -102,7 +104,10 @@ def train_tokenizer(
     model = Model(models.BPE(unk_token='[UNK]'))
     steps = [normalizers.NFKC(), *([normalizers.Lowercase()] if lower_case else [])]
     model.normalizer = normalizers.Sequence(steps)
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    pieces = [pre_tokenizers.ByteLevel(add_prefix_space=not lines, use_regex=not lines)]
+    if lines:
+        pieces.insert(0, pre_tokenizers.Split('\n', 'removed'))
+    model.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     model.decoder = decoders.ByteLevel()
     model.train_from_iterator(
         iter(texts),
