@@ -7,6 +7,7 @@ import setuptools
 
 here = pathlib.Path(__file__).parent
 version = re.search(r"__version__ = '(.*)'", (here / 'mmjax/__init__.py').read_text()).group(1)
+code = ['tree-sitter>=0.25', 'tree-sitter-c>=0.24']  # to make rows from C files
 
 setuptools.setup(
     name='mmjax',
@@ -33,13 +34,16 @@ setuptools.setup(
         'orbax-checkpoint>=0.11.30',
         'pillow>=11',
         'rich>=13',
+        'rouge-score>=0.1.2',
+        'sacrebleu>=2.4',
         'safetensors>=0.5',
         'tensorboardX>=2.6',
         'tensorflow-datasets>=4.9.8',
         'tokenizers>=0.21',
     ],
     extras_require={
-        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.12', 'scipy>=1.14'],
+        'code': code,
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.12', 'scipy>=1.14', 'jiwer>=4', *code],
         'gpu': ['jax[cuda12]>=0.10'],
         'tpu': ['jax[tpu]>=0.10'],
     },

@@ -1,0 +1,176 @@
+"""C of unknown origin compiles within limits, reads only what it may, and keeps its functions."""
+
+import itertools
+import shutil
+import time
+
+import pytest
+
+from mmjax.data import code_build
+from mmjax.data.dataset import DataError
+from mmjax.data.ledger import RecordError
+
+if not (shutil.which('gcc') and shutil.which('objdump')):
+    pytest.skip('gcc and objdump are needed', allow_module_level=True)
+
+
+@pytest.fixture(scope='module')
+def compiler():
+    return code_build.find_compiler('gcc')
+
+
+@pytest.fixture
+def build(tmp_path, compiler):
+    """Returns what compiles the text of one file: symbol → listing."""
+    root, work = tmp_path / 'root' / 'project', tmp_path / 'work'
+    (root / 'sub').mkdir(parents=True)
+    work.mkdir()
+
+    def run(text, level='O0', time_limit=20.0, folders=(), flags=()):
+        file = root / 'a.c'
+        file.write_text(text)
+        code_build.check_text(text.encode(), 'a.c')
+        folders = tuple(root / folder for folder in folders)
+        builder = code_build.Builder(compiler, root, folders, flags, time_limit)
+        return builder.functions(file, level, work)
+
+    run.root, run.work = root, work
+    return run
+
+
+def refused(build, text, reason='refused', **options):
+    with pytest.raises(RecordError) as caught:
+        build(text, **options)
+    assert caught.value.reason == reason, caught.value
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('level', code_build.LEVELS)
+def test_functions_survive_optimisation_under_their_names(build, level):
+    """Static, inlined everywhere, never called, equal to another, with a constant argument."""
+    cut = '{ if (a < 3) return b; while (a--) { b *= work(a); b ^= work(b + a);'
+    cut += ' b += work(b) * work(a); } return b; }'
+    text = f"""
+    int work(int); void __attribute__((cold, noreturn)) die(int);
+    static int once(int a) {{ return a * 3; }}
+    static inline int never(int a) {{ return -a; }}
+    static __attribute__((noinline)) int one(int a, int b) {cut}
+    static __attribute__((noinline)) int two(int a, int b) {cut}
+    static int part(int a, int b) {cut}
+    int caller(int a) {{ if (a < 0) die(a); return once(a) + one(a, 5) * two(a, 5); }}
+    int third(int a) {{ return part(a, 5) + part(a + 1, 6); }}
+    int fourth(int a) {{ return part(a, 5) * part(a + 2, 9); }}"""
+    listed = build(text, level)
+    callers = {'caller', 'third', 'fourth'}
+    assert set(listed) == {'once', 'never', 'one', 'two', 'part'} | callers
+    assert 'work' in listed['two'] and 'work' in listed['part']
+
+
+def test_headers_of_the_project_are_found_and_hide_none_of_the_system(build):
+    (build.root / 'include').mkdir()
+    (build.root / 'sub' / 'own.h').write_text('#define OWN 7\n')
+    (build.root / 'include' / 'string.h').write_text('#error hidden\n')
+    text = '#include <string.h>\n#include <own.h>\nint f(char *a) { return strlen(a) + OWN; }'
+    assert set(build(text, folders=('include', 'sub'))) == {'f'}
+    message = refused(build, text, 'does_not_compile')
+    assert message.startswith('a.c:2:10: fatal error: own.h: No such file')
+
+
+@pytest.mark.parametrize('kind', ['itself', 'macro'])
+def test_bombs_end_at_the_time_limit(build, kind):
+    text = '#if __INCLUDE_LEVEL__ < 100\n#include __FILE__\n#include __FILE__\n#endif\n'
+    if kind == 'macro':
+        names = 'abcdefghijklmnopqrstuvwxyzABCDEF'
+        text = '#define a 1+1\n'
+        text += ''.join(f'#define {y} {x}+{x}\n' for x, y in itertools.pairwise(names))
+        text += 'int f(void) { return F; }\n'
+    began = time.monotonic()
+    message = refused(build, text, 'time_limit', time_limit=0.5)
+    assert 'took over 0.5 s' in message and time.monotonic() - began < 5
+
+
+def test_no_process_outlives_the_time_limit(build, compiler):
+    builder = code_build.Builder(compiler, build.root, (), (), 0.3)
+    script = 'sleep 77.125 & echo $! > child; wait'
+    with pytest.raises(RecordError, match='took over'):
+        builder._run(['/bin/sh', '-c', script], build.work, 'a.c')
+    child = int((build.work / 'child').read_text())
+    deadline = time.monotonic() + 5
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _alive(child)
+
+
+def _alive(process):
+    try:
+        with open(f'/proc/{process}/stat') as file:
+            return file.read().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+def test_programs_run_within_limits_and_without_the_environment(build, compiler, monkeypatch):
+    monkeypatch.setenv('SECRET', 'word')
+    builder = code_build.Builder(compiler, build.root)
+    script = 'ulimit -t; ulimit -v; ulimit -f; ulimit -c; env; pwd; cat'
+    said = builder._run(['/bin/sh', '-c', script], build.work, 'a.c').split('\n')
+    assert said[:4] == ['21', str(2 << 20), str(64 << 11), '0']
+    names = {line.split('=')[0] for line in said[4:] if '=' in line}
+    assert names - {'PWD', '_', 'SHLVL', 'OLDPWD'} == {'PATH', 'LC_ALL', 'TMPDIR'}
+    assert str(build.work) in said
+
+
+def test_a_large_object_is_not_written(build):
+    refused(build, 'char huge[1ul << 33] = {1};', 'does_not_compile')
+    assert sum(file.stat().st_size for file in build.work.iterdir()) < 65 << 20
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        '__asm__(".incbin \\"/etc/passwd\\"");',
+        '__asm__(".inc" "bin \\"/etc/passwd\\"");',
+        '__asm__(".string \\"a\\"; .INCLUDE \\"/etc/passwd\\"");',
+        '__asm__("/* \\" */ .incbin \\"/etc/passwd\\"");',
+        '__asm__(".macro m a\\n.\\\\a\\\\()bin \\"/etc/passwd\\"\\n.endm\\nm inc");',
+        '#include "/etc/passwd"',
+        '#  include </dev/stdin>',
+        '#embed "/etc/passwd"',
+        '#include "../outside.h"',
+        '#define WHERE "../outside.h"\n#include WHERE',
+        '#include "link.h"',
+    ],
+)
+def test_what_reads_other_files_is_refused(build, line):
+    (build.root.parent / 'outside.h').write_text('int outside;\n')
+    (build.root / 'link.h').symlink_to('../outside.h')
+    refused(build, f'{line}\nint f(void) {{ return 1; }}\n')
+
+
+def test_what_only_looks_so_is_not_refused(build):
+    text = '#include "sub/../own.h"\nconst char *text = ".incbin \\"x\\"";\n'
+    (build.root / 'own.h').write_text('int own;\n')
+    assert 'include' in build(text + 'int include(void) { return 1; }')
+
+
+@pytest.mark.parametrize(
+    'flag', ['-fplugin=x.so', '-include/etc/passwd', '@file', '-o/tmp/x', '-Iabsent', '-D1', 'x.c']
+)
+def test_only_flags_of_the_list_pass(flag):
+    with pytest.raises(DataError, match='the compiler flag'):
+        code_build.check_flags([flag])
+
+
+def test_flags_of_the_list_reach_the_compiler(build, tmp_path):
+    (tmp_path / 'extra').mkdir()
+    (tmp_path / 'extra' / 'extra.h').write_text('#define EXTRA 3\n')
+    flags = code_build.check_flags([f'-I{tmp_path}/extra', '-DA=(1 + 2)', '-std=c89'])
+    text = '#include "extra.h"\nint f(void) { return A + EXTRA; } // no comment in c89'
+    assert 'does_not' not in refused(build, text, 'does_not_compile', flags=flags)
+    assert set(build(text.split('//')[0], flags=flags)) == {'f'}
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    with pytest.raises(DataError, match='gcc is not on the PATH'):
+        code_build.find_compiler()
