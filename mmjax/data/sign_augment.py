@@ -1,0 +1,229 @@
+"""What becomes of a sequence of landmarks: differences, normalisation, then augmentation.
+
+The order matters: noise of a given strength would drown a feature of small range, and a zero
+would not mean "nothing known", if augmentation came before normalisation.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from mmjax.data.dataset import DataError
+
+Streams = Mapping[str, tuple[int, int]]  # name → columns [start, end)
+MISSING = ('zero', 'none')
+
+
+def missing(features: np.ndarray, streams: Streams, how: str = 'zero') -> np.ndarray:
+    """Marks values that say nothing: bool [T, F].
+
+    Args:
+      features: [T, F].
+      how: 'zero' marks what is not finite, and a stream in frames where it is all zeros (an
+        undetected hand); 'none' only what is not finite.
+    """
+    found = ~np.isfinite(features)
+    if how == 'zero':
+        for start, end in streams.values():
+            found[:, start:end] |= (features[:, start:end] == 0).all(1, keepdims=True)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """Takes sequences to mean 0 and deviation 1 of the training split, missing values to 0.
+
+    streams: name → columns [start, end) of the sequences as they come, from left to right; what
+    is in no stream is left out; width: F of these sequences; mean, deviation: float64 [F'], F'
+    the columns of `output_streams`; how: see `missing`; differences: append to each stream its
+    change since the frame before (0 in the first, missing where either frame is), so that each
+    is twice as wide.
+    """
+
+    streams: Streams
+    width: int
+    mean: np.ndarray
+    deviation: np.ndarray
+    how: str = 'zero'
+    differences: bool = False
+
+    @classmethod
+    def measure(
+        cls,
+        sequences: Iterable[np.ndarray],
+        streams: Streams,
+        how: str = 'zero',
+        differences: bool = False,
+    ) -> 'Normalization':
+        """Takes the statistics of the training split [T, F] in one pass, in float64.
+
+        Missing values are left out. A feature that is constant, or never there, gets deviation 1.
+
+        Raises:
+          DataError: `how` is neither 'zero' nor 'none'.
+        """
+        if how not in MISSING:
+            raise DataError(f"data.missing '{how}' is not one of {', '.join(MISSING)}")
+        count = mean = squares = width = 0
+        for features in sequences:
+            width = features.shape[1]
+            values, absent = _widened(features.astype(float), streams, how, differences)
+            n = (~absent).sum(0)
+            own = values.sum(0) / np.maximum(n, 1)
+            spread = (np.where(absent, 0, values - own) ** 2).sum(0)
+            # Chan, Golub and LeVeque (1979): squares about the means of two sets, joined.
+            joint = np.maximum(count + n, 1)
+            shift = own - mean
+            squares = squares + spread + shift**2 * count * n / joint
+            mean = mean + shift * n / joint
+            count = count + n
+        deviation = np.sqrt(squares / np.maximum(count, 1))
+        constant = deviation <= 1e-6 * np.abs(mean)
+        deviation = np.where(constant, 1.0, deviation)
+        return cls(dict(streams), width, mean, deviation, how, differences)
+
+    @property
+    def output_streams(self) -> dict[str, tuple[int, int]]:
+        """The streams of what comes out, side by side from column 0."""
+        times = 2 if self.differences else 1
+        ends = np.cumsum([0, *(times * (end - start) for start, end in self.streams.values())])
+        return dict(zip(self.streams, itertools.pairwise(ends.tolist()), strict=True))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Maps [T, F] of any float type to float32 [T, F'], all finite.
+
+        Raises:
+          DataError: another F than the training split's.
+        """
+        if features.shape[1] != self.width:
+            raise DataError(
+                f'features of {features.shape[1]} columns, but training had {self.width}'
+            )
+        with np.errstate(over='ignore'):  # what is not finite in float32 is missing
+            features = features.astype(np.float32)
+            values, absent = _widened(features, self.streams, self.how, self.differences)
+            values -= self.mean.astype(np.float32)
+            values /= self.deviation.astype(np.float32)
+        values[absent | ~np.isfinite(values)] = 0
+        return values
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `normalization.npz`; `load` reads it."""
+        fields = {**vars(self), 'streams': json.dumps(self.streams)}
+        np.savez(path, **{name: np.array(value) for name, value in fields.items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> 'Normalization':
+        """Reads what `save` wrote; raises DataError where it cannot."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
+            streams = json.loads(str(found.pop('streams')))
+            found |= {name: found[name].item() for name in ('width', 'how', 'differences')}
+            return cls(streams={name: (a, b) for name, (a, b) in streams.items()}, **found)
+        except Exception as error:  # zipfile and NumPy raise a dozen kinds
+            raise DataError(f'{path} is not a readable normalization.npz: {error}') from error
+
+
+def _widened(features, streams, how, differences) -> tuple[np.ndarray, np.ndarray]:
+    """Returns float64 values, 0 where missing, and which are missing, both [T, F']."""
+    absent = missing(features, streams, how)
+    values = np.where(absent, features.dtype.type(0), features)
+    parts, marks = [], []
+    for start, end in streams.values():
+        parts.append(values[:, start:end])
+        marks.append(absent[:, start:end])
+        if differences:
+            gone = marks[-1] | np.concatenate([marks[-1][:1], marks[-1][:-1]])
+            change = np.diff(parts[-1], axis=0, prepend=parts[-1][:1])
+            change[gone] = 0
+            parts.append(change)
+            marks.append(gone)
+    return np.concatenate(parts, 1), np.concatenate(marks, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Changes normalised sequences at random; zeros and ones in place of each leave them alone.
+
+    Args:
+      stretch: the length is multiplied by a number drawn from this range (a tempo of .9-1.1).
+      noise: deviation of normal noise on every value, in units of the features' own deviations.
+      stream_dropout: chance of each stream to be zero for the whole sequence; one always stays.
+      feature_dropout: chance of each feature to be zero for the whole sequence.
+      time_masks: most spans of frames that are zeroed; how many is drawn from 0 up to it.
+      time_mask_share: longest span, as a share of the sequence.
+    """
+
+    stretch: tuple[float, float] = (0.9, 1.1)
+    noise: float = 0.1
+    stream_dropout: float = 0.05
+    feature_dropout: float = 0.05
+    time_masks: int = 2
+    time_mask_share: float = 0.1
+
+    def __post_init__(self):
+        low, high = self.stretch
+        if not 0 < low <= 1 <= high:
+            raise DataError(f'augmentation.stretch={self.stretch} is not (at most 1, at least 1)')
+        for name in ('stream_dropout', 'feature_dropout', 'time_mask_share'):
+            if not 0 <= getattr(self, name) < 1:
+                raise DataError(f'augmentation.{name}={getattr(self, name)} is not in [0, 1)')
+        for name in ('noise', 'time_masks'):
+            if getattr(self, name) < 0:
+                raise DataError(f'augmentation.{name}={getattr(self, name)} is negative')
+
+    def __call__(
+        self, features: np.ndarray, streams: Streams, needed: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Returns another sequence, float32 [T', F].
+
+        Args:
+          features: float32 [T, F], normalised; left as they are.
+          needed: frames that CTC needs, labels plus repeats. T' is no less where T is not, and at
+            most ⌈T · stretch⌉.
+        """
+        features = resampled(features, self.length(len(features), needed, rng))
+        frames, width = features.shape
+        if self.noise:
+            noise = rng.standard_normal(features.shape, np.float32)
+            noise *= np.float32(self.noise)
+            features = features + noise
+        else:
+            features = features.copy()
+        dropped = rng.random(len(streams)) < self.stream_dropout
+        spared = rng.integers(len(streams))
+        if dropped.all():
+            dropped[spared] = False
+        for (start, end), gone in zip(streams.values(), dropped, strict=True):
+            if gone:
+                features[:, start:end] = 0
+        features[:, rng.random(width) < self.feature_dropout] = 0
+        longest = int(self.time_mask_share * frames)
+        for _ in range(rng.integers(self.time_masks + 1)):
+            span = int(rng.integers(longest + 1))
+            begin = int(rng.integers(frames - span + 1))
+            features[begin : begin + span] = 0
+        return features
+
+    def length(self, frames: int, needed: int, rng: np.random.Generator) -> int:
+        """Draws the frames that a sequence is resampled to."""
+        wanted = round(frames * rng.uniform(*self.stretch))
+        longest = math.ceil(frames * self.stretch[1] - 1e-6)  # as the sampler `bucketed` has it
+        return min(max(wanted, min(frames, needed), 1), longest)
+
+
+def resampled(features: np.ndarray, length: int) -> np.ndarray:
+    """Interpolates [T, F] linearly in time to `length` frames; the ends stay."""
+    if length == len(features):
+        return features
+    at = np.linspace(0, len(features) - 1, length)
+    before = np.minimum(at.astype(int), max(len(features) - 2, 0))
+    after = np.minimum(before + 1, len(features) - 1)
+    share = (at - before).astype(np.float32)[:, None]
+    return features[before] * (1 - share) + features[after] * share
