@@ -55,6 +55,6 @@ class Apply:
             host.close()
 
 
-def run(evaluators, apply: Apply, *, figures: bool) -> dict[str, Scores]:
+def run(evaluators, apply: Apply, *, final: bool) -> dict[str, Scores]:
     """Runs every evaluator; returns {its name: Scores}. A metric that is NaN stays NaN."""
-    return {name: evaluator.run(apply, figures=figures) for name, evaluator in evaluators.items()}
+    return {name: evaluator.run(apply, final=final) for name, evaluator in evaluators.items()}

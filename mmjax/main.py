@@ -21,6 +21,7 @@ _CONFIG = config_flags.DEFINE_config_file('config', help_string='FILE.py or FILE
 _WORKDIR = flags.DEFINE_string('workdir', None, 'where the run lives [runs/<config>-<words>]')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'what to do')
 _INPUT = flags.DEFINE_string('input', None, 'what --mode=predict answers')
+_QUESTION = flags.DEFINE_string('question', None, 'what is asked about --input')
 _OUTPUT = flags.DEFINE_string('output', None, 'where a mode writes [<workdir>/<mode>]')
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'start the run in --workdir anew')
 _INIT = flags.DEFINE_string('init_from', None, "weights of another run: DIR or 'DIR:from→to'")
@@ -107,8 +108,8 @@ def execute(argv: list[str]) -> int:
 
     return modes.run(
         _MODE.value, config, plain, workdir, argv=argv, existing=existing,
-        overwrite=_OVERWRITE.value, input=_INPUT.value, output=_OUTPUT.value, init_from=_INIT.value,
-        allow_data_change=_DATA.value,
+        overwrite=_OVERWRITE.value, input=_INPUT.value, question=_QUESTION.value,
+        output=_OUTPUT.value, init_from=_INIT.value, allow_data_change=_DATA.value,
         processes=(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What each --mode does with a built run: train, evaluate, predict, prepare, embed, export."""
 
 import importlib.metadata
+import inspect
 import json
 import os
 import shlex
@@ -20,7 +21,7 @@ from mmjax.train import train, weights_from
 
 def run(
     mode: str, config, plain: dict, workdir: epath.Path, *, argv, existing, overwrite, input,
-    output, init_from, allow_data_change, processes,
+    question, output, init_from, allow_data_change, processes,
 ) -> int:  # fmt: skip
     """Builds the run and carries out `mode`; returns the exit code."""
     absl_logging.set_verbosity(absl_logging.WARNING)
@@ -48,7 +49,7 @@ def run(
         variables, _ = weights_from(built, init_from or str(workdir))
         apply = evaluate.Apply(built.task, variables, built.mesh, threads=built.loader['threads'])
         if mode == 'evaluate':
-            scores = evaluate.run(built.evaluators, apply, figures=True)
+            scores = evaluate.run(built.evaluators, apply, final=True)
             text = json.dumps({name: s.metrics for name, s in scores.items()}, indent=1)
         elif mode == 'embed':
             text = built.task.embed(apply, target)
@@ -57,7 +58,10 @@ def run(
         else:
             if not input:
                 raise DataError('--mode=predict needs --input')
-            text = built.task.predict(apply, input, target)
+            asked = {'question': question} if question else {}
+            if asked and 'question' not in inspect.signature(built.task.predict).parameters:
+                raise DataError(f"config.task '{config.task}' takes no --question")
+            text = built.task.predict(apply, input, target, **asked)
     if first:
         print(text)
     return 0

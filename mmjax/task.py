@@ -54,7 +54,8 @@ class Evaluator(abc.ABC):
     """Scores a model on one split; its key in `Task.evaluators` is the name in the results."""
 
     @abc.abstractmethod
-    def run(self, apply: Apply, *, figures: bool) -> Scores: ...
+    def run(self, apply: Apply, *, final: bool) -> Scores:
+        """Scores the split; `final` at the end of a run: time for figures, or a better search."""
 
 
 class Task(abc.ABC):
@@ -103,7 +104,10 @@ class Task(abc.ABC):
         """Writes what the model needs beside its weights: a tokenizer, a normalisation."""
 
     def predict(self, apply: Apply, inputs: str, output) -> str:
-        """Answers `--mode=predict --input=…`; returns the text to print."""
+        """Answers `--mode=predict --input=…`; returns the text to print.
+
+        A task that answers `--question` takes it as a further argument `question`.
+        """
         raise ValueError(f'{type(self).__name__} has no predict mode')
 
     def embed(self, apply: Apply, output) -> str:

@@ -228,7 +228,7 @@ class Trainer:
 
     def _evaluate(self, state: step.State, stage: Stage) -> None:
         """Scores the weights, keeps the best, and decides whether the stage is over."""
-        scores = self.scores(step.variables(state, averaged=True), figures=False)
+        scores = self.scores(step.variables(state, averaged=True), final=False)
         number, progress = int(state['step']), self.progress
         flat = {f'{e}/{m}': v for e, s in scores.items() for m, v in s.metrics.items()}
         epoch = int(state['stage_step']) / stage.steps_per_epoch
@@ -266,12 +266,12 @@ class Trainer:
             self._save(state, stage)
         return state
 
-    def scores(self, variables, *, figures: bool) -> dict[str, evaluate.Scores]:
+    def scores(self, variables, *, final: bool) -> dict[str, evaluate.Scores]:
         apply = evaluate.Apply(
             self.run.task, variables, self.run.mesh, threads=self.run.loader['threads'],
             check=self.preemption.check,
         )  # fmt: skip
-        return evaluate.run(self.run.evaluators, apply, figures=figures)
+        return evaluate.run(self.run.evaluators, apply, final=final)
 
     def _save(self, state: step.State, stage: Stage) -> None:
         self._check_pending()
@@ -290,7 +290,7 @@ class Trainer:
             variables, which = self.checkpoints.restore_best(run_abstract(self.run)), 'best'
         elif self.progress.best:
             self.log.message('the best checkpoint is gone: the last weights are scored instead')
-        scores = self.scores(variables, figures=True)
+        scores = self.scores(variables, final=True)
         number = int(state['step'])
         skipped = dict(self.run.data.skipped)
         if self.progress.skipped:

@@ -24,7 +24,7 @@ class PageScores(Evaluator):
     def __init__(self, task, pages, batch_size: int, weights: dict[str, float]):
         self.task, self.pages, self.batch_size, self.weights = task, pages, batch_size, weights
 
-    def run(self, apply, *, figures):
+    def run(self, apply, *, final):
         outputs, batches = [], []
         for output, batch in apply('encode', self.pages, self.batch_size):
             outputs.append(output)
@@ -34,7 +34,7 @@ class PageScores(Evaluator):
         metrics = self._losses(outputs, panels, has)
         metrics |= within_and_across(outputs, panels, has)
         drawn = {}
-        if figures:
+        if final:
             drawn['pages'] = self._pages(outputs, batch, panels & has[..., 0] & has[..., 1])
             drawn['similarity'] = _similarity(outputs['fused'], panels)
         return Scores(metrics, drawn)

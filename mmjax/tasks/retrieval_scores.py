@@ -24,7 +24,7 @@ class ItemScores(Evaluator):
             task, pictures, batch_size, weights
         )  # fmt: skip
 
-    def run(self, apply, *, figures):
+    def run(self, apply, *, final):
         outputs, identity = _embedded(apply, 'encode', self.pictures, self.batch_size)
         arrays = {name: jnp.asarray(x) for name, x in outputs.items()}
         terms = self.task._terms(
@@ -51,7 +51,7 @@ class QueryGallery(Evaluator):
     def __init__(self, query, gallery, batch_size: int):
         self.query, self.gallery, self.batch_size = query, gallery, batch_size
 
-    def run(self, apply, *, figures):
+    def run(self, apply, *, final):
         ask, wanted = _embedded(apply, 'embed_images', self.query, self.batch_size)
         encoded, items = _embedded(apply, 'encode', self.gallery, self.batch_size)
         images = encoded['image']
@@ -66,7 +66,7 @@ class QueryGallery(Evaluator):
             'gallery': len(images),
         }  # fmt: skip
         drawn = {}
-        if figures:
+        if final:
             drawn = {'queries': self._queries(ask, images, wanted, items), 'cmc': _cmc(found.cmc)}
         return Scores(metrics, drawn)
 
