@@ -1,0 +1,350 @@
+"""Receipts with questions: folders, every fault by name, and what an example holds."""
+
+import csv
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmjax.data import pictures, receipts, receipts_folder, receipts_synthetic, tokenizers
+from mmjax.data import receipts_text as text
+from mmjax.data.dataset import DataError
+
+HEADER = ('filename', 'receipt_count', 'question', 'answer', 'qa_pair_idx')
+SIZES = {'train': 3, 'val': 2, 'test': 2}
+RNG = np.random.default_rng(0)
+
+
+class Folder:
+    """A folder to be spoilt: picture i of a split shows i % 4 receipts and has two questions."""
+
+    def __init__(self, root, counts):
+        self.root, self.header, self.lines, self.encoding = root, HEADER, {}, 'utf-8'
+        for split, number in counts.items():
+            (root / split / 'images').mkdir(parents=True)
+            self.lines[split] = []
+            for i in range(number):
+                colour = (40 * (i % 6), 200, 90)
+                Image.new('RGB', (24, 16), colour).save(root / split / f'images/p{i}.png')
+                asked = ('How many receipts are there?', 'What is the total?')
+                for pair, question in enumerate(asked):
+                    answer = f'There are {i % 4}.' if not pair else f'It is {i}.50.'
+                    self.lines[split].append([f'p{i}.png', str(i % 4), question, answer, str(pair)])
+        self.write()
+
+    def write(self):
+        for split, lines in self.lines.items():
+            table = self.root / split / 'metadata.csv'
+            with table.open('w', newline='', encoding=self.encoding) as file:
+                csv.writer(file).writerows([self.header, *lines])
+
+    def prepare(self, cache, splits=('train', 'val'), **options):
+        return receipts.prepare(self.root, cache, splits=splits, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / 'root', {'train': 5, 'val': 2})
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    return tokenizers.train_tokenizer(['how many receipts are there? it is 0 1 2 3 4 5.'] * 3, 290)
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    place = tmp_path_factory.mktemp('receipts')
+    return Folder(place / 'root', {'train': 5, 'val': 2}).prepare(place / 'cache')
+
+
+@pytest.fixture(scope='module')
+def built_in(tmp_path_factory):
+    cache = tmp_path_factory.mktemp('built_in')
+    return receipts.prepare(None, cache, seed=2, synthetic_sizes=SIZES, synthetic_side=64)
+
+
+def questions(prepared, split='train', **options):
+    options = {'image_size': 24, 'buckets': (8, 32), **options}
+    return receipts.ReceiptQuestions(prepared, split, **options)
+
+
+def test_a_folder_is_read_in_order_with_columns_in_any(folder, tmp_path):
+    order = [4, 2, 0, 3, 1]
+    folder.header = (*(HEADER[i] for i in order), 'note')
+    turned = lambda lines: [[*(line[i] for i in order), ''] for line in lines]
+    folder.lines = {split: turned(lines) for split, lines in folder.lines.items()}
+    folder.write()
+    data = questions(folder.prepare(tmp_path / 'cache'))
+    assert len(data) == 10 and data.skipped == {}
+    assert data.index['count'].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]
+    assert data.index['label'].tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 0, 0]
+    assert data.index['picture'].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert data.index['template'].tolist() == [0] * 10
+    assert [text.KINDS[kind] for kind in data.index['kind'][:2]] == ['count', 'total']
+    assert data.record(5) == {
+        'line': 7, 'count': 2, 'question': 'What is the total?', 'answer': 'It is 2.50.',
+        'pair': 1, 'picture': 2, 'image_path': 'train/images/p2.png',
+    }  # fmt: skip
+    assert receipts_folder.named_splits(folder.root) == ('train', 'val')
+
+
+def test_rows_of_a_picture_need_not_be_neighbours(folder, tmp_path):
+    lines = folder.lines['train']
+    folder.lines['train'] = [*lines[0::2], *([f'./{line[0]}', *line[1:]] for line in lines[1::2])]
+    folder.write()
+    data = questions(folder.prepare(tmp_path / 'cache'))
+    assert data.index['picture'].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [data.record(row)['line'] for row in range(4)] == [2, 7, 3, 8]
+
+
+@pytest.mark.parametrize('column', HEADER)
+def test_a_wrong_column_is_named(folder, tmp_path, column):
+    folder.header = tuple('x' if name == column else name for name in HEADER)
+    folder.write()
+    with pytest.raises(DataError, match=rf"train/metadata\.csv has no column '{column}' \(col.* x"):
+        folder.prepare(tmp_path / 'cache')
+    folder.header = (*HEADER, column)
+    folder.write()
+    with pytest.raises(DataError, match=rf"has more than one column '{column}'"):
+        folder.prepare(tmp_path / 'cache')
+    assert not (tmp_path / 'cache').exists()
+
+
+def outside(name):
+    return lambda folder: folder.lines['val'][1].__setitem__(0, name)
+
+
+def spoil_link(folder):
+    Image.new('RGB', (9, 9)).save(folder.root.parent / 'outside.png')
+    (folder.root / 'train/images/p1.png').unlink()
+    (folder.root / 'train/images/p1.png').symlink_to(folder.root.parent / 'outside.png')
+
+
+def spoil_all(folder):
+    folder.lines['val'] = [['', *line[1:]] for line in folder.lines['val']]
+
+
+def spoil_images(folder):
+    (folder.root / 'val/images').rename(folder.root / 'val/pictures')
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (lambda f: f.root.rename(f.root.with_name('moved')), r'root .*root is not a folder'),
+        (lambda f: (f.root / 'val/metadata.csv').unlink(),
+         r'val/metadata\.csv does not exist \(splits: train\)'),
+        (spoil_images, r'val/images is not a folder'),
+        (outside('../p0.png'), r"val/metadata\.csv line 3: the path '\.\./p0\.png' leads outside"),
+        (outside('a/../../../p0.png'), r'line 3: the path .* leads outside'),
+        (outside('/etc/passwd'), r"line 3: the path '/etc/passwd' leads outside"),
+        (outside('~/p0.png'), r"line 3: the path '~/p0\.png' leads outside"),
+        (spoil_link, r"'train/images/p1\.png' leads outside the data root"),
+        (spoil_all, r'val/metadata\.csv line 2 has an empty filename, and no row is well formed'),
+        (lambda f: f.lines.update(val=[]), r'val/metadata\.csv line 1 is followed by nothing'),
+        (lambda f: setattr(f, 'encoding', 'utf-16'), r'metadata\.csv is not a CSV table in UTF-8'),
+    ],
+)  # fmt: skip
+def test_faults_of_structure_end_at_once(folder, tmp_path, spoil, message):
+    spoil(folder)
+    if folder.root.exists() and (folder.root / 'val/metadata.csv').exists():
+        folder.write()
+    with pytest.raises(DataError, match=message) as caught:
+        folder.prepare(tmp_path / 'cache', max_fault_share=1.0)
+    assert '\n' not in str(caught.value) and not (tmp_path / 'cache').exists()
+
+
+@pytest.mark.parametrize(
+    ('column', 'value', 'what'),
+    [
+        (1, 'two', r"has 'two' for a receipt_count, not a whole number from 0"),
+        (1, '²', r"has '²' for a receipt_count, not a whole number"),
+        (1, '4000', r'has a receipt_count of 4000, more than 1000'),
+        (1, '2', r'counts 2 receipts in p1\.png, line 4 1'),
+        (2, ' ', r'has an empty question'),
+        (3, '', r'has an empty answer'),
+        (4, 'first', r"has 'first' for a qa_pair_idx"),
+        (4, None, r'has 4 fields, the header 5'),
+    ],
+)
+def test_malformed_rows_are_named_and_counted(folder, tmp_path, column, value, what):
+    folder.lines['train'][3][column:] = [*([] if value is None else [value]),
+                                         *folder.lines['train'][3][column + 1 :]]  # fmt: skip
+    folder.write()
+    message = rf'train/metadata\.csv line 5 {what}.*: 1 of the 10 rows of split train are faulty'
+    with pytest.raises(DataError, match=message):
+        folder.prepare(tmp_path / 'cache')
+    prepared = folder.prepare(tmp_path / 'cache', max_fault_share=0.1)
+    assert questions(prepared).skipped == {'malformed_row': 1} and len(questions(prepared)) == 9
+    listed = (prepared.prepared.directory / 'skipped.jsonl').read_text().splitlines()
+    assert [json.loads(line)['row'] for line in listed] == [5]
+
+
+@pytest.mark.parametrize('spoil', ['missing', 'truncated', 'text', 'large'])
+def test_every_row_of_an_unreadable_picture_is_a_fault(folder, tmp_path, spoil):
+    path = folder.root / 'train/images/p2.png'
+    reasons = {'missing': 'missing_picture', 'large': 'picture_too_large'}
+    if spoil == 'missing':
+        path.unlink()
+    elif spoil == 'large':
+        Image.new('RGB', (90, 80)).save(path)
+    else:
+        path.write_bytes(path.read_bytes()[:60] if spoil == 'truncated' else b'no picture')
+    with pytest.raises(DataError, match=r'train/images/p2\.png .*\(row 6\): 1 of the 10 rows'):
+        folder.prepare(tmp_path / 'cache', max_pixels=5000)
+    data = questions(folder.prepare(tmp_path / 'cache', max_fault_share=0.2, max_pixels=5000))
+    assert len(data) == 8 and data.skipped == {reasons.get(spoil, 'unreadable_picture'): 2}
+
+
+def test_prepared_rows_are_found_again_until_a_table_or_picture_changes(folder, tmp_path):
+    first = folder.prepare(tmp_path / 'cache')
+    assert folder.prepare(tmp_path / 'cache').prepared == first.prepared
+    os.utime(folder.root / 'train/images/p0.png', ns=(1, 1))
+    second = folder.prepare(tmp_path / 'cache')
+    folder.lines['val'][0][3] = 'Some.'
+    folder.write()
+    third = folder.prepare(tmp_path / 'cache')
+    assert len({p.prepared.directory for p in (first, second, third)}) == 3
+
+
+def test_an_example_holds_picture_question_answer_and_class(prepared, tokenizer):
+    data = questions(prepared)
+    with pytest.raises(ValueError, match='has no tokenizer yet'):
+        data.example(0, RNG, False)
+    data = data.with_tokenizer(tokenizer)
+    separator = tokenizer.encode(['a'], 8)[0][0][tokenizer.encode(['a'], 8)[1][0]][-1]
+    assert data.closing_id == separator and data.texts_cut == 0
+    for row in range(len(data)):
+        example, record = data.example(row, RNG, train=False), data.record(row)
+        shapes = {key: (value.shape, value.dtype.name) for key, value in example.items()}
+        assert shapes == {
+            'images': ((24, 24, 3), 'uint8'), 'label': ((), 'int32'),
+            'question': ((32,), 'int32'), 'question_mask': ((32,), 'bool'),
+            'answer': ((32,), 'int32'), 'answer_mask': ((32,), 'bool'),
+        }  # fmt: skip
+        for key in ('question', 'answer'):
+            tokens = example[key][example[f'{key}_mask']]
+            assert tokenizer.decode(tokens).strip() == record[key].lower()
+            assert len(tokens) == data.index[f'n_{key}'][row]
+            assert (example[key][len(tokens) :] == tokenizer.pad_id).all()
+            assert (np.diff(example[f'{key}_mask'].astype(int)) <= 0).all()
+        assert tokens[-1] == data.closing_id and data.closing_id not in tokens[:-1]
+        assert data.closing_id not in example['question']
+        assert example['label'] == min(record['count'], 2)
+    longest = np.maximum(data.index['n_question'], data.index['n_answer'])
+    assert data.index['length'].tolist() == longest.tolist()
+
+
+@pytest.mark.parametrize(('classes', 'labels'), [(2, [0, 1, 1, 1]), (4, [0, 1, 2, 3])])
+def test_classes_group_the_counts(prepared, classes, labels):
+    assert questions(prepared, classes=classes).index['label'][0:8:2].tolist() == labels
+    with pytest.raises(DataError, match=r'data\.classes is 1, less than 2'):
+        questions(prepared, classes=1)
+    for buckets in ((), (1, 8)):
+        with pytest.raises(DataError, match=r'data\.buckets is .*: lengths from 2 are needed'):
+            questions(prepared, buckets=buckets)
+    with pytest.raises(DataError, match="no split 'test'"):
+        questions(prepared, 'test')
+
+
+def test_a_batch_is_cut_to_its_bucket_and_nothing_is_lost(prepared, tokenizer):
+    data = questions(prepared, buckets=(32, 24)).with_tokenizer(tokenizer)
+    assert data.lengths == (24, 32) and data.length_key == 'length'
+    examples = [data.example(row, RNG, False) for row in range(4)]
+    whole, cut = data.collate(examples, 0), data.collate(examples, 24)
+    assert whole['answer'].shape == (4, 32) and cut['answer'].shape == (4, 24)
+    for key in ('question', 'answer'):
+        np.testing.assert_array_equal(whole[key][:, :24], cut[key])
+        assert whole[f'{key}_mask'].sum() == cut[f'{key}_mask'].sum() > 0
+    assert cut['images'].shape == (4, 24, 24, 3) and cut['label'].tolist() == [0, 0, 1, 1]
+    with pytest.raises(DataError, match='a question of split train is longer than the bucket 3'):
+        data.collate(examples, 3)
+
+
+def test_texts_too_long_keep_their_beginning_and_the_closing_token(prepared, tokenizer):
+    whole = questions(prepared).with_tokenizer(tokenizer)
+    longest = int(whole.index['n_answer'].max())
+    short = questions(prepared, buckets=(longest - 1,)).with_tokenizer(tokenizer)
+    fits = (whole.index['length'] <= longest - 1).sum()
+    assert short.texts_cut == len(short) - fits > 0 == whole.texts_cut
+    row = int(whole.index['n_answer'].argmax())
+    a, b = (data.example(row, RNG, False)['answer'] for data in (whole, short))
+    np.testing.assert_array_equal(b[:-1], a[: longest - 2])
+    assert b[-1] == whole.closing_id
+    assert short.index['n_answer'][row] == longest - 1
+
+
+def test_the_whole_picture_is_shown_in_proportion(tmp_path):
+    grid = np.zeros((40, 80, 3), np.uint8)
+    grid[:, :40], grid[:, 40:] = (250, 0, 0), (0, 0, 250)
+    square = np.asarray(receipts.whole_square(Image.fromarray(grid), 20), int)
+    assert (square[:5] == 127).all() and (square[15:] == 127).all()
+    assert (abs(square[5:15, :9] - (250, 0, 0)) < 6).all()
+    assert (abs(square[5:15, 11:] - (0, 0, 250)) < 6).all()
+    tall = np.asarray(receipts.whole_square(Image.fromarray(grid.transpose(1, 0, 2)), 20), int)
+    np.testing.assert_array_equal(tall, square.transpose(1, 0, 2))
+    assert receipts.whole_square(Image.new('RGB', (900, 1)), 20).size == (20, 20)
+
+
+def test_in_training_it_varies_with_the_rng_alone_and_is_pickled(built_in, tokenizer):
+    options = {'image_size': 48, 'augmentation': pictures.Augmentation()}
+    data = questions(built_in, **options).with_tokenizer(tokenizer)
+    one, two, three, plain = (
+        data.example(4, np.random.default_rng(seed), train)['images']
+        for seed, train in ((1, True), (2, True), (1, True), (1, False))
+    )
+    np.testing.assert_array_equal(one, three)
+    assert (one != two).any() and (one != plain).any()
+    again = pickle.loads(pickle.dumps(data))
+    for key, value in data.example(4, np.random.default_rng(1), True).items():
+        np.testing.assert_array_equal(again.example(4, np.random.default_rng(1), True)[key], value)
+    assert again.fingerprint() == data.fingerprint() and len(pickle.dumps(data)) < 100_000
+
+
+def test_built_in_rows_share_the_picture_that_was_drawn(built_in, tokenizer):
+    for split, size in SIZES.items():
+        data = questions(built_in, split, image_size=64).with_tokenizer(tokenizer)
+        assert data.index['picture'].tolist() == np.repeat(np.arange(size), 3).tolist()
+        for row in range(len(data)):
+            number, record = row // 3, data.record(row)
+            asked = receipts_synthetic.questions(2, split, number)[row % 3]
+            assert all(record[key] == asked[key] for key in ('question', 'answer', 'template'))
+            assert text.KINDS[data.index['kind'][row]] == asked['kind']
+            assert data.index['template'][row] == asked['template'] > 0
+            shown = receipts_synthetic.receipts(receipts_synthetic.scene(2, split, number))
+            assert data.index['count'][row] == len(shown)
+            file = receipts_synthetic.picture(2, split, number, side=64)
+            assert record['image'] == (b'' if row % 3 else file)
+            drawn = np.asarray(pictures.open_picture(file))
+            np.testing.assert_array_equal(data.example(row, RNG, False)['images'], drawn)
+            np.testing.assert_array_equal(np.asarray(data.picture(row)), drawn)
+
+
+def test_built_in_pictures_are_found_again_by_seed_size_side_and_code(built_in, monkeypatch):
+    cache = built_in.prepared.directory.parent
+    options = {'seed': 2, 'synthetic_sizes': SIZES, 'synthetic_side': 64}
+    assert receipts.prepare(None, cache, **options).prepared == built_in.prepared
+    for change in ({'seed': 3}, {'synthetic_sizes': SIZES | {'val': 1}}, {'synthetic_side': 80}):
+        receipts.prepare(None, cache, **(options | change))
+    monkeypatch.setattr(receipts_synthetic, 'code_digest', lambda: 'other code')
+    receipts.prepare(None, cache, **options)
+    assert len(os.listdir(cache)) == 5
+    with pytest.raises(DataError, match=r'data\.built_in\.train is missing'):
+        receipts.prepare(None, cache)
+
+
+def test_any_picture_can_be_asked_a_question(prepared, tokenizer, tmp_path):
+    Image.new('RGB', (30, 30), (9, 99, 199)).save(tmp_path / 'mine.png')
+    data = questions(prepared).with_tokenizer(tokenizer)
+    asked = data.with_question(tmp_path / 'mine.png', 'how many?')
+    example = asked.example(0, RNG, False)
+    assert len(asked) == 1 and tuple(example['images'][3, 3]) == (9, 99, 199)
+    assert tokenizer.decode(example['question'][example['question_mask']]).strip() == 'how many?'
+    assert example['answer'][example['answer_mask']].tolist() == [data.closing_id]
+    assert set(asked.index) == set(data.index) and len(data) == 10
+    with pytest.raises(DataError, match=r'none\.png does not exist'):
+        data.with_question(tmp_path / 'none.png', 'how many?')
