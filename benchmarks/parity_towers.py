@@ -2,8 +2,9 @@
 
 Needs torch and transformers beside jax and flax, best in an environment of their own:
     pip install torch transformers jax flax safetensors && python -m benchmarks.parity_towers
-Small configurations by default; `--published` takes siglip-base-patch16-224 and MiniLM-L6 (random
-weights; nothing is downloaded). Every tower must agree to 1e-4, relative to the largest output.
+Small configurations by default; `--published` takes siglip-base-patch16-224, MiniLM-L6 and
+GraphCodeBERT (random weights; nothing is downloaded). Every tower must agree to 1e-4, relative to
+the largest output.
 """
 
 import argparse
@@ -56,9 +57,24 @@ def compare_bert(config: dict, folder: pathlib.Path, seed: int) -> tuple[float, 
     config = transformers.BertConfig(**config)
     theirs = scramble(transformers.BertModel(config), seed)
     theirs.save_pretrained(folder)
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, config.vocab_size, (3, 12))
+    return deviation_of_text(theirs, folder, seed)
+
+
+def compare_roberta(config: dict, folder: pathlib.Path, seed: int) -> tuple[float, int]:
+    config = transformers.RobertaConfig(**config)
+    # With the head of its pre-training: the encoder's names then begin with 'roberta.'.
+    whole = scramble(transformers.RobertaForMaskedLM(config), seed)
+    whole.save_pretrained(folder)
+    return deviation_of_text(whole.roberta, folder, seed)
+
+
+def deviation_of_text(
+    theirs: torch.nn.Module, folder: pathlib.Path, seed: int
+) -> tuple[float, int]:
+    pad, rng = theirs.config.pad_token_id, np.random.default_rng(seed)
     mask = np.arange(12) < np.array([[12], [7], [1]])
+    # Where it stands RoBERTa takes the padding token for padding, whatever the mask says.
+    tokens = np.where(mask, rng.integers(pad + 1, theirs.config.vocab_size, (3, 12)), pad)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens), torch.from_numpy(mask).long())
     params, _ = bert.load(folder)
@@ -83,9 +99,15 @@ def main() -> int:
     text = [minilm] if published else [
         {**small, 'intermediate_size': 96, 'vocab_size': 101, 'max_position_embeddings': 16},
     ]  # fmt: skip
+    graphcodebert = {'max_position_embeddings': 514, 'type_vocab_size': 1, 'layer_norm_eps': 1e-5}
+    code = [graphcodebert] if published else [
+        {**small, **graphcodebert, 'intermediate_size': 96, 'vocab_size': 101,
+         'max_position_embeddings': 14},
+    ]  # fmt: skip
     worst = 0.0
     cases = [('siglip', compare_siglip, x) for x in vision]
     cases += [('bert', compare_bert, x) for x in text]
+    cases += [('roberta', compare_roberta, x) for x in code]
     for seed, (name, compare, config) in enumerate(cases):
         with tempfile.TemporaryDirectory() as folder:
             error, count = compare(config, pathlib.Path(folder), seed)

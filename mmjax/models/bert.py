@@ -1,4 +1,4 @@
-"""The BERT encoder, in the sizes of MiniLM-L6, and its masked mean pooling."""
+"""The BERT encoder, which is RoBERTa's too, in the sizes of MiniLM-L6; masked mean pooling."""
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,9 @@ class Bert(nn.Module):
 
     The defaults are MiniLM-L6 (Wang 2020): 22,565,376 parameters. Dropout acts on the embeddings
     and on the output of each half block, not on attention weights. Blocks are `block_0`, …
+
+    RoBERTa (Liu 2019) differs in its sizes and in where positions start: its table of `max_length`
+    rows keeps the first `position_offset` (the id of its padding token + 1) from all real tokens.
     """
 
     vocabulary: int = 30522
@@ -42,6 +45,7 @@ class Bert(nn.Module):
     mlp_width: int = 1536
     max_length: int = 512
     types: int = 2
+    position_offset: int = 0
     dropout: float = 0.1
     epsilon: float = 1e-12
     dtype: jnp.dtype = jnp.float32
@@ -55,7 +59,8 @@ class Bert(nn.Module):
 
         Args:
           tokens: int [batch, length], in [0, vocabulary).
-          mask: [batch, length], true (or 1) on real tokens.
+          mask: [batch, length], true (or 1) on real tokens. Positions count from the row's start:
+            padding belongs behind the tokens.
           types: int [batch, length], segment of each token; None: all 0.
           train: whether dropout acts (rng 'dropout').
 
@@ -63,15 +68,19 @@ class Bert(nn.Module):
           [batch, length, width]; finite, without meaning, where the mask is False.
         """
         length = tokens.shape[1]
-        if length > self.max_length:
-            raise ValueError(f'{length} tokens do not fit max_length {self.max_length}')
+        offset = self.position_offset
+        if length > self.max_length - offset:
+            raise ValueError(
+                f'{length} tokens do not fit max_length {self.max_length}'
+                + (f' with position_offset {offset}' if offset else '')
+            )
         # Rows are gathered in float32 and cast after: casting the table would touch all of it.
         embed = lambda count, name: nn.Embed(
             count, self.width, embedding_init=nn.initializers.normal(0.02), name=name
         )
         types = jnp.zeros_like(tokens) if types is None else types
         x = embed(self.vocabulary, 'words')(tokens) + embed(self.types, 'types')(types)
-        x = x + embed(self.max_length, 'positions')(jnp.arange(length))
+        x = x + embed(self.max_length, 'positions')(jnp.arange(offset, offset + length))
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         seen = mask.astype(bool)[:, None, None, :]  # [batch, heads, queries, keys]

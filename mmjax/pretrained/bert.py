@@ -1,4 +1,7 @@
-"""BERT and MiniLM: names of Hugging Face's BertModel, with or without 'bert.', and our Bert."""
+"""BERT, MiniLM, RoBERTa, CodeBERT, GraphCodeBERT: Hugging Face's names, and our Bert.
+
+The names of BertModel and RobertaModel are the same, with or without 'bert.' or 'roberta.'.
+"""
 
 import pathlib
 import re
@@ -7,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.data.dataset import DataError
 from mmjax.pretrained import files
 
 # The pooler and the pre-training heads, and a buffer that counts 0, 1, 2, …
-UNUSED = (r'pooler\..*', r'cls\..*', r'embeddings\.position_ids')
+UNUSED = (
+    r'pooler\..*', r'cls\..*', r'lm_head\..*', r'classifier\..*', r'embeddings\.position_ids',
+)  # fmt: skip
 _KEYS = {
     'vocabulary': ('vocab_size', 30522),
     'width': ('hidden_size', 768),
@@ -31,11 +37,20 @@ def fields(folder) -> dict[str, Any]:
     """
     path = pathlib.Path(folder) / files.CONFIG
     config = files.read_json(path)
-    files.check_config(path, config, 'model_type', ('bert',))
+    files.check_config(path, config, 'model_type', ('bert', 'roberta'))
     files.check_config(path, config, 'hidden_act', ('gelu',))
     files.check_config(path, config, 'position_embedding_type', ('absolute',))
     files.check_config(path, config, 'is_decoder', (False,))
-    return files.sizes(path, config, _KEYS)
+    if config.get('model_type') != 'roberta':
+        return files.sizes(path, config, _KEYS)
+    fields = files.sizes(path, config, _KEYS | {'vocabulary': ('vocab_size', 50265)})
+    pad = config.get('pad_token_id', 1)
+    if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < fields['max_length'] - 1:
+        raise DataError(
+            f"{path}: key 'pad_token_id' is {pad!r}, not a whole number from 0 that leaves "
+            f"positions of 'max_position_embeddings' {fields['max_length']} to tokens"
+        )
+    return fields | {'position_offset': pad + 1}
 
 
 def entries(
@@ -77,7 +92,8 @@ def entries(
 
 def _rename(name: str) -> str:
     # Checkpoints of heads prefix the encoder; the oldest ones name LayerNorm as TensorFlow did.
-    name = re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight', name.removeprefix('bert.'))
+    name = name.removeprefix('bert.').removeprefix('roberta.')
+    name = re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight', name)
     return re.sub(r'LayerNorm\.beta$', 'LayerNorm.bias', name)
 
 
@@ -92,7 +108,7 @@ def load(folder) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def export(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns a Bert's parameters under BertModel's names, without 'bert.' and without pooler."""
+    """Returns a Bert's parameters under BertModel's names, without prefix and without pooler."""
     vocabulary, width = params['words']['embedding'].shape
     depth = sum(name.startswith('block_') for name in params)
     table = entries(

@@ -1,0 +1,176 @@
+"""ContraBin: binary code embedded beside its source and comment, and points between these two."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.models.bert import Bert, masked_mean
+
+MODALITIES = ('source', 'comment', 'binary')
+POOLINGS = ('first', 'mean')
+KINDS = {'linear': 1, 'nonlinear': 2}  # of a projection head: its hidden layers
+
+
+def interpolate(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
+    """Γ(A, B; λ) = λ·A + (1 − λ)·B: A itself at λ = 1, B itself at λ = 0.
+
+    Args:
+      a, b: [batch, features].
+      weight: λ in [0, 1], broadcastable to a: [batch, 1] or [batch, features].
+    """
+    return weight * a + (1.0 - weight) * b
+
+
+class Projection(nn.Module):
+    """A projection head: LN(dropout(fc(GELU(p))) + p), where p = linear(x).
+
+    `kind` 'nonlinear' has one layer more: fc(GELU(fc(GELU(p)))). The layers are `project`,
+    `hidden_0`, `hidden_1` and `norm`.
+    """
+
+    features: int = 256
+    kind: str = 'linear'
+    dropout: float = 0.1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps x [batch, width] to float32 [batch, features]."""
+        _check('kind', self.kind, KINDS)
+        dense = lambda name: nn.Dense(self.features, dtype=self.dtype, name=name)
+        projected = y = dense('project')(x)
+        for index in range(KINDS[self.kind]):
+            y = dense(f'hidden_{index}')(nn.gelu(y, approximate=False))
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return nn.LayerNorm(1e-5, dtype=jnp.float32, name='norm')(y + projected)
+
+
+class Simplex(nn.Module):
+    """The learnt weight of a simplex interpolation: λ = σ(linear(head(a + b))).
+
+    `kind` 'linear' has one λ a row, from a linear head; 'nonlinear' one λ a coordinate, from a
+    nonlinear head. The layers are `head` and `gate`.
+    """
+
+    kind: str
+    dropout: float = 0.1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, a: jax.Array, b: jax.Array, *, train: bool) -> jax.Array:
+        """Maps a and b [batch, features] to λ, float32 [batch, 1] or [batch, features]."""
+        features = a.shape[-1]
+        head = Projection(features, self.kind, self.dropout, self.dtype, name='head')
+        gate = nn.Dense(1 if self.kind == 'linear' else features, dtype=self.dtype, name='gate')
+        return jax.nn.sigmoid(gate(head(a + b, train=train)).astype(jnp.float32))
+
+
+class ContraBin(nn.Module):
+    """Two encoders, a projection head a modality, and the interpolations of source and comment.
+
+    The encoders are given as modules and own the subtrees `anchor`, which reads source and comment,
+    and `binary`; their vocabularies, lengths and widths may differ. The rest: `source_head`,
+    `comment_head`, `binary_head`, `interpolation_linear`, `interpolation_nonlinear`.
+
+    What is interpolated are the projected embeddings, as in the original, so D = `features`. Both
+    interpolations have their parameters from the start: a stage that begins to use one brings no
+    new ones.
+    """
+
+    anchor: Bert
+    binary: Bert
+    features: int = 256
+    head: str = 'linear'  # kind of the three heads
+    pooling: str = 'first'  # token, as published, or 'mean' of the tokens
+    dropout: float = 0.1  # of heads and interpolations; the encoders have their own
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        _check('pooling', self.pooling, POOLINGS)
+        if self.anchor is self.binary:
+            raise ValueError('ContraBin needs two encoders, but anchor and binary are one module')
+        head = lambda: Projection(self.features, self.head, self.dropout, self.dtype)
+        self.source_head, self.comment_head, self.binary_head = head(), head(), head()
+        self.interpolation = {kind: Simplex(kind, self.dropout, self.dtype) for kind in KINDS}
+
+    def __call__(
+        self,
+        source: jax.Array,
+        source_mask: jax.Array,
+        comment: jax.Array,
+        comment_mask: jax.Array,
+        binary: jax.Array,
+        binary_mask: jax.Array,
+        train: bool = False,
+    ) -> dict[str, jax.Array]:
+        """Runs every part once, for initialisation; tokens and masks as in `encode_source`.
+
+        Returns:
+          The embedding of each modality and the interpolation of each kind, float32
+          [batch, features], by name.
+        """
+        hidden = {
+            'source': self.encode_source(source, source_mask, train),
+            'comment': self.encode_comment(comment, comment_mask, train),
+            'binary': self.encode_binary(binary, binary_mask, train),
+        }
+        embeddings = {name: self.project(x, name, train) for name, x in hidden.items()}
+        pair = embeddings['source'], embeddings['comment']
+        return embeddings | {kind: self.interpolated(*pair, kind, train)[0] for kind in KINDS}
+
+    def encode_source(self, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """Encodes source code.
+
+        Args:
+          tokens: int [batch, length].
+          mask: [batch, length], true (or 1) on real tokens, which come before the padding.
+          train: whether dropout acts (rng 'dropout'); False for a frozen encoder.
+
+        Returns:
+          float32 [batch, width], pooled; finite, without meaning, where a row has no tokens.
+        """
+        return self._encode(self.anchor, tokens, mask, train)
+
+    def encode_comment(self, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """Encodes comments by the same encoder as source code; otherwise as `encode_source`."""
+        return self._encode(self.anchor, tokens, mask, train)
+
+    def encode_binary(self, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """Encodes binary code, as `encode_source`."""
+        return self._encode(self.binary, tokens, mask, train)
+
+    def project(self, hidden: jax.Array, modality: str, train: bool) -> jax.Array:
+        """Maps what `encode_…` returned to embeddings, float32 [batch, features], of any length.
+
+        `modality` is one of `MODALITIES` and says which head.
+        """
+        _check('modality', modality, MODALITIES)
+        return getattr(self, f'{modality}_head')(hidden, train=train)
+
+    def interpolated(
+        self, source: jax.Array, comment: jax.Array, kind: str, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Interpolates embeddings of source and comment with a learnt weight.
+
+        Args:
+          source, comment: float32 [batch, features], as `project` returns them.
+          kind: one of `KINDS`.
+          train: whether dropout acts.
+
+        Returns:
+          (Γ(source, comment; λ) float32 [batch, features], λ float32 in (0, 1): [batch, 1] for
+          'linear', [batch, features] for 'nonlinear'; at 1 it is all source).
+        """
+        _check('kind', kind, KINDS)
+        weight = self.interpolation[kind](source, comment, train=train)
+        return interpolate(source, comment, weight), weight
+
+    def _encode(self, encoder: Bert, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        states = encoder(tokens, mask, train=train)  # [batch, length, width]
+        pooled = states[:, 0] if self.pooling == 'first' else masked_mean(states, mask)
+        return pooled.astype(jnp.float32)
+
+
+def _check(field: str, value: str, known) -> None:
+    if value not in known:
+        raise ValueError(f"{field} '{value}' is not one of {', '.join(known)}")
