@@ -1,0 +1,48 @@
+"""Distillation: a student follows the softened distribution of a teacher, frame by frame."""
+
+import jax
+import jax.numpy as jnp
+
+
+def distillation(student_logits, teacher_logits, mask, *, temperature):
+    """Returns T²·KL(teacher ‖ student) summed over the valid frames of each row, and their number.
+
+      ℓ = T² Σₖ qₖ (ln qₖ − ln pₖ), q = softmax(teacher/T), p = softmax(student/T)
+    T² keeps the gradient's size as T grows. The teacher is detached. Floor 0, where both agree up
+    to a constant a frame. Padding may hold anything, NaN included, and gets a zero gradient.
+
+    Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network,
+    https://arxiv.org/abs/1503.02531.
+
+    Args:
+      student_logits, teacher_logits: float [B, T, V].
+      mask: bool [B, T].
+      temperature: T > 0, a number or a traced scalar.
+
+    Returns:
+      float32 [B] sums, and float32 [B] valid frames.
+
+    Raises:
+      ValueError: shapes or a mask that do not fit, or a temperature of 0 or less.
+    """
+    shape = student_logits.shape
+    if len(shape) != 3 or teacher_logits.shape != shape or mask.shape != shape[:2]:
+        raise ValueError(
+            f'logits must be [B, T, V] twice with a mask [B, T], got {shape}, '
+            f'{teacher_logits.shape} and {mask.shape}'
+        )
+    if mask.dtype != bool:
+        raise ValueError(f'mask must be bool, got {mask.dtype}')
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f'temperature must be above 0, got {temperature}')
+
+    def log_softmax(logits):
+        # Masked before the softmax: 0 · NaN is a NaN gradient.
+        logits = jnp.where(mask[..., None], jnp.asarray(logits, jnp.float32), 0.0)
+        return jax.nn.log_softmax(logits / temperature)
+
+    student = log_softmax(student_logits)
+    teacher = jax.lax.stop_gradient(log_softmax(teacher_logits))
+    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=2)
+    sums = jnp.sum(jnp.where(mask, temperature**2 * divergence, 0.0), axis=1)
+    return sums, jnp.sum(mask, axis=1, dtype=jnp.float32)
