@@ -129,6 +129,12 @@ def _generator_digest() -> str:
     ).hexdigest()
 
 
+def as_read(text: str, content: str) -> str:
+    """Returns what a tokenizer is given of one of TEXTS: in source and comment a run of blanks is
+    one, as indentation says nothing and costs tokens; listings stay lines."""
+    return content if text == 'binary' else ' '.join(content.split())
+
+
 class CodeFunctions(Dataset):
     """One prepared split; a row is one binary of one function, with its source and comment.
 
@@ -189,14 +195,15 @@ class CodeFunctions(Dataset):
         """Tokenizes one row.
 
         Returns:
-          `<text>` int32 [length] and `<text>_mask` bool [length] for each text of TEXTS; has_comment
-          bool; identity and told int32, equal where those of the index are.
+          `<text>` int32 [length] and `<text>_mask` bool [length] for each text of TEXTS;
+          has_comment bool; identity and told int32, equal where those of the index are.
         """
         if not self._tokenizers:
             raise ValueError('CodeFunctions has no tokenizers yet: see with_tokens')
         record, out = self.record(row), {}
         for text in TEXTS:
-            ids, mask = self._tokenizers[text].encode([record[text]], self._lengths[text])
+            told = [as_read(text, record[text])]
+            ids, mask = self._tokenizers[text].encode(told, self._lengths[text])
             out[text], out[f'{text}_mask'] = ids[0], mask[0]
         entry = {key: places[row] for key, places in self._places.items()}
         return {**out, **entry, 'has_comment': out['comment_mask'].any()}

@@ -8,7 +8,7 @@ from mmjax.data import builders, code, tokenizers
 from mmjax.data.dataset import DataError
 
 BINARY = 'binary'  # folder, in a run's, of the tokenizer of listings
-_READ = 20_000  # training rows that a tokenizer is trained on
+_READ = 5_000  # training rows that a tokenizer is trained on
 
 
 def open_splits(config) -> tuple[dict[str, code.CodeFunctions], str]:
@@ -52,7 +52,11 @@ def choose_tokenizers(config, assets, train: code.CodeFunctions):
         given = {side: tokenizers.load_tokenizer(path) for side, path in named.items() if path}
         rows = train.one_each()[:_READ]
         texts = {
-            'anchor': (train.record(row)[text] for row in rows for text in ('source', 'comment')),
+            'anchor': (
+                code.as_read(text, train.record(row)[text])
+                for row in rows
+                for text in ('source', 'comment')
+            ),
             'binary': (train.record(row)['binary'] for row in range(min(len(train), _READ))),
         }
         found = {

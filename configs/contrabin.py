@@ -1,0 +1,105 @@
+"""ContraBin: embeddings of binary code, anchored by source and comments, in a curriculum.
+
+python -m mmjax.main --config=configs/contrabin.py                             # built-in
+python -m mmjax.main --config=configs/contrabin.py --config.data.root=FOLDER   # your JSONL
+python -m mmjax.main --config=configs/contrabin.py --mode=prepare --config.data.c_files=FOLDER
+"""
+
+from ml_collections import config_dict
+
+from mmjax import config as mmjax_config
+
+
+def get_config(argument: str = ''):
+    words = mmjax_config.words(argument, ('smoke', 'published'))
+    config = mmjax_config.default()
+    config.task = 'contrabin'
+    config.batch_size = 128  # binaries
+    config.evaluate_pool = 256  # functions that a query chooses among
+
+    config.data.c_files = config_dict.placeholder(str)  # folder of C projects, instead of root
+    config.data.compile = dict(compiler='auto', split_by='project')
+    config.data.max_source = 112  # tokens
+    config.data.max_comment = 48
+    config.data.max_binary = 96
+    config.data.vocabulary = 2048  # of the tokenizer trained on sources and comments
+    config.data.binary_vocabulary = 4096  # of the one trained on listings
+    config.data.max_fault_share = 0.01
+    config.data.built_in = dict(train=6000, val=256, test=512)  # functions, without data.root
+
+    encoder = dict(width=128, depth=2, heads=2, mlp_width=256, types=1, dropout=0.0,
+                   position_offset=0, epsilon=1e-5)  # fmt: skip
+    config.model = dict(
+        anchor=encoder,  # of source and comment
+        binary=encoder,
+        features=256,  # of an embedding
+        head='linear',  # of a modality: linear | nonlinear
+        dropout=0.1,  # of the heads
+        pooling='mean',  # first | mean
+        pretrained=dict(anchor=config_dict.placeholder(str), binary=config_dict.placeholder(str)),
+    )
+    config.losses = dict(
+        temperature=0.07,
+        softness=0.1,  # share of the soft targets; 1 is the paper's
+        normalize=True,  # False is the original's
+        chunk='auto',
+    )
+    config.loss_weights = dict(anchor=0.0, source_binary=1.0, comment_binary=1.0, intermediate=1.0)
+
+    config.sampler = dict(name='pk', by='identity', k=1)  # no function twice in a batch
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.stages = ('anchor', 'naive', 'linear', 'nonlinear')
+    config.stage.anchor = dict(
+        epochs=2.0,
+        learning_rates=dict(encoder=0.0, linear=0.0, nonlinear=0.0),
+        loss_weights=dict(anchor=1.0, source_binary=0.0, comment_binary=0.0, intermediate=0.0),
+    )
+    config.stage.naive = dict(
+        epochs=4.0,
+        learning_rates=dict(anchor=0.0, linear=0.0, nonlinear=0.0),
+        options=dict(interpolation='naive'),
+    )
+    config.stage.linear = dict(
+        epochs=2.0,
+        learning_rates=dict(anchor=0.0, nonlinear=0.0),
+        options=dict(interpolation='linear'),
+    )
+    config.stage.nonlinear = dict(
+        epochs=2.0,
+        learning_rates=dict(anchor=0.0, linear=0.0),
+        options=dict(interpolation='nonlinear'),
+    )
+    config.best = dict(metric='val/source_binary_mrr', mode='max')
+
+    if 'smoke' in words:
+        config.batch_size, config.evaluate_pool = 16, 16
+        config.data.update(max_source=64, max_comment=24, max_binary=48, vocabulary=400,
+                           binary_vocabulary=400)  # fmt: skip
+        config.data.built_in = dict(train=24, val=16, test=16)
+        for side in ('anchor', 'binary'):
+            config.model[side].update(width=16, depth=1, heads=2, mlp_width=32)
+        config.model.features = 16
+        config.optimizer.warmup_steps = 2
+        for name in config.stages:
+            del config.stage[name].epochs
+            config.stage[name].steps = 4
+        config.checkpoint.every_steps = 5
+        config.log.every_steps = 1
+    if 'published' in words:
+        config.batch_size = 32
+        config.data.update(max_source=512, max_comment=128, max_binary=512)
+        for side in ('anchor', 'binary'):
+            config.model[side].update(width=768, depth=12, heads=12, mlp_width=3072, dropout=0.1,
+                                      position_offset=2)  # fmt: skip
+        config.model.pooling = 'first'
+        config.losses.softness = 1.0
+        config.losses.normalize = False
+        config.optimizer.warmup_steps = 500
+        config.stages = ('naive', 'linear', 'nonlinear')
+        for name, epochs in (('naive', 10.0), ('linear', 5.0), ('nonlinear', 5.0)):
+            config.stage[name].epochs = epochs
+            config.stage[name].learning_rates.encoder = 0.01  # 1e-5
+        del config.stage.anchor
+    return config.lock()

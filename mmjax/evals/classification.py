@@ -1,0 +1,80 @@
+"""Scores of a classifier: accuracy with its interval, macro precision, recall, F1, confusions."""
+
+import dataclasses
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassScores:
+    """Fractions in 0–1. `low` and `high` bound the accuracy (Wilson, 95 %).
+
+    Precision, recall and F1 are macro means over the classes that occur, as truth or as answer; of
+    a class never answered (or never true) the precision (or recall) is 0. `confusion` is int
+    [classes, classes], truth down, answer across. `majority` is what the most frequent truth gets.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    precision: float
+    recall: float
+    f1: float
+    confusion: np.ndarray
+    majority: float
+
+
+def score(truth: np.ndarray, answers: np.ndarray, classes: int) -> ClassScores:
+    """Compares answers with the truth, int [n] both, in 0 … classes − 1.
+
+    Raises:
+      ValueError: no rows, shapes that do not fit, or a class out of range.
+    """
+    truth, answers = np.asarray(truth), np.asarray(answers)
+    if truth.ndim != 1 or truth.shape != answers.shape or not len(truth):
+        raise ValueError(f'truth and answers must be [n], n > 0: {truth.shape}, {answers.shape}')
+    if min(truth.min(), answers.min()) < 0 or max(truth.max(), answers.max()) >= classes:
+        raise ValueError(f'a class is outside 0 … {classes - 1}')
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (truth, answers), 1)
+    right, true, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    occurs = (true + said) > 0
+    precision, recall = right / np.maximum(said, 1), right / np.maximum(true, 1)
+    f1 = 2 * right / np.maximum(true + said, 1)
+    low, high = wilson(int(right.sum()), len(truth))
+    return ClassScores(
+        accuracy=float(right.sum() / len(truth)),
+        low=low,
+        high=high,
+        precision=float(precision[occurs].mean()),
+        recall=float(recall[occurs].mean()),
+        f1=float(f1[occurs].mean()),
+        confusion=confusion,
+        majority=float(true.max() / len(truth)),
+    )
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Returns the score interval of a proportion (Wilson 1927): 95 % at the default z."""
+    share, square = right / n, z * z
+    centre = (share + square / (2 * n)) / (1 + square / n)
+    half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def figure(confusion: np.ndarray, names: list[str]) -> Figure:
+    """Draws a confusion matrix with its counts."""
+    drawn = Figure(figsize=(1.6 + 0.8 * len(names),) * 2, layout='constrained')
+    drawn.set_label('How often each class (down) was taken for each (across).')
+    axis = drawn.subplots()
+    axis.imshow(confusion, cmap='Blues')
+    for row, column in np.ndindex(*confusion.shape):
+        dark = confusion[row, column] > confusion.max() / 2
+        axis.text(column, row, str(confusion[row, column]), ha='center', va='center',
+                  color='white' if dark else 'black')  # fmt: skip
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel='answer', ylabel='truth')
+    return drawn

@@ -1,0 +1,118 @@
+"""InternViT's image tower: pre-norm blocks with layer scale, and the tokens it hands a decoder."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.models import layers
+
+NORMS = ('layer', 'rms')
+STEMS = ('patch', 'convolutions')
+
+
+class InternBlock(nn.Module):
+    """x + s₁·attention(norm x), then x + s₂·MLP(norm x), s learnt, one a feature (Touvron 2021)."""
+
+    heads: int
+    mlp_width: int
+    norm: str = 'layer'
+    layer_scale: float = 0.1
+    dropout: float = 0.0
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+    implementation: str = 'xla'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps x [batch, length, width] to the same shape."""
+        made = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}[self.norm]
+        norm = lambda name: made(epsilon=self.epsilon, dtype=self.dtype, name=name)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+
+        def scaled(y, name):
+            start = nn.initializers.constant(self.layer_scale)
+            return drop(y) * self.param(name, start, (x.shape[-1],)).astype(self.dtype)
+
+        attention = layers.Attention(self.heads, self.dtype, self.implementation, name='attention')
+        x = x + scaled(attention(norm('norm_1')(x)), 'scale_1')
+        mlp = layers.Mlp(self.mlp_width, dtype=self.dtype, name='mlp')
+        return x + scaled(mlp(norm('norm_2')(x)), 'scale_2')
+
+
+class InternViT(nn.Module):
+    """Patches, learned positions, blocks `block_0`, `block_1`, … (Chen 2024, InternVL).
+
+    The defaults are InternViT-300M-448px. Its class token takes no part in what a decoder sees and
+    is left out. `stem` 'convolutions' halves the picture by 3×3 convolutions instead, down to the
+    grid of patches, which small towers learn from scratch far sooner (Xiao 2021, Early
+    Convolutions Help Transformers See Better); `patch_size` is then a power of 2.
+    """
+
+    image_size: int = 448
+    patch_size: int = 14
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    norm: str = 'layer'
+    layer_scale: float = 0.1
+    stem: str = 'patch'
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    implementation: str = 'xla'
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Maps normalised images [batch, size, size, 3] to tokens [batch, grid², width]."""
+        if self.norm not in NORMS or self.stem not in STEMS:
+            raise ValueError(
+                f"norm '{self.norm}' is not one of {', '.join(NORMS)}, or stem '{self.stem}' not "
+                f'one of {", ".join(STEMS)}'
+            )
+        if self.stem == 'patch':
+            x = layers.patches(images, self.image_size, self.patch_size).astype(self.dtype)
+            embed = nn.Dense(
+                self.width, dtype=self.dtype, kernel_init=layers.kernel_init, name='patch_embedding'
+            )
+            x = embed(x)
+        else:
+            x = self._convolve(images)
+        start = nn.initializers.normal(0.02)
+        positions = self.param('positions', start, (x.shape[1], self.width))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x + positions.astype(self.dtype))
+        for index in range(self.depth):
+            x = InternBlock(
+                self.heads, self.mlp_width, self.norm, self.layer_scale, self.dropout,
+                dtype=self.dtype, implementation=self.implementation, name=f'block_{index}',
+            )(x, train=train)  # fmt: skip
+        return x
+
+    def _convolve(self, images: jax.Array) -> jax.Array:
+        halvings = self.patch_size.bit_length() - 1
+        if 2**halvings != self.patch_size or self.image_size % self.patch_size:
+            raise ValueError(
+                f'patch_size {self.patch_size} is no power of 2 that divides {self.image_size}'
+            )
+        x = images.astype(self.dtype)
+        for index in range(halvings):
+            features = max(self.width >> (halvings - 1 - index), 16)
+            x = nn.Conv(
+                features, (3, 3), 2, ((1, 1), (1, 1)), dtype=self.dtype, name=f'stem_{index}'
+            )(x)  # fmt: skip
+            x = nn.gelu(nn.LayerNorm(dtype=self.dtype, name=f'stem_norm_{index}')(x))
+        x = nn.Dense(self.width, dtype=self.dtype, name='patch_embedding')(x)
+        return x.reshape(len(x), -1, self.width)
+
+
+def shuffle_pixels(tokens: jax.Array, factor: int) -> jax.Array:
+    """Joins factor × factor neighbours: [batch, grid², width] → [batch, grid²/f², width · f²].
+
+    Raises:
+      ValueError: the tokens are no square grid, or its side is not a multiple of `factor`.
+    """
+    batch, count, width = tokens.shape
+    grid = round(count**0.5)
+    if grid * grid != count or grid % factor:
+        raise ValueError(f'{count} tokens are no square grid whose side {factor} divides')
+    x = tokens.reshape(batch, grid // factor, factor, grid // factor, factor, width)
+    return x.swapaxes(2, 3).reshape(batch, (grid // factor) ** 2, factor * factor * width)

@@ -1,0 +1,290 @@
+"""Sign language: sequences of landmarks to sequences of glosses, by CTC, with distillation."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from mmjax.data import builders, sign, sign_folder
+from mmjax.data.dataset import DataError
+from mmjax.data.sign_augment import Augmentation, Normalization
+from mmjax.decode import ctc as decoding
+from mmjax.decode import ngram
+from mmjax.losses import ctc, distillation
+from mmjax.losses.term import Term
+from mmjax.models.sign import Sign, Stream
+from mmjax.task import Task, final_weights
+from mmjax.tasks.sign_scores import SignScores
+
+LOSSES = ('ctc', 'teacher_ctc', 'distillation', 'smoothing')
+VOCABULARY, NORMALIZATION = 'vocabulary.txt', 'normalization.npz'
+
+
+class Recipe(Task):
+    """The task of `configs/sign_ctc.py`.
+
+    Groups of parameters: `student` and, where `model.distill` is on, `teacher`: two models of the
+    same form and of sizes of their own. A model whose group has rate 0 runs as in evaluation.
+
+    Losses: `ctc` of the student, `teacher_ctc`, `distillation` (a frame) and `smoothing` (a frame).
+    """
+
+    def __init__(self, config, assets=None):
+        self._open(config, assets)
+        spec, train = config.model, self.splits['train']
+        sizes = {'student': spec.student.to_dict()}
+        if spec.distill:
+            sizes['teacher'] = spec.teacher.to_dict()
+        else:
+            spec.ignore('teacher')
+        dtype = jnp.dtype(config.precision)
+        self.models = {
+            name: _model(fields, train.streams, len(self.vocabulary), dtype)
+            for name, fields in sizes.items()
+        }
+        self.temperature = config.losses.distillation_temperature
+        self.blank_penalty = config.losses.blank_penalty
+        weights = config.loss_weights.to_dict()
+        for name in weights:
+            if name not in LOSSES:
+                raise DataError(f"loss_weights names '{name}'; there are {', '.join(LOSSES)}")
+        self.weights = final_weights(weights)
+        decode = config.decode
+        self.beam, self.length_bonus = decode.beam, decode.length_bonus
+        self.lm_weight, self.table = decode.language_model, None
+        order = decode.order
+        if self.lm_weight:
+            sentences = [train.vocabulary.encode(train.words(row)) for row in range(len(train))]
+            model = ngram.estimate(sentences, len(self.vocabulary), order=order)
+            self.table = model.table()
+        self.batch_size, self.frame_rate = config.batch_size, config.data.frame_rate
+
+    def _open(self, config, assets):
+        spec = config.data
+        prepared = sign.prepare_sequences(
+            spec.root, builders.cache_dir(spec.cache), seed=config.seed,
+            synthetic_sizes=spec.built_in.to_dict(), max_fault_share=spec.max_fault_share,
+            wait=jax.process_index() > 0,
+        )  # fmt: skip
+        missing, differences = spec.missing, spec.differences
+        if assets is None:
+            self.vocabulary = prepared.vocabulary()
+            self.normalization = prepared.normalization(missing, differences)
+        else:
+            self.vocabulary = sign_folder.Vocabulary.load(pathlib.Path(assets) / VOCABULARY)
+            self.normalization = Normalization.load(pathlib.Path(assets) / NORMALIZATION)
+        augmentation = Augmentation(**spec.augmentation.to_dict())
+        self.splits = {
+            name: sign.SignSequences(
+                prepared, name, vocabulary=self.vocabulary, normalization=self.normalization,
+                augmentation=augmentation, buckets=spec.buckets,
+            )
+            for name in prepared.splits
+        }  # fmt: skip
+        train = self.splits['train']
+        train.skipped['infeasible'] = train.counts['unalignable_rows']
+
+    def dataset(self, split):
+        return self.splits[split]
+
+    def rules(self):
+        return tuple((name, f'{name}/.*') for name in self.models)
+
+    def save_assets(self, workdir):
+        self.vocabulary.save(pathlib.Path(workdir) / VOCABULARY)
+        self.normalization.save(pathlib.Path(workdir) / NORMALIZATION)
+
+    # Model -----------------------------------------------------------------------------------
+
+    def init(self, key, batch):
+        out = {'params': {}, 'batch_stats': {}}
+        for place, (name, model) in enumerate(self.models.items()):
+            keys = {'params': jax.random.fold_in(key, place), 'dropout': key}
+            made = model.init(keys, batch['features'], batch['frames'], train=False)
+            for part, tree in out.items():
+                tree[name] = made[part]
+        return out
+
+    def _apply(self, name, variables, batch, *, train=False, key=None, **options):
+        own = {part: variables[part][name] for part in ('params', 'batch_stats')}
+        rngs = {'dropout': key} if train else None
+        inputs = (batch['features'], batch['frames'])
+        return self.models[name].apply(own, *inputs, train=train, rngs=rngs, **options)
+
+    def forward(self, variables, batch, stage, *, train, key):
+        needed = {'student': set(LOSSES) - {'teacher_ctc'},
+                  'teacher': {'teacher_ctc', 'distillation'}}  # fmt: skip
+        logits, stats = {}, dict(variables['batch_stats'])
+        for name in self.models:
+            if not needed[name] & set(stage.losses):
+                continue
+            live = train and stage.trains(name)
+            found, changed = self._apply(
+                name, variables, batch, train=live, key=key, mutable=['batch_stats']
+            )
+            logits[name] = found if stage.trains(name) else checkpoint_name(found, 'frozen')
+            stats[name] = changed['batch_stats']
+        return self._rows(logits, batch, stage.losses), stats
+
+    def _rows(self, logits, batch, losses):
+        """Returns what every row adds to the losses, from logits [batch, time, words]."""
+        frames, labels = batch['frames'], (batch['labels'], batch['label_mask'])
+        penalty = {'blank_penalty': self.blank_penalty}
+        out = {}
+        for term, name in (('ctc', 'student'), ('teacher_ctc', 'teacher')):
+            if term in losses:
+                out[term] = ctc.ctc_rows(logits[name], frames, *labels, **penalty)
+        if 'distillation' in losses:
+            out['distillation'] = distillation.distillation(
+                logits['student'], logits['teacher'], frames, temperature=self.temperature
+            )
+        if 'smoothing' in losses:
+            out['smoothing'] = ctc.smoothing(logits['student'], frames)
+        return out
+
+    def terms(self, variables, outputs, batch, stage):
+        for name in stage.losses:
+            if name not in outputs:
+                raise ValueError(
+                    f"loss_weights names '{name}', which needs config.model.distill=True"
+                )
+        return self._terms(outputs, batch)
+
+    def _terms(self, outputs, batch):
+        mask, terms = batch['mask'], {}
+        counts = batch['label_mask'].sum(1)
+        for name in ('ctc', 'teacher_ctc'):
+            if name in outputs:
+                terms[name], found = ctc.ctc(outputs[name][0], counts, outputs[name][1], mask)
+                prefix = name.removesuffix('ctc')
+                terms |= {f'{prefix}{key}': value for key, value in found.items()}
+        for name in ('distillation', 'smoothing'):
+            if name in outputs:
+                totals, frames = (jnp.where(mask, x, 0.0).sum() for x in outputs[name])
+                terms[name] = Term(totals, frames)
+        return terms
+
+    # Evaluation ------------------------------------------------------------------------------
+
+    def log_probs(self, variables, batch, name='student'):
+        """Returns ln p(symbol | frame), float32 [batch, time, words], as it is decoded."""
+        return self._scores(self._apply(name, variables, batch))
+
+    def _scores(self, logits):
+        logits = logits.astype(jnp.float32)
+        return jax.nn.log_softmax(logits.at[..., sign_folder.BLANK_ID].add(-self.blank_penalty))
+
+    def decode(self, variables, batch):
+        """Decodes greedily and by beam search, and measures the losses of each row.
+
+        Returns:
+          greedy: int32 [batch, time] and lengths [batch]; beam: int32 [batch, most] and lengths;
+          rows: per-row losses as `forward` gives them; spread: float32 [batch], the variance of the
+          hidden features over a row's time, averaged over features (0: collapsed); teacher: greedy,
+          where there is one.
+        """
+        names = tuple(self.models)
+        logits = {name: self._apply(name, variables, batch) for name in names}
+        losses = ('ctc', *(('teacher_ctc', 'distillation') if 'teacher' in names else ()))
+        frames, found = batch['frames'], {}
+        for name in names:
+            scores = self._scores(logits[name])
+            greedy = decoding.greedy(scores, frames)
+            found['greedy' if name == 'student' else 'teacher'] = greedy.ids, greedy.lengths
+            if name == 'student':
+                beams = decoding.beam_search(
+                    scores, frames, beam=self.beam, max_length=min(64, frames.shape[1]),
+                    language_model=self.table, weight=self.lm_weight,
+                    length_bonus=self.length_bonus,
+                )  # fmt: skip
+                found['beam'] = beams.ids[:, 0], beams.lengths[:, 0]
+        found['rows'] = self._rows(logits, batch, losses)
+        found['spread'] = self._spread(variables, batch)
+        return found
+
+    def _hidden(self, variables, batch):
+        """Returns hidden features, 0 on padding, with frames [batch, time, 1] and their counts."""
+        hidden = self._apply('student', variables, batch, method='hidden').astype(jnp.float32)
+        frames = batch['frames'][..., None]
+        return jnp.where(frames, hidden, 0), frames, jnp.maximum(frames.sum(1, keepdims=True), 1)
+
+    def _spread(self, variables, batch):
+        hidden, frames, count = self._hidden(variables, batch)
+        apart = hidden - hidden.sum(1, keepdims=True) / count
+        return (jnp.where(frames, apart**2, 0).sum(1, keepdims=True) / count).mean((1, 2))
+
+    def embed_rows(self, variables, batch):
+        """Returns hidden features averaged over a row's frames, float32 [batch, width]."""
+        hidden, _, count = self._hidden(variables, batch)
+        return (hidden.sum(1, keepdims=True) / count)[:, 0]
+
+    def evaluators(self):
+        return {
+            name: SignScores(self, split, self.batch_size)
+            for name, split in self.splits.items()
+            if name != 'train'
+        }
+
+    def predict(self, apply, inputs, output):
+        """Reads the glosses of one `.npz` (key `features`, [T, F]) with their times."""
+        path = pathlib.Path(inputs)
+        if not path.is_file():
+            raise DataError(f'{inputs} does not exist')
+        features = self.normalization(sign_folder.read_features(path))
+        train = self.splits['train']
+        length = np.int32(len(features))
+        example = {'features': features, 'labels': np.zeros(0, np.int32), 'length': length}
+        fits = [bucket for bucket in train.lengths if bucket >= length]
+        batch = train.collate([example], fits[0] if fits else -(-int(length) // 8) * 8)
+        scores = jax.jit(self.log_probs)(apply.variables, batch)
+        found = decoding.greedy(scores, batch['frames'])
+        count = int(found.lengths[0])
+        words = self.vocabulary.decode(found.ids[0][:count])
+        spans = zip(np.asarray(found.starts[0])[:count], np.asarray(found.ends[0])[:count],
+                    strict=True)  # fmt: skip
+        glosses = [
+            {'gloss': word, 'start': round(float(start / self.frame_rate), 3),
+             'end': round(float(end / self.frame_rate), 3)}
+            for word, (start, end) in zip(words, spans, strict=True)
+        ]  # fmt: skip
+        beams = decoding.beam_search(
+            scores, batch['frames'], beam=self.beam, max_length=min(64, scores.shape[1]),
+            language_model=self.table, weight=self.lm_weight, length_bonus=self.length_bonus,
+        )  # fmt: skip
+        best = self.vocabulary.decode(np.asarray(beams.ids[0, 0])[: int(beams.lengths[0, 0])])
+        output = pathlib.Path(output)
+        output.mkdir(parents=True, exist_ok=True)
+        told = {'input': inputs, 'glosses': glosses, 'beam': list(best)}
+        (output / 'glosses.json').write_text(json.dumps(told, indent=1))
+        lines = [f'{g["start"]:7.2f} s – {g["end"]:6.2f} s  {g["gloss"]}' for g in glosses]
+        return '\n'.join([*lines, f'beam search: {" ".join(best)}'])
+
+    def embed(self, apply, output):
+        """Writes embeddings.npy [sentences, width], mean hidden features, and index.jsonl."""
+        output.mkdir(parents=True, exist_ok=True)
+        rows = []
+        with (output / 'index.jsonl').open('w') as index:
+            for name, split in self.splits.items():
+                for found, batch in apply('embed_rows', split, self.batch_size):
+                    for place, row in enumerate(batch['row']):
+                        entry = {'row': len(rows), 'split': name, 'id': split.record(row)['id']}
+                        index.write(json.dumps(entry) + '\n')
+                        rows.append(found[place])
+        with (output / 'embeddings.npy').open('wb') as file:
+            np.save(file, np.stack(rows))
+        return f'{len(rows)} sentences: {output / "embeddings.npy"}'
+
+
+def _model(fields, streams, words, dtype):
+    width, given = fields.pop('stream_width'), dict(fields.pop('stream_widths'))
+    for name in given:
+        if name not in streams:
+            known = ', '.join(streams)
+            raise DataError(f"model's stream_widths names '{name}'; the data have {known}")
+    chosen = tuple(
+        Stream(name, start, end, given.get(name, width)) for name, (start, end) in streams.items()
+    )
+    return Sign(words, chosen, dtype=dtype, **fields)
