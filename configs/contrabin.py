@@ -25,7 +25,7 @@ def get_config(argument: str = ''):
     config.data.vocabulary = 2048  # of the tokenizer trained on sources and comments
     config.data.binary_vocabulary = 4096  # of the one trained on listings
     config.data.max_fault_share = 0.01
-    config.data.built_in = dict(train=6000, val=256, test=512)  # functions, without data.root
+    config.data.built_in = dict(train=6000, val=256, test=256)  # functions, without data.root
 
     encoder = dict(width=128, depth=2, heads=2, mlp_width=256, types=1, dropout=0.0,
                    position_offset=0, epsilon=1e-5)  # fmt: skip
@@ -47,27 +47,27 @@ def get_config(argument: str = ''):
     config.loss_weights = dict(anchor=0.0, source_binary=1.0, comment_binary=1.0, intermediate=1.0)
 
     config.sampler = dict(name='pk', by='identity', k=1)  # no function twice in a batch
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 1e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_steps = 50
     config.stages = ('anchor', 'naive', 'linear', 'nonlinear')
     config.stage.anchor = dict(
-        epochs=2.0,
-        learning_rates=dict(encoder=0.0, linear=0.0, nonlinear=0.0),
+        epochs=1.0,
+        learning_rates=dict(encoder=0.0, binary_head=0.0, linear=0.0, nonlinear=0.0),
         loss_weights=dict(anchor=1.0, source_binary=0.0, comment_binary=0.0, intermediate=0.0),
     )
     config.stage.naive = dict(
-        epochs=4.0,
+        epochs=1.5,
         learning_rates=dict(anchor=0.0, linear=0.0, nonlinear=0.0),
         options=dict(interpolation='naive'),
     )
     config.stage.linear = dict(
-        epochs=2.0,
+        epochs=0.75,
         learning_rates=dict(anchor=0.0, nonlinear=0.0),
         options=dict(interpolation='linear'),
     )
     config.stage.nonlinear = dict(
-        epochs=2.0,
+        epochs=0.75,
         learning_rates=dict(anchor=0.0, linear=0.0),
         options=dict(interpolation='nonlinear'),
     )
@@ -96,6 +96,7 @@ def get_config(argument: str = ''):
         config.model.pooling = 'first'
         config.losses.softness = 1.0
         config.losses.normalize = False
+        config.optimizer.learning_rate = 1e-3
         config.optimizer.warmup_steps = 500
         config.stages = ('naive', 'linear', 'nonlinear')
         for name, epochs in (('naive', 10.0), ('linear', 5.0), ('nonlinear', 5.0)):

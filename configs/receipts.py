@@ -1,6 +1,6 @@
 """Receipts: how many a picture shows, and answers in words, by a vision-language model in stages.
 
-    python -m mmjax.main --config=configs/receipts.py                             # built-in pictures
+    python -m mmjax.main --config=configs/receipts.py                             # built-in
     python -m mmjax.main --config=configs/receipts.py --config.data.root=FOLDER   # your own
     python -m mmjax.main --config=configs/receipts.py --mode=predict --input=PICTURE \\
         --question="How many receipts do you see?"

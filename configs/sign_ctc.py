@@ -16,11 +16,12 @@ def get_config(argument: str = ''):
 
     config.data.missing = 'zero'  # 'zero': a stream that is all zeros in a frame was not seen
     config.data.differences = True  # adds each feature's change since the frame before
-    config.data.buckets = 4  # lengths that batches are padded to, at most
+    config.data.buckets = 2  # lengths that batches are padded to, at most
     config.data.frame_rate = 25.0  # frames a second, for the times that predict prints
     config.data.max_fault_share = 0.01
     config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.1, stream_dropout=0.05,
-                                    feature_dropout=0.05, time_masks=2, time_mask_share=0.1)  # fmt: skip
+                                    feature_dropout=0.05, time_masks=2,
+                                    time_mask_share=0.1)  # fmt: skip
     config.data.built_in = dict(train=1500, dev=100, test=200, signers=16, held_out_signers=4)
 
     model = dict(

@@ -95,13 +95,13 @@ def _number(*parts: str) -> np.int64:
 
 
 def _entry(record: Mapping[str, Any]) -> dict[str, np.generic]:
-    level = record['opt_level']
+    level, told = record['opt_level'], as_read('comment', record['comment'])
     return {
         # One function compiled several times keeps one identity; so do copies of it elsewhere.
-        'identity': _number(record['source']),
+        'identity': _number(as_read('source', record['source'])),
         'level': np.int8(LEVELS.index(level) if level in LEVELS else -1),
         'label': _number(record['label']) if record['label'] else np.int64(0),
-        'told': _number(record['comment']) if record['comment'].strip() else np.int64(0),
+        'told': _number(told) if told else np.int64(0),
     }
 
 

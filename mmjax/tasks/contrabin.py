@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import shutil
 
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from mmjax.data import code
 from mmjax.data.dataset import DataError
+from mmjax.evals import gallery
 from mmjax.losses import contrastive, interpolation
 from mmjax.losses.term import Term
 from mmjax.models import contrabin
@@ -29,9 +32,10 @@ SUFFIXES = {'.c': 'source', '.h': 'source', '.s': 'binary', '.asm': 'binary', '.
 class Recipe(Task):
     """The task of `configs/contrabin.py`.
 
-    Groups of parameters: `anchor` (the encoder of source and comment), `encoder` (of binaries),
-    `heads`, and the two interpolations `linear` and `nonlinear`. A stage's option `interpolation`
-    says which acts; an encoder whose group has rate 0 runs as in evaluation.
+    Groups of parameters: `anchor` (the encoder of source and comment) and `heads` (theirs),
+    `encoder` and `binary_head` (of binaries), and the two interpolations `linear` and `nonlinear`.
+    A stage's option `interpolation` says which acts; a part whose group has rate 0 runs as in
+    evaluation.
 
     Losses: `anchor` (InfoNCE of source and comment), `source_binary` and `comment_binary` (the
     primary ones), `intermediate` (the interpolation against the binary; none in a naive stage).
@@ -60,7 +64,10 @@ class Recipe(Task):
             if name not in LOSSES:
                 raise DataError(f"loss_weights names '{name}'; there are {', '.join(LOSSES)}")
         for name in config.stages:
-            chosen = config.stage[name].to_dict().get('options', {}).get('interpolation', 'naive')
+            options = config.stage[name].to_dict().get('options', {})
+            chosen = options.pop('interpolation', 'naive')
+            for key in options:
+                raise DataError(f'unknown key stage.{name}.options.{key}; known: interpolation')
             if chosen not in INTERPOLATIONS:
                 known = ', '.join(INTERPOLATIONS)
                 raise DataError(
@@ -70,13 +77,17 @@ class Recipe(Task):
             {name: w for name, w in weights.items() if name not in ('anchor', 'intermediate')}
         )
         self.batch_size, self.pool = config.batch_size, config.evaluate_pool
+        if self.pool < 2:
+            raise DataError(f'evaluate_pool={self.pool}: a query chooses among 2 functions or more')
 
     def dataset(self, split):
         return self.splits[split]
 
     def rules(self):
         return (
-            ('anchor', 'anchor/.*'), ('encoder', 'binary/.*'), ('heads', '[a-z]+_head/.*'),
+            ('anchor', 'anchor/.*'), ('heads', '(source|comment)_head/.*'),
+            # Groups apart: what gets no gradient in a stage must not age Adam's count of the rest.
+            ('encoder', 'binary/.*'), ('binary_head', 'binary_head/.*'),
             ('linear', 'interpolation_linear/.*'), ('nonlinear', 'interpolation_nonlinear/.*'),
         )  # fmt: skip
 
@@ -98,7 +109,8 @@ class Recipe(Task):
         return {**variables, 'params': params} if any(self.folders.values()) else variables
 
     def forward(self, variables, batch, stage, *, train, key):
-        live = {name: train and stage.trains(name) for name in ('anchor', 'encoder', 'heads')}
+        groups = 'anchor', 'heads', 'encoder', 'binary_head'
+        live = {name: train and stage.trains(name) for name in groups}
         kind = stage.option('interpolation', 'naive')
         live['interpolation'] = train and stage.trains(kind)
         needed = tuple(name for name in LOSSES if name in stage.losses)
@@ -110,16 +122,16 @@ class Recipe(Task):
             variables, *args, method=method, rngs={'dropout': key}
         )
 
-        def embedded(text, group):
+        def embedded(text, group, head):
             tokens = batch[text], batch[f'{text}_mask']
             hidden = apply(f'encode_{text}', *tokens, live[group])
             # A frozen encoder is not run again where rows are rematerialised.
             hidden = hidden if live[group] else checkpoint_name(hidden, 'frozen')
-            return apply('project', hidden, text, live['heads'])
+            return apply('project', hidden, text, live[head])
 
-        out = {text: embedded(text, 'anchor') for text in ('source', 'comment')}
+        out = {text: embedded(text, 'anchor', 'heads') for text in ('source', 'comment')}
         if set(needed) - {'anchor'}:
-            out['binary'] = embedded('binary', 'encoder')
+            out['binary'] = embedded('binary', 'encoder', 'binary_head')
         if kind != 'naive' and 'intermediate' in needed:
             pair = out['source'], out['comment']
             out['interpolated'], weight = apply('interpolated', *pair, kind, live['interpolation'])
@@ -173,7 +185,8 @@ class Recipe(Task):
         Returns float32 {'source', 'comment', 'binary', 'interpolated_<kind>'} [batch, features], of
         length 1 where the losses normalise, and 'lambda_<kind>' [batch], for linear and nonlinear.
         """
-        still = dict.fromkeys(('anchor', 'encoder', 'heads', 'interpolation'), False)
+        groups = 'anchor', 'heads', 'encoder', 'binary_head', 'interpolation'
+        still = dict.fromkeys(groups, False)
         out = {}
         for kind in INTERPOLATIONS[1:]:
             found = self._embed(variables, batch, jax.random.key(0), kind, still, LOSSES)
@@ -182,15 +195,14 @@ class Recipe(Task):
         return {name: _unit(x) if self.normalize and x.ndim > 1 else x for name, x in out.items()}
 
     def embed_binary(self, variables, batch):
-        """Embeds binaries only: float32 [batch, features], length 1."""
+        """Embeds binaries only, as `encode` does: float32 [batch, features]."""
         return self._alone('binary', variables, batch)
 
     def _alone(self, text, variables, batch):
         apply = functools.partial(self.model.apply, variables)
-        tokens = batch[text], batch[f'{text}_mask']
-        return _unit(
-            apply(apply(*tokens, False, method=f'encode_{text}'), text, False, method='project')
-        )
+        hidden = apply(batch[text], batch[f'{text}_mask'], False, method=f'encode_{text}')
+        found = apply(hidden, text, False, method='project')
+        return _unit(found) if self.normalize else found
 
     def evaluators(self):
         options = {'batch_size': self.batch_size, 'pool': self.pool}
@@ -205,27 +217,29 @@ class Recipe(Task):
         path = pathlib.Path(inputs)
         kind = SUFFIXES.get(path.suffix.lower(), 'comment')
         text = inputs
-        if path.is_file():
+        if os.path.isfile(inputs):  # Path.is_file raises where a sentence is too long for a name
             text = path.read_text('utf-8', errors='replace')
         elif kind != 'comment':
             raise DataError(f'{inputs} does not exist')
-        tokens, mask = self.tokenizers[kind].encode([text], self.lengths[kind])
+        if not text.strip():
+            raise DataError(f"--input='{inputs}' holds no text")
+        told = [code.as_read(kind, text)]
+        tokens, mask = self.tokenizers[kind].encode(told, self.lengths[kind])
         batch = {kind: tokens, f'{kind}_mask': mask}
         alone = jax.jit(functools.partial(self._alone, kind))
-        found = np.asarray(alone(apply.variables, batch))[0]
+        found = np.asarray(alone(apply.variables, batch))
         split = self.splits['test' if 'test' in self.splits else 'val']
         asked = split.subset(split.one_each())
         other = 'source' if kind == 'binary' else 'binary'
         encoded, _ = gather(apply, 'encode', asked, self.batch_size)
-        cosines = encoded[other] @ found
-        nearest = np.argsort(-cosines, kind='stable')[:10]
+        (cosines,), (nearest,) = gallery.search(found, encoded[other], 10)
         lines, hits = [f'nearest to this {kind}, by {other}, in split {split.split}:'], []
-        for place, row in enumerate(nearest, start=1):
+        for place, (row, cosine) in enumerate(zip(nearest, cosines, strict=True), start=1):
             record = asked.record(int(row))
             hits.append({'name': record['name'], 'path': record['path'],
-                         'comment': record['comment'], 'cosine': float(cosines[row])})  # fmt: skip
+                         'comment': record['comment'], 'cosine': float(cosine)})  # fmt: skip
             told = ' '.join(record['comment'].split())
-            lines.append(f'{place:2d}  {cosines[row]:.3f}  {record["name"]}  {told:.70}')
+            lines.append(f'{place:2d}  {cosine:.3f}  {record["name"]}  {told:.70}')
         output = pathlib.Path(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / 'nearest.json').write_text(

@@ -1,38 +1,87 @@
 """What the ContraBin recipe learns from: splits of functions, and a tokenizer for each side."""
 
+import hashlib
+import json
 import pathlib
+import time
 
 import jax
 
 from mmjax.data import builders, code, tokenizers
 from mmjax.data.dataset import DataError
+from mmjax.data.folders import file_stamp
 
 BINARY = 'binary'  # folder, in a run's, of the tokenizer of listings
 _READ = 5_000  # training rows that a tokenizer is trained on
 
 
-def open_splits(config) -> tuple[dict[str, code.CodeFunctions], str]:
-    """Prepares the functions and opens every split; also returns a report on C files compiled."""
+def open_splits(config) -> tuple[dict[str, code.CodeFunctions], tuple[pathlib.Path, str] | None]:
+    """Prepares the functions and opens every split.
+
+    Also returns the folder of the rows compiled from `data.c_files` with a report on them, or None.
+    """
     spec = config.data
-    cache, root, told = builders.cache_dir(spec.cache), spec.root, ''
-    compiled = spec.compile.to_dict()
+    cache, root, compiled = builders.cache_dir(spec.cache), spec.root, None
+    options, there = spec.compile.to_dict(), code.SPLITS
     if spec.c_files:
         from mmjax.data import code_prepare
 
         if root:
             raise DataError('data.root and data.c_files exclude each other')
-        root, told = code_prepare.prepare_cached(
-            spec.c_files, cache, seed=config.seed, wait=jax.process_index() > 0, **compiled
+        root, report = _compile(
+            spec.c_files, cache, wait=jax.process_index() > 0, seed=config.seed, **options
         )
-    names = code.SPLITS
-    if root:
+        compiled, there = (root, code_prepare.table(report)), report['rows']
+        for name in ('train', 'val'):
+            if name not in there:
+                raise DataError(
+                    f'{spec.c_files}: split {name} has no row; see data.compile.val and .test'
+                )
+    elif root:
         there = code.split_files(root)
-        names = tuple(name for name in code.SPLITS if name != 'test' or name in there)
+    names = tuple(name for name in code.SPLITS if name != 'test' or name in there)
     prepared = code.prepare_code(
         root, cache, splits=names, seed=config.seed, synthetic_sizes=spec.built_in.to_dict(),
         max_fault_share=spec.max_fault_share, wait=jax.process_index() > 0,
     )  # fmt: skip
-    return {name: code.CodeFunctions(prepared, name) for name in names}, told
+    return {name: code.CodeFunctions(prepared, name) for name in names}, compiled
+
+
+def _compile(
+    folder: str, cache: pathlib.Path, *, wait: bool, timeout: float = 600.0, **options
+) -> tuple[pathlib.Path, dict]:
+    """Compiles the C files of a folder once; returns (folder of the rows under `cache`, report).
+
+    What changes the rows names their folder: the options, and path, size and time of change of
+    every C file and header. `wait`: leave it to another host, and poll until report.json is there.
+    """
+    from mmjax.data import code_prepare
+
+    root = pathlib.Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f'the folder of C code {root} is not a folder')
+    files = sorted(path for path in root.rglob('*') if path.suffix in ('.c', '.h'))
+    stamps = [[str(path.relative_to(root)), *file_stamp(path)] for path in files]
+    settings = json.dumps([code.VERSION, sorted(options.items()), stamps])
+    made = cache / f'code-c-{hashlib.sha256(settings.encode()).hexdigest()[:16]}'
+    report, beat = made / 'report.json', cache / f'.{made.name}.heartbeat'
+    if wait:
+        last, since = file_stamp(beat), time.monotonic()
+        while not report.is_file():
+            if file_stamp(beat) != last:
+                last, since = file_stamp(beat), time.monotonic()
+            if time.monotonic() - since > timeout:
+                raise DataError(
+                    f'{made}: the process that compiles it gave no sign of life for {timeout:g} s'
+                )
+            time.sleep(0.2)
+    elif not report.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            code_prepare.prepare(root, made, progress=lambda *_: beat.touch(), **options)
+        finally:
+            beat.unlink(missing_ok=True)
+    return made, json.loads(report.read_text())
 
 
 def choose_tokenizers(config, assets, train: code.CodeFunctions):

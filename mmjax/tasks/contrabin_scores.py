@@ -1,10 +1,11 @@
 """Scores of the ContraBin recipe: retrieval in pools, across optimisation levels, and a probe."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmjax.data.code import LEVELS
+from mmjax.data.code import LEVELS, TEXTS
 from mmjax.evals import gallery as search
 from mmjax.evals.probe import linear_probe
 from mmjax.losses.term import Term
@@ -23,12 +24,14 @@ class CodeScores(Evaluator):
     Retrieval: functions are dealt at random (always alike) to pools of `pool`, one binary each; a
     query of one modality asks the pool's other modality. What fills no pool is left out and
     counted; a smaller split is one pool. Levels: the binaries of a pool at one level ask those at
-    another. Losses: every term over each pool as one batch.
+    another. Losses: every term over each pool as one batch. `<text>_full`: share of texts that use
+    all the tokens there are, most of which were cut.
     """
 
     def __init__(self, task, functions, train, *, batch_size: int, pool: int):
         self.task, self.functions, self.train = task, functions, train
         self.batch_size, self.pool = batch_size, pool
+        self._terms = jax.jit(task.every_term)
 
     def run(self, apply, *, final):
         rows = self.functions.one_each()
@@ -36,11 +39,13 @@ class CodeScores(Evaluator):
         size = min(self.pool, len(rows))
         pools = order[: len(order) // size * size].reshape(-1, size)
         chosen = self.functions.subset(rows)
-        keys = ('identity', 'told', 'has_comment')
+        keys = ('identity', 'told', 'has_comment', *(f'{text}_mask' for text in TEXTS))
         outputs, batch = gather(apply, 'encode', chosen, self.batch_size, keys)
         metrics = {'functions': len(rows), 'pool': size, 'left_out': len(rows) - pools.size}
         metrics |= {'r1_chance': 1 / size, 'r10_chance': min(10 / size, 1.0)}
-        metrics |= self._losses(apply, outputs, batch, pools)
+        for text in TEXTS:
+            metrics[f'{text}_full'] = float(batch.pop(f'{text}_mask')[:, -1].mean())
+        metrics |= self._losses(outputs, batch, pools)
         has = batch['has_comment']
         for a, b in PAIRS:
             metrics |= _pair(outputs, a, b, has, pools)
@@ -55,13 +60,13 @@ class CodeScores(Evaluator):
             }
         return Scores(metrics, drawn)
 
-    def _losses(self, apply, outputs, batch, pools):
+    def _losses(self, outputs, batch, pools):
         """Returns the mean over the pools of every term, of both interpolations."""
         found = []
         for pool in pools:
             one = {name: jnp.asarray(x[pool]) for name, x in (outputs | batch).items()}
             one['mask'] = jnp.ones(len(pool), bool)
-            terms = self.task.every_term(one)
+            terms = self._terms(one)
             found.append(
                 {n: float(t.mean() if isinstance(t, Term) else t) for n, t in terms.items()}
             )
@@ -85,14 +90,14 @@ class CodeScores(Evaluator):
                 for pool in pools if a != b else ():
                     inside = np.isin(identity, index['identity'][pool])
                     q, g = (inside & (level == x) for x in (a, b))
-                    if q.any() and g.any():
+                    if np.isin(identity[q], identity[g]).any():
                         scores.append(
                             search.rank(encoded[q], encoded[g], identity[q], identity[g]).map
                         )
                 if scores:
-                    every.append(float(np.nanmean(scores)))
+                    every.append(float(np.mean(scores)))
                     out[f'binary_{LEVELS[a].lower()}_{LEVELS[b].lower()}_map'] = every[-1]
-        return out | {'binary_levels_map': float(np.mean(every))}
+        return out | ({'binary_levels_map': float(np.mean(every))} if every else {})
 
     def _probe(self, apply, outputs, chosen):
         """Returns how well a linear map of binary embeddings tells the label."""
@@ -130,8 +135,9 @@ def _similarity(outputs, rows):
     figure.set_label(
         'Cosines of binaries (down) and of source and comment (across) of 64 functions.'
     )
+    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
     for axis, name in zip(figure.subplots(1, 2), ('source', 'comment'), strict=True):
-        cosines = outputs['binary'][rows] @ outputs[name][rows].T
+        cosines = unit(outputs['binary'][rows]) @ unit(outputs[name][rows]).T
         image = axis.imshow(cosines, vmin=-1, vmax=1, cmap='RdBu_r')
         axis.set(xlabel=name, ylabel='binary')
     figure.colorbar(image)

@@ -45,6 +45,7 @@ class Recipe(Task):
             name: _model(fields, train.streams, len(self.vocabulary), dtype)
             for name, fields in sizes.items()
         }
+        self.read = jax.jit(self.log_probs)  # once: a method jitted anew is compiled anew
         self.temperature = config.losses.distillation_temperature
         self.blank_penalty = config.losses.blank_penalty
         weights = config.loss_weights.to_dict()
@@ -57,10 +58,18 @@ class Recipe(Task):
         self.lm_weight, self.table = decode.language_model, None
         order = decode.order
         if self.lm_weight:
-            sentences = [train.vocabulary.encode(train.words(row)) for row in range(len(train))]
-            model = ngram.estimate(sentences, len(self.vocabulary), order=order)
-            self.table = model.table()
+            found = [self.vocabulary.encode(train.words(row)) for row in range(len(train))]
+            sentences = [ids[ids != sign_folder.UNKNOWN_ID] for ids in found]
+            try:
+                self.table = ngram.estimate(sentences, len(self.vocabulary), order=order).table()
+            except ValueError as error:
+                raise DataError(f'decode.language_model: {error}') from None
         self.batch_size, self.frame_rate = config.batch_size, config.data.frame_rate
+        positive = {'losses.distillation_temperature': self.temperature, 'decode.beam': self.beam,
+                    'data.frame_rate': self.frame_rate}  # fmt: skip
+        for key, value in positive.items():
+            if not value > 0:
+                raise DataError(f'{key}={value} is not above 0')
 
     def _open(self, config, assets):
         spec = config.data
@@ -76,7 +85,10 @@ class Recipe(Task):
         else:
             self.vocabulary = sign_folder.Vocabulary.load(pathlib.Path(assets) / VOCABULARY)
             self.normalization = Normalization.load(pathlib.Path(assets) / NORMALIZATION)
-        augmentation = Augmentation(**spec.augmentation.to_dict())
+        augmentation, sampler = Augmentation(**spec.augmentation.to_dict()), config.sampler
+        if sampler.name == 'bucketed' and sampler.stretch < augmentation.stretch[1]:
+            longest = f'data.augmentation.stretch={augmentation.stretch}'
+            raise DataError(f'sampler.stretch={sampler.stretch} leaves no room for {longest}')
         self.splits = {
             name: sign.SignSequences(
                 prepared, name, vocabulary=self.vocabulary, normalization=self.normalization,
@@ -117,6 +129,11 @@ class Recipe(Task):
     def forward(self, variables, batch, stage, *, train, key):
         needed = {'student': set(LOSSES) - {'teacher_ctc'},
                   'teacher': {'teacher_ctc', 'distillation'}}  # fmt: skip
+        for name in stage.losses:
+            if name in needed['teacher'] and 'teacher' not in self.models:
+                raise ValueError(f"loss_weights names '{name}': it needs config.model.distill=True")
+        # Rows that only fill a batch are copies: batch statistics must not count them.
+        batch = {**batch, 'frames': batch['frames'] & batch['mask'][:, None]}
         logits, stats = {}, dict(variables['batch_stats'])
         for name in self.models:
             if not needed[name] & set(stage.losses):
@@ -146,11 +163,6 @@ class Recipe(Task):
         return out
 
     def terms(self, variables, outputs, batch, stage):
-        for name in stage.losses:
-            if name not in outputs:
-                raise ValueError(
-                    f"loss_weights names '{name}', which needs config.model.distill=True"
-                )
         return self._terms(outputs, batch)
 
     def _terms(self, outputs, batch):
@@ -186,40 +198,32 @@ class Recipe(Task):
           hidden features over a row's time, averaged over features (0: collapsed); teacher: greedy,
           where there is one.
         """
-        names = tuple(self.models)
-        logits = {name: self._apply(name, variables, batch) for name in names}
-        losses = ('ctc', *(('teacher_ctc', 'distillation') if 'teacher' in names else ()))
-        frames, found = batch['frames'], {}
-        for name in names:
-            scores = self._scores(logits[name])
-            greedy = decoding.greedy(scores, frames)
-            found['greedy' if name == 'student' else 'teacher'] = greedy.ids, greedy.lengths
-            if name == 'student':
-                beams = decoding.beam_search(
-                    scores, frames, beam=self.beam, max_length=min(64, frames.shape[1]),
-                    language_model=self.table, weight=self.lm_weight,
-                    length_bonus=self.length_bonus,
-                )  # fmt: skip
-                found['beam'] = beams.ids[:, 0], beams.lengths[:, 0]
+        logits, losses, frames, found = {}, ['ctc'], batch['frames'], {}
+        logits['student'], hidden = self._apply('student', variables, batch, method=_both)
+        scores = self._scores(logits['student'])
+        found['greedy'], beams = decoding.greedy(scores, frames)[:2], self._beams(scores, frames)
+        found['beam'] = beams.ids[:, 0], beams.lengths[:, 0]
+        if 'smoothing' in self.weights:
+            losses += ['smoothing']
+        if 'teacher' in self.models:
+            losses += ['teacher_ctc', 'distillation']
+            logits['teacher'] = self._apply('teacher', variables, batch)
+            found['teacher'] = decoding.greedy(self._scores(logits['teacher']), frames)[:2]
         found['rows'] = self._rows(logits, batch, losses)
-        found['spread'] = self._spread(variables, batch)
+        apart = hidden - _mean(hidden, frames)[:, None]
+        found['spread'] = _mean(apart**2, frames).mean(1)
         return found
 
-    def _hidden(self, variables, batch):
-        """Returns hidden features, 0 on padding, with frames [batch, time, 1] and their counts."""
-        hidden = self._apply('student', variables, batch, method='hidden').astype(jnp.float32)
-        frames = batch['frames'][..., None]
-        return jnp.where(frames, hidden, 0), frames, jnp.maximum(frames.sum(1, keepdims=True), 1)
-
-    def _spread(self, variables, batch):
-        hidden, frames, count = self._hidden(variables, batch)
-        apart = hidden - hidden.sum(1, keepdims=True) / count
-        return (jnp.where(frames, apart**2, 0).sum(1, keepdims=True) / count).mean((1, 2))
+    def _beams(self, scores, frames):
+        return decoding.beam_search(
+            scores, frames, beam=self.beam, max_length=min(64, frames.shape[1]),
+            language_model=self.table, weight=self.lm_weight, length_bonus=self.length_bonus,
+        )  # fmt: skip
 
     def embed_rows(self, variables, batch):
         """Returns hidden features averaged over a row's frames, float32 [batch, width]."""
-        hidden, _, count = self._hidden(variables, batch)
-        return (hidden.sum(1, keepdims=True) / count)[:, 0]
+        hidden = self._apply('student', variables, batch, method='hidden')
+        return _mean(hidden, batch['frames'])
 
     def evaluators(self):
         return {
@@ -233,27 +237,22 @@ class Recipe(Task):
         path = pathlib.Path(inputs)
         if not path.is_file():
             raise DataError(f'{inputs} does not exist')
-        features = self.normalization(sign_folder.read_features(path))
+        features = self.normalization(sign_folder.read_features(path, self.normalization.width))
         train = self.splits['train']
         length = np.int32(len(features))
         example = {'features': features, 'labels': np.zeros(0, np.int32), 'length': length}
         fits = [bucket for bucket in train.lengths if bucket >= length]
         batch = train.collate([example], fits[0] if fits else -(-int(length) // 8) * 8)
-        scores = jax.jit(self.log_probs)(apply.variables, batch)
+        scores = self.read(apply.variables, batch)
         found = decoding.greedy(scores, batch['frames'])
         count = int(found.lengths[0])
         words = self.vocabulary.decode(found.ids[0][:count])
-        spans = zip(np.asarray(found.starts[0])[:count], np.asarray(found.ends[0])[:count],
-                    strict=True)  # fmt: skip
+        times = np.stack([found.starts[0], found.ends[0]], 1)[:count] / self.frame_rate
         glosses = [
-            {'gloss': word, 'start': round(float(start / self.frame_rate), 3),
-             'end': round(float(end / self.frame_rate), 3)}
-            for word, (start, end) in zip(words, spans, strict=True)
-        ]  # fmt: skip
-        beams = decoding.beam_search(
-            scores, batch['frames'], beam=self.beam, max_length=min(64, scores.shape[1]),
-            language_model=self.table, weight=self.lm_weight, length_bonus=self.length_bonus,
-        )  # fmt: skip
+            {'gloss': word, 'start': round(float(start), 3), 'end': round(float(end), 3)}
+            for word, (start, end) in zip(words, times, strict=True)
+        ]
+        beams = self._beams(scores, batch['frames'])
         best = self.vocabulary.decode(np.asarray(beams.ids[0, 0])[: int(beams.lengths[0, 0])])
         output = pathlib.Path(output)
         output.mkdir(parents=True, exist_ok=True)
@@ -276,6 +275,17 @@ class Recipe(Task):
         with (output / 'embeddings.npy').open('wb') as file:
             np.save(file, np.stack(rows))
         return f'{len(rows)} sentences: {output / "embeddings.npy"}'
+
+
+def _both(model, features, frames, *, train):
+    hidden = model.hidden(features, frames, train=train)
+    return model.head(hidden), hidden
+
+
+def _mean(x, frames):
+    """Returns the mean [batch, width] of x [batch, time, width] over a row's frames."""
+    frames = frames[..., None]
+    return jnp.where(frames, x, 0).sum(1) / jnp.maximum(frames.sum(1), 1)
 
 
 def _model(fields, streams, words, dtype):

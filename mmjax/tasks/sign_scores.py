@@ -77,7 +77,7 @@ class SignScores(Evaluator):
             length = int(example['length'])
             fits = [bucket for bucket in data.lengths if bucket >= length]
             batch = data.collate([example], fits[0])
-            scores = jax.jit(self.task.log_probs)(variables, batch)
+            scores = self.task.read(variables, batch)
             found = decoding.greedy(scores, batch['frames'])
             spans = [
                 (int(found.ids[0, i]), int(found.starts[0, i]), int(found.ends[0, i]))

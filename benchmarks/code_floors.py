@@ -1,0 +1,124 @@
+"""How far source ↔ binary retrieval gets with bags of tokens and lengths: floors of ContraBin.
+
+    python benchmarks/code_floors.py [--root=FOLDER] [--seed=0] [--pool=256]
+
+Built-in functions as configs/contrabin.py draws them, or the JSONL rows of --root. Each floor is
+fitted on the training functions, one binary each, and asked in pools of test functions:
+
+  length     a line from tokens of the query to tokens of the answer: nearest prediction
+  bag        ridge regression from logarithmic token counts of the query to those of the answer;
+             cosine to the prediction
+  scaled     the same, each count divided by its deviation
+  whitened   the same, each count divided by the deviation that the regression leaves
+
+Of three penalties the best R@1 counts. Writes benchmarks/results/code_floors.json.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import re
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from mmjax.data import builders, code
+
+SIZES = {'train': 6000, 'val': 256, 'test': 256}
+PAIRS = (('source', 'binary'), ('comment', 'binary'), ('comment', 'source'))
+
+
+def tokens(text: str) -> list[str]:
+    return re.findall(r'0x[0-9a-f]+|\w+|\S', text)
+
+
+def bags(texts: list[str], known: dict[str, int]) -> np.ndarray:
+    """Returns log(1 + count) of the known tokens and a 1: [texts, known + 1]."""
+    out = np.zeros((len(texts), len(known) + 1), np.float32)
+    for row, text in enumerate(texts):
+        for token in tokens(text):
+            if token in known:
+                out[row, known[token]] += 1
+    out = np.log1p(out)
+    out[:, -1] = 1
+    return out
+
+
+def vocabulary(texts: list[str], least: int = 5, most: int = 4000) -> dict[str, int]:
+    """Returns {token: column} of tokens in `least` texts or more, the most frequent ones."""
+    seen = collections.Counter(token for text in texts for token in set(tokens(text)))
+    kept = [token for token, count in seen.most_common(most) if count >= least]
+    return {token: column for column, token in enumerate(sorted(kept))}
+
+
+def recall(queries: np.ndarray, answers: np.ndarray, pool: int) -> float:
+    """Returns R@1 by cosine, averaged over whole pools; ties count as wrong."""
+    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+    queries, answers = unit(queries), unit(answers)
+    found = []
+    for start in range(0, len(queries) - pool + 1, pool):
+        scores = queries[start : start + pool] @ answers[start : start + pool].T
+        own = np.diag(scores).copy()
+        np.fill_diagonal(scores, -np.inf)
+        found.append(np.mean(own > scores.max(1)))
+    return float(np.mean(found))
+
+
+def floors(train: tuple[list, list], test: tuple[list, list], pool: int) -> dict[str, float]:
+    known = [vocabulary(texts) for texts in train]
+    (a, b), (c, d) = ([bags(t, k) for t, k in zip(side, known, strict=True)]
+                      for side in (train, test))  # fmt: skip
+    mean, deviation = b.mean(0), b.std(0) + 1e-6
+    gram, cross = a.T @ a, a.T @ (b - mean)
+    out = {'bag': 0.0, 'scaled': 0.0, 'whitened': 0.0}
+    for penalty in (1, 10, 100):
+        weights = np.linalg.solve(gram + penalty * np.eye(len(gram)), cross)
+        left = (b - mean - a @ weights).std(0) + 1e-3
+        predicted, truth = c @ weights, d - mean
+        for name, scale in (('bag', 1), ('scaled', deviation), ('whitened', left)):
+            out[name] = max(out[name], recall(predicted / scale, truth / scale, pool))
+    counts = [np.array([len(tokens(text)) for text in side], float) for side in (*train, *test)]
+    slope, start = np.polyfit(counts[0], counts[1], 1)
+    hits = []
+    for at in range(0, len(counts[2]) - pool + 1, pool):
+        guess = slope * counts[2][at : at + pool] + start
+        apart = np.abs(guess[:, None] - counts[3][at : at + pool])
+        own = np.diag(apart)[:, None]
+        # A tie is broken at random.
+        hits.append(np.mean((apart >= own).all(1) / (apart == own).sum(1)))
+    return {'length': float(np.mean(hits)), **out}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--root')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--pool', type=int, default=256)
+    given = parser.parse_args()
+    prepared = code.prepare_code(
+        given.root, builders.cache_dir(None), splits=('train', 'val', 'test'), seed=given.seed,
+        synthetic_sizes=SIZES, max_fault_share=0.01,
+    )  # fmt: skip
+    texts = {}
+    for name in ('train', 'test'):
+        split = code.CodeFunctions(prepared, name)
+        rows = split.one_each()
+        if name == 'test':  # the pools of the recipe's evaluation
+            rows = rows[np.random.default_rng(0).permutation(len(rows))]
+        records = [split.record(row) for row in rows]
+        texts[name] = {key: [record[key] for record in records] for key in code.TEXTS}
+    pool = min(given.pool, len(texts['test']['source']))
+    found = {'pool': pool, 'chance': 1 / pool}
+    for a, b in PAIRS:
+        pairs = [(texts[name][a], texts[name][b]) for name in ('train', 'test')]
+        found[f'{a}_{b}_r1'] = floors(*pairs, pool)
+        print(f'{a} → {b}', {k: round(v, 3) for k, v in found[f'{a}_{b}_r1'].items()}, flush=True)
+    folder = pathlib.Path(__file__).parent / 'results'
+    name = 'code_floors_folder.json' if given.root else 'code_floors.json'
+    (folder / name).write_text(json.dumps(found, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()

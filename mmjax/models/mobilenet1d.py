@@ -1,0 +1,116 @@
+"""A small MobileNetV3 over frames: inverted residual blocks whose statistics see valid frames."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.models.convolutions import Conv, DepthwiseConv, clear
+from mmjax.models.layers import MaskedBatchNorm
+
+
+class Row(NamedTuple):
+    """A row of the table of blocks. `activation`: 'relu' or 'hard_swish'."""
+
+    expanded: int
+    features: int
+    kernel: int
+    stride: int
+    squeeze: bool
+    activation: str
+
+
+PUBLISHED = (
+    Row(16, 16, 3, 1, True, 'relu'),
+    Row(72, 24, 3, 2, False, 'relu'),
+    Row(88, 24, 3, 1, False, 'relu'),
+    Row(96, 40, 5, 1, True, 'hard_swish'),
+    Row(240, 40, 5, 1, True, 'hard_swish'),
+    Row(120, 48, 5, 1, True, 'hard_swish'),
+)
+
+
+def activate(name: str, x: jax.Array) -> jax.Array:
+    if name not in ('relu', 'hard_swish'):
+        raise ValueError(f"activation '{name}' is not relu or hard_swish")
+    return nn.relu(x) if name == 'relu' else nn.hard_swish(x)
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales channels by what the mean over a row's valid frames says (Hu 2018, Howard 2019)."""
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Maps x [batch, time, channels], mask [batch, time] to the shape of x."""
+        count = jnp.maximum(mask.sum(1, keepdims=True), 1)
+        mean = clear(x.astype(jnp.float32), mask).sum(1) / count  # 0 for a row without frames
+        scale = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name='reduce')(mean))
+        scale = nn.hard_sigmoid(nn.Dense(x.shape[-1], dtype=self.dtype, name='expand')(scale))
+        return x * scale[:, None]
+
+
+class InvertedResidual(nn.Module):
+    """1×1 to `expanded` (left out where that is the width already), depthwise, 1×1 to `features`.
+
+    The squeeze-excitation, of expanded // 4 hidden units, comes after the depthwise convolution's
+    activation; the input is added where the shape stays (Sandler 2018, Howard 2019).
+    """
+
+    row: Row
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+        """Maps x [batch, time, channels], mask [batch, time] to [batch, ⌈time/stride⌉, features].
+
+        The result's mask is `mask[:, ::stride]`.
+        """
+        row, after = self.row, mask[:, :: self.row.stride]
+        norm = lambda name, y, mask: MaskedBatchNorm(dtype=self.dtype, name=name)(
+            y, mask, train=train
+        )
+        y = x
+        if row.expanded != x.shape[-1]:
+            y = Conv(row.expanded, dtype=self.dtype, name='expand')(y, mask)
+            y = activate(row.activation, norm('expand_norm', y, mask))
+        y = DepthwiseConv(row.kernel, row.stride, self.dtype, name='depthwise')(y, mask)
+        y = activate(row.activation, norm('depthwise_norm', y, after))
+        if row.squeeze:
+            y = SqueezeExcitation(row.expanded // 4, self.dtype, name='squeeze')(y, after)
+        y = Conv(row.features, dtype=self.dtype, name='project')(y, after)
+        y = norm('project_norm', y, after)
+        return x + y if row.stride == 1 and x.shape == y.shape else y
+
+
+class MobileNet1d(nn.Module):
+    """A stem (3 taps, stride 2, hard swish), then inverted residual blocks: `block_0`, …"""
+
+    stem: int = 16
+    blocks: tuple[Row, ...] = PUBLISHED
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def stride(self) -> int:
+        """How many input frames make one output frame."""
+        stride = 2
+        for row in self.blocks:
+            stride *= row.stride
+        return stride
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+        """Maps x [batch, time, channels], mask [batch, time] to [batch, ⌈time/stride⌉, features].
+
+        The result's mask is `mask[:, ::stride]`; frames outside it hold anything finite.
+        """
+        x = Conv(self.stem, 3, 2, dtype=self.dtype, name='stem')(x, mask)
+        mask = mask[:, ::2]
+        x = nn.hard_swish(MaskedBatchNorm(dtype=self.dtype, name='stem_norm')(x, mask, train=train))
+        for index, row in enumerate(self.blocks):
+            x = InvertedResidual(row, self.dtype, name=f'block_{index}')(x, mask, train=train)
+            mask = mask[:, :: row.stride]
+        return x

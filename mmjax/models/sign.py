@@ -1,0 +1,152 @@
+"""The sign-language model: streams of landmarks → MobileNet over time → BiLSTM → gloss logits."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.models.convolutions import Conv, Upsample, clear
+from mmjax.models.layers import Attention, MaskedBatchNorm, kernel_init
+from mmjax.models.mobilenet1d import PUBLISHED, MobileNet1d, Row
+from mmjax.models.recurrent import BiLSTM
+
+
+class Stream(NamedTuple):
+    """Columns start:end of the features, encoded to `width`."""
+
+    name: str
+    start: int
+    end: int
+    width: int
+
+
+PHOENIX = (
+    Stream('pose', 0, 99, 64),
+    Stream('hands', 99, 225, 128),
+    Stream('face', 225, 1629, 64),
+    Stream('temporal', 1629, 6516, 128),
+)
+
+
+class StreamEncoder(nn.Module):
+    """Two linear layers a frame, of (inputs + width) // 2 and `width`, each layer-normalised."""
+
+    width: int
+    dropout: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps x [batch, time, inputs] to [batch, time, width]."""
+        dense = lambda name, features: nn.Dense(
+            features, dtype=self.dtype, kernel_init=kernel_init, name=name
+        )
+        norm = lambda name: nn.LayerNorm(1e-5, dtype=self.dtype, name=name)
+        hidden = nn.relu(norm('norm_1')(dense('linear_1', (x.shape[-1] + self.width) // 2)(x)))
+        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        return norm('norm_2')(dense('linear_2', self.width)(hidden))
+
+
+class CrossAttention(nn.Module):
+    """Lets the streams of one frame attend to each other; frames do not meet.
+
+    Each stream is projected to `width`, marked with its own vector, and what attention finds among
+    the streams is projected back and added to it.
+    """
+
+    width: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, streams: list[jax.Array]) -> list[jax.Array]:
+        """Maps [batch, time, any width] each to the same shapes."""
+        dense = lambda name, features: nn.Dense(
+            features, dtype=self.dtype, kernel_init=kernel_init, name=name
+        )
+        batch, time = streams[0].shape[:2]
+        tokens = [dense(f'in_{k}', self.width)(x) for k, x in enumerate(streams)]
+        tokens = jnp.stack(tokens, 2).reshape(batch * time, len(streams), self.width)
+        marks = self.param('marks', nn.initializers.normal(0.02), tokens.shape[1:])
+        tokens = nn.LayerNorm(dtype=self.dtype, name='norm')(tokens + marks.astype(self.dtype))
+        found = Attention(self.heads, self.dtype, name='attention')(tokens)
+        found = found.reshape(batch, time, len(streams), self.width)
+        return [x + dense(f'out_{k}', x.shape[-1])(found[:, :, k]) for k, x in enumerate(streams)]
+
+
+class Sign(nn.Module):
+    """Landmarks of each frame → logits of each frame over glosses, blank included.
+
+    Time is shortened by the MobileNet and restored by a transposed convolution of the same stride,
+    never pooled away. The defaults are the published sizes: with a vocabulary of 101 the original
+    layout in PyTorch has 14,180,464 parameters, this one 1,024 fewer: its LSTM has one bias a gate
+    where PyTorch's has two. That number settles what a table of blocks leaves open: of the
+    convolutions only the transposed one and the one after it have a bias, squeeze-excitations have
+    biases and expanded // 4 hidden units, and a block of the input's width has no expansion.
+
+    A frame's logits depend on its own row's valid frames only, whatever the row is padded to;
+    with `train` also on the batch statistics, which are those of valid frames.
+    """
+
+    vocabulary: int
+    streams: tuple[Stream, ...] = PHOENIX
+    stem: int = 16
+    blocks: tuple[Row, ...] = PUBLISHED
+    width: int = 128  # after the transposed convolution
+    lstm_features: int = 128  # a direction
+    lstm_layers: int = 1
+    dropout: float = 0.3
+    cross_attention: bool = False
+    attention_width: int = 128
+    attention_heads: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        dtype = self.dtype
+        self.encoder = {s.name: StreamEncoder(s.width, self.dropout, dtype) for s in self.streams}
+        if self.cross_attention:
+            self.attention = CrossAttention(self.attention_width, self.attention_heads, dtype)
+        self.mobilenet = MobileNet1d(self.stem, self.blocks, dtype)
+        self.upsample = Upsample(self.width, self.mobilenet.stride, dtype)
+        self.upsample_norm = MaskedBatchNorm(dtype=dtype)
+        self.refine = Conv(self.width, 3, use_bias=True, dtype=dtype)
+        self.refine_norm = MaskedBatchNorm(dtype=dtype)
+        self.drop = nn.Dropout(self.dropout)
+        self.lstm = [BiLSTM(self.lstm_features) for _ in range(self.lstm_layers)]
+        self.head = nn.Dense(self.vocabulary, kernel_init=kernel_init)
+
+    def __call__(self, features: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+        """Maps features [batch, time, columns] to logits [batch, time, vocabulary], float32.
+
+        Args:
+          features: float32, finite on valid frames; what stands on the others is not read.
+          mask: bool [batch, time], True on a prefix of each row, which may be empty.
+          train: with dropout (rng 'dropout') and batch statistics (collection 'batch_stats').
+        """
+        return self.head(self.hidden(features, mask, train=train))
+
+    def hidden(self, features: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+        """Maps features as above to what the head reads, [batch, time, 2·lstm_features] float32.
+
+        0 beyond the end of a row.
+        """
+        columns = max(stream.end for stream in self.streams)
+        if features.ndim != 3 or features.shape[-1] < columns:
+            raise ValueError(f'features {features.shape} are not [batch, time, ≥{columns}]')
+        streams = []
+        for name, start, end, _ in self.streams:
+            # Cleared, so that nothing beyond a row's end overflows on the way.
+            x = clear(features[:, :, start:end], mask)
+            streams.append(self.encoder[name](x, train=train))
+        if self.cross_attention:
+            streams = self.attention(streams)
+        x = self.mobilenet(jnp.concatenate(streams, -1), mask, train=train)
+        x = self.upsample(x, mask[:, :: self.mobilenet.stride])[:, : mask.shape[1]]
+        x = nn.relu(self.upsample_norm(x, mask, train=train))
+        x = nn.relu(self.refine_norm(self.refine(x, mask), mask, train=train))
+        x = self.drop(x, deterministic=not train)
+        for index, layer in enumerate(self.lstm):
+            x = self.drop(x, deterministic=not train) if index else x
+            x = layer(x, mask)
+        return x
