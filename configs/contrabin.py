@@ -18,7 +18,18 @@ def get_config(argument: str = ''):
     config.evaluate_pool = 256  # functions that a query chooses among
 
     config.data.c_files = config_dict.placeholder(str)  # folder of C projects, instead of root
-    config.data.compile = dict(compiler='auto', split_by='project')
+    config.data.compile = dict(  # of c_files: see code_prepare.prepare
+        compiler='auto',  # gcc | clang
+        flags=(),  # -D, -I and -std
+        split_by='project',  # or 'file'
+        val=0.1,
+        test=0.1,
+        min_instructions=5,
+        max_instructions=400,
+        symbols=False,  # keep the names of called functions
+        registers='keep',  # or 'class'
+        time_limit=20.0,  # seconds, of one run of the compiler
+    )
     config.data.max_source = 112  # tokens
     config.data.max_comment = 48
     config.data.max_binary = 96

@@ -72,6 +72,7 @@ def get_config(argument: str = ''):
         config.model.vision.update(width=16, depth=2, heads=2, mlp_width=32)
         config.model.language.update(width=16, depth=1, heads=2, kv_heads=1, mlp_width=32)
         config.optimizer.warmup_steps = 2
+        config.stages = ('top', 'all')
         for name in config.stages:
             del config.stage[name].epochs
             config.stage[name].steps = 4

@@ -41,8 +41,7 @@ def get_config(argument: str = ''):
     config.loss_weights = dict(ctc=1.0)
     config.decode = dict(
         beam=16,
-        language_model=0.0,  # weight of the glosses' n-grams; 0 is none
-        order=2,
+        language_model=0.0,  # weight of a bigram model of the glosses; 0 is none
         length_bonus=0.0,
     )
 
@@ -97,6 +96,7 @@ def get_config(argument: str = ''):
         config.optimizer.warmup_epochs = 5.0
         for name in config.stages:
             config.stage[name].epochs = 100.0
-            config.stage[name].early_stop = dict(metric='dev/wer', mode='min', patience=15)
+            metric = 'dev/teacher_wer' if name == 'teacher' else 'dev/wer'
+            config.stage[name].early_stop = dict(metric=metric, mode='min', patience=15)
         config.evaluate.every_epochs = 1.0
     return config.lock()

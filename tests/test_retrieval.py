@@ -167,7 +167,7 @@ def test_the_validation_loss_knows_identities(model, trained):
     assert len(set(labels.tolist())) < len(labels)
     temperature = trained[1].losses.temperature
     expected = supcon_oracle(np.concatenate([image, text]), np.tile(labels, 2), temperature)
-    found = built.task.evaluators()['val'].run(apply, figures=False).metrics
+    found = built.task.evaluators()['val'].run(apply, final=False).metrics
     assert found['loss'] == pytest.approx(expected, rel=1e-5)
     # Each picture asks the others of the split, never itself.
     cosines = np.float64(image) @ np.float64(image).T

@@ -17,7 +17,7 @@ from mmjax.data.folders import file_stamp
 from mmjax.data.ledger import Ledger, Progress
 from mmjax.data.tokenizers import Tokenizer
 
-VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
+VERSION = '1.1.0'  # of the prepared records; raise it when their content changes
 SPLITS = ('train', 'val', 'test')
 LEVELS = ('O0', 'O1', 'O2', 'O3')
 TEXTS = ('source', 'comment', 'binary')

@@ -56,12 +56,11 @@ class Recipe(Task):
         decode = config.decode
         self.beam, self.length_bonus = decode.beam, decode.length_bonus
         self.lm_weight, self.table = decode.language_model, None
-        order = decode.order
         if self.lm_weight:
             found = [self.vocabulary.encode(train.words(row)) for row in range(len(train))]
             sentences = [ids[ids != sign_folder.UNKNOWN_ID] for ids in found]
             try:
-                self.table = ngram.estimate(sentences, len(self.vocabulary), order=order).table()
+                self.table = ngram.estimate(sentences, len(self.vocabulary)).table()
             except ValueError as error:
                 raise DataError(f'decode.language_model: {error}') from None
         self.batch_size, self.frame_rate = config.batch_size, config.data.frame_rate
