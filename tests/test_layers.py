@@ -100,3 +100,18 @@ def test_attention_refuses_what_cudnn_cannot_do():
         attend(x, x, x, implementation='cudnn')
     with pytest.raises(ValueError, match='flash'):
         attend(x, x, x, implementation='flash')
+
+
+def test_attention_in_float16_works_where_the_backend_has_no_such_product():
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(2, 5, 3, 8)) for _ in range(3))
+    mask = rng.random((2, 1, 1, 5)) < 0.7
+    mask[..., 0] = True
+    scores = np.einsum('bqhd,bkhd->bhqk', query, key) / np.sqrt(8)
+    weights = np.exp(np.where(mask, scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum('bhqk,bkhd->bqhd', weights, value)
+    half = [jnp.asarray(x, jnp.float16) for x in (query, key, value)]
+    found = jax.jit(attend)(*half, jnp.asarray(mask))
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=5e-3)
