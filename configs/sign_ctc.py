@@ -16,10 +16,13 @@ def get_config(argument: str = ''):
 
     config.data.missing = 'zero'  # 'zero': a stream that is all zeros in a frame was not seen
     config.data.differences = True  # adds each feature's change since the frame before
+    config.data.coordinates = (
+        2  # of a landmark: streams of several are told around their mean point; 0: not
+    )
     config.data.buckets = 2  # lengths that batches are padded to, at most
     config.data.frame_rate = 25.0  # frames a second, for the times that predict prints
     config.data.max_fault_share = 0.01
-    config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.1, stream_dropout=0.05,
+    config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.03, stream_dropout=0.05,
                                     feature_dropout=0.05, time_masks=2,
                                     time_mask_share=0.1)  # fmt: skip
     config.data.built_in = dict(train=1500, dev=100, test=200, signers=16, held_out_signers=4)
@@ -86,6 +89,7 @@ def get_config(argument: str = ''):
     if 'published' in words:
         config.batch_size = 4
         config.data.differences = False
+        config.data.coordinates = 0
         for model in (config.model.student, config.model.teacher):
             model.stream_width = 64
             model.stream_widths = (('hands', 128), ('temporal', 128))

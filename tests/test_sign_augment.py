@@ -238,3 +238,40 @@ def test_a_spoilt_vocabulary_is_named(tmp_path, text, message):
         Vocabulary.load(path)
     with pytest.raises(DataError, match='nowhere does not exist'):
         Vocabulary.load(tmp_path / 'nowhere')
+
+
+def test_landmarks_are_told_around_their_mean_point():
+    rng = np.random.default_rng(0)
+    streams = {'hand': (0, 6), 'nose': (6, 8), 'odd': (8, 11)}  # 3 points; 1 point; no pairs
+    features = rng.normal(3, 2, (30, 11))
+    features[4, :6] = 0  # an undetected hand
+    features[7, 2:4] = np.nan  # one of its landmarks
+    measure = lambda **options: Normalization.measure([features], streams, **options)
+    found = measure(coordinates=2)
+    assert found.output_streams == {'hand': (0, 8), 'nose': (8, 10), 'odd': (10, 13)}
+    hand = features[:, :6].copy()
+    hand[4] = np.nan
+    points = hand.reshape(30, 3, 2)
+    with np.errstate(invalid='ignore'):
+        centre = np.array([[np.mean(p[np.isfinite(p)]) if np.isfinite(p).any() else np.nan
+                            for p in frame.T] for frame in points])  # fmt: skip
+    around = np.concatenate([centre, (points - centre[:, None]).reshape(30, 6)], 1)
+    wanted = (around - np.nanmean(around, 0)) / np.nanstd(around, 0)
+    np.testing.assert_allclose(found(features)[:, :8], np.nan_to_num(wanted), atol=1e-5)
+    np.testing.assert_array_equal(found(features)[:, 8:], measure()(features)[:, 6:])
+    # Where the whole hand is moved, only its mean point is.
+    moved = features.copy()
+    moved[:, :6] += np.tile([0.5, -1.0], 3) * (features[:, :6] != 0)
+    change = found(moved)[:, :8] - found(features)[:, :8]
+    np.testing.assert_allclose(change[np.arange(30) != 4, 2:], 0, atol=1e-5)
+    assert (abs(change[np.arange(30) != 4, :2]) > 0.1).all()
+
+
+def test_landmarks_around_a_mean_have_differences_and_are_saved(tmp_path):
+    options = dict(coordinates=2, differences=True)
+    made = Normalization.measure(sequences(), STREAMS, **options)
+    assert made.output_streams == {'pose': (0, 6), 'left': (6, 10), 'right': (10, 14)}
+    made.save(tmp_path / 'n.npz')
+    loaded = Normalization.load(tmp_path / 'n.npz')
+    for features in sequences():
+        np.testing.assert_array_equal(loaded(features), made(features))

@@ -39,20 +39,23 @@ class PreparedSequences:
         """Returns the words of the training split."""
         return Vocabulary.of(self.sentences('train'))
 
-    def normalization(self, missing: str = 'zero', differences: bool = False) -> Normalization:
+    def normalization(
+        self, missing: str = 'zero', differences: bool = False, coordinates: int = 0
+    ) -> Normalization:
         """Returns the statistics of the training split, and only of that.
 
         They are taken in one pass, the first time, and kept beside the records.
 
         Args:
-          missing, differences: see `Normalization.measure`.
+          missing, differences, coordinates: see `Normalization`.
         """
         kind = f'{missing}-differences' if differences else missing
+        kind += f'-{coordinates}' if coordinates else ''
         path = self.prepared.directory / f'normalization-{kind}.npz'
         if path.is_file():
             return Normalization.load(path)
         found = (records.unpack(record['features']) for record in self.prepared.open('train'))
-        result = Normalization.measure(found, self.streams, missing, differences)
+        result = Normalization.measure(found, self.streams, missing, differences, coordinates)
         with contextlib.suppress(OSError):  # a cache that may be read only is as good
             partial = path.with_name(f'.{os.getpid()}-{path.name}')
             result.save(partial)

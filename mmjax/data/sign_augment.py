@@ -42,7 +42,9 @@ class Normalization:
     is in no stream is left out; width: F of these sequences; mean, deviation: float64 [F'], F'
     the columns of `output_streams`; how: see `missing`; differences: append to each stream its
     change since the frame before (0 in the first, missing where either frame is), so that each
-    is twice as wide.
+    is twice as wide; coordinates: numbers of a landmark, 0 for none in particular. With them a
+    stream of several landmarks becomes their mean point and each one's place around it: as
+    positions alone, the shape of a hand is lost beside the way of the arm.
     """
 
     streams: Streams
@@ -51,6 +53,7 @@ class Normalization:
     deviation: np.ndarray
     how: str = 'zero'
     differences: bool = False
+    coordinates: int = 0
 
     @classmethod
     def measure(
@@ -59,6 +62,7 @@ class Normalization:
         streams: Streams,
         how: str = 'zero',
         differences: bool = False,
+        coordinates: int = 0,
     ) -> 'Normalization':
         """Takes the statistics of the training split [T, F] in one pass, in float64.
 
@@ -72,7 +76,9 @@ class Normalization:
         count = mean = squares = width = 0
         for features in sequences:
             width = features.shape[1]
-            values, absent = _widened(features.astype(float), streams, how, differences)
+            values, absent = _widened(
+                features.astype(float), streams, how, differences, coordinates
+            )
             n = (~absent).sum(0)
             own = values.sum(0) / np.maximum(n, 1)
             spread = (np.where(absent, 0, values - own) ** 2).sum(0)
@@ -85,13 +91,17 @@ class Normalization:
         deviation = np.sqrt(squares / np.maximum(count, 1))
         constant = deviation <= 1e-6 * np.abs(mean)
         deviation = np.where(constant, 1.0, deviation)
-        return cls(dict(streams), width, mean, deviation, how, differences)
+        return cls(dict(streams), width, mean, deviation, how, differences, coordinates)
 
     @property
     def output_streams(self) -> dict[str, tuple[int, int]]:
         """The streams of what comes out, side by side from column 0."""
         times = 2 if self.differences else 1
-        ends = np.cumsum([0, *(times * (end - start) for start, end in self.streams.values())])
+        widths = [
+            end - start + self.coordinates * _several(end - start, self.coordinates)
+            for start, end in self.streams.values()
+        ]
+        ends = np.cumsum([0, *(times * width for width in widths)])
         return dict(zip(self.streams, itertools.pairwise(ends.tolist()), strict=True))
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
@@ -106,7 +116,9 @@ class Normalization:
             )
         with np.errstate(over='ignore'):  # what is not finite in float32 is missing
             features = features.astype(np.float32)
-            values, absent = _widened(features, self.streams, self.how, self.differences)
+            values, absent = _widened(
+                features, self.streams, self.how, self.differences, self.coordinates
+            )
             values -= self.mean.astype(np.float32)
             values /= self.deviation.astype(np.float32)
         values[absent | ~np.isfinite(values)] = 0
@@ -124,20 +136,41 @@ class Normalization:
             with np.load(path, allow_pickle=False) as arrays:
                 found = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
             streams = json.loads(str(found.pop('streams')))
-            found |= {name: found[name].item() for name in ('width', 'how', 'differences')}
+            found |= {
+                name: found[name].item() for name in ('width', 'how', 'differences', 'coordinates')
+            }
             return cls(streams={name: (a, b) for name, (a, b) in streams.items()}, **found)
         except Exception as error:  # zipfile and NumPy raise a dozen kinds
             raise DataError(f'{path} is not a readable normalization.npz: {error}') from error
 
 
-def _widened(features, streams, how, differences) -> tuple[np.ndarray, np.ndarray]:
+def _several(width: int, coordinates: int) -> bool:
+    """Whether a stream so wide holds two landmarks or more."""
+    return bool(coordinates) and width > coordinates and width % coordinates == 0
+
+
+def _around(values, absent, coordinates) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean landmark, then all less it, and which are missing: [T, coordinates + W]."""
+    frames = len(values)
+    points = values.reshape(frames, -1, coordinates)
+    gone = absent.reshape(points.shape)
+    count = (~gone).sum(1)
+    centre = np.where(gone, 0, points).sum(1) / np.maximum(count, 1).astype(values.dtype)
+    apart = np.where(gone, 0, points - centre[:, None]).reshape(frames, -1)
+    return np.concatenate([centre, apart], 1), np.concatenate([count == 0, absent], 1)
+
+
+def _widened(features, streams, how, differences, coordinates) -> tuple[np.ndarray, np.ndarray]:
     """Returns float64 values, 0 where missing, and which are missing, both [T, F']."""
     absent = missing(features, streams, how)
     values = np.where(absent, features.dtype.type(0), features)
     parts, marks = [], []
     for start, end in streams.values():
-        parts.append(values[:, start:end])
-        marks.append(absent[:, start:end])
+        own = values[:, start:end], absent[:, start:end]
+        if _several(end - start, coordinates):
+            own = _around(*own, coordinates)
+        parts.append(own[0])
+        marks.append(own[1])
         if differences:
             gone = marks[-1] | np.concatenate([marks[-1][:1], marks[-1][:-1]])
             change = np.diff(parts[-1], axis=0, prepend=parts[-1][:1])

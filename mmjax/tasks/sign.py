@@ -77,10 +77,10 @@ class Recipe(Task):
             synthetic_sizes=spec.built_in.to_dict(), max_fault_share=spec.max_fault_share,
             wait=jax.process_index() > 0,
         )  # fmt: skip
-        missing, differences = spec.missing, spec.differences
+        told = spec.missing, spec.differences, spec.coordinates
         if assets is None:
             self.vocabulary = prepared.vocabulary()
-            self.normalization = prepared.normalization(missing, differences)
+            self.normalization = prepared.normalization(*told)
         else:
             self.vocabulary = sign_folder.Vocabulary.load(pathlib.Path(assets) / VOCABULARY)
             self.normalization = Normalization.load(pathlib.Path(assets) / NORMALIZATION)
