@@ -165,7 +165,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
     ('family', 'config', 'message'),
     [
         (bert, {**BERT, 'hidden_act': 'relu'}, "'hidden_act' is 'relu'; expected 'gelu'"),
-        (bert, {**BERT, 'model_type': 'albert'}, "'model_type' is 'roberta'"),
+        (bert, {**BERT, 'model_type': 'albert'}, "'model_type' is 'albert'"),
         (bert, {**BERT, 'hidden_size': '12'}, "'hidden_size' is '12', not a positive whole"),
         (siglip, {**SIGLIP, 'num_hidden_layers': 0}, "'num_hidden_layers' is 0, not a positive"),
         (siglip, {**SIGLIP, 'model_type': 'clip'}, "'model_type' is 'clip'"),

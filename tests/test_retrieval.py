@@ -315,8 +315,8 @@ def test_embed_writes_every_picture_once(model, tmp_path):
 
 def test_prepare_writes_safe_prompts_and_reports(cache, tmp_path):
     config = tiny('v2', cache, data__max_tokens=24)
-    arguments = dict(argv=['main'], existing=False, overwrite=False, input=None, init_from=None,
-                     allow_data_change=False, processes=(None, None, None))  # fmt: skip
+    arguments = dict(argv=['main'], existing=False, overwrite=False, input=None, question=None,
+                     init_from=None, allow_data_change=False, processes=(None,) * 3)  # fmt: skip
     code = modes.run('prepare', config, config.to_dict(), epath.Path(tmp_path / 'run'),
                      output=str(tmp_path / 'out'), **arguments)  # fmt: skip
     assert code == 0

@@ -43,7 +43,7 @@ class Mean(Evaluator):
     def __init__(self, task, method, metric):
         self.task, self.method, self.metric = task, method, metric
 
-    def run(self, apply, *, figures):
+    def run(self, apply, *, final):
         found = [out for out, _ in apply(self.method, self.task.dataset('val'), 16)]
         return Scores({self.metric: float(np.concatenate(found).mean())})
 
