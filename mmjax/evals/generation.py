@@ -9,8 +9,9 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, flo
     `bleu1` … `bleu4` are corpus BLEU of that highest order, sacrebleu's '13a' tokens, case kept,
     exponential smoothing; `sentence_bleu4` is the mean of sentence BLEU-4 with effective order
     (orders longer than a text are left out). `rouge1`, `rouge2` and `rougeL` are mean F-measures of
-    rouge-score, without stemming. `exact_match`: equal but for space at the ends. What cannot be
-    scored is an error, never a 0.
+    rouge-score, without stemming. `exact_match`: equal but for space at the ends. A failure is an
+    error, never a 0; but, as these libraries count, `rouge2` of one word is 0 even where it is
+    right, so is ROUGE of letters beyond a-z, and `bleu4` where no text has four tokens.
 
     Raises:
       ValueError: no texts, or not as many hypotheses as references.

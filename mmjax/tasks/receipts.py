@@ -19,10 +19,15 @@ from mmjax.models.receipts import Receipts
 from mmjax.pretrained import decoder as decoder_weights
 from mmjax.pretrained import files
 from mmjax.task import Task, final_weights
-from mmjax.tasks.receipts_scores import ReceiptScores, overlay
+from mmjax.tasks.receipts_scores import ReceiptScores, class_names, overlay
 
 LOSSES = ('classification', 'language')
-_READ = 50_000  # training rows that a tokenizer is trained on
+_READ = 50_000  # training texts that a tokenizer is trained on
+# What a decoder would refuse, which at the end of a run is late.
+_RANGES = {
+    'beams': lambda x: x >= 1, 'length_penalty': lambda x: x >= 0, 'temperature': lambda x: x > 0,
+    'top_k': lambda x: x >= 0, 'top_p': lambda x: 0 < x <= 1,
+}  # fmt: skip
 
 
 class Recipe(Task):
@@ -46,22 +51,22 @@ class Recipe(Task):
             if name not in LOSSES:
                 raise DataError(f"loss_weights names '{name}'; there are {', '.join(LOSSES)}")
         self.weights = final_weights(weights)
-        self.smoothing = config.losses.smoothing
-        self.decode_now, self.decode_last = (
-            config.decode.running.to_dict(), config.decode.final.to_dict(),
-        )  # fmt: skip
+        self.decode_now = config.decode.running.to_dict()
+        self.decode_last = config.decode.final.to_dict()
         for name, options in (('running', self.decode_now), ('final', self.decode_last)):
             if options['method'] not in ('greedy', 'sample', 'beam'):
                 raise DataError(
                     f"decode.{name}.method '{options['method']}' is not greedy, sample or beam"
                 )
+            for key, fits in _RANGES.items():
+                if not fits(options[key]):
+                    raise DataError(f'decode.{name}.{key}={options[key]} is out of range')
         self.batch_size, self.seed = config.batch_size, config.seed
+        self.smoothing = config.losses.smoothing
 
     def _open(self, config, assets):
         spec = config.data
-        names = receipts.SPLITS
-        if spec.root:
-            names = receipts_folder.named_splits(spec.root)
+        names = receipts_folder.named_splits(spec.root) if spec.root else receipts.SPLITS
         prepared = receipts.prepare(
             spec.root, builders.cache_dir(spec.cache), splits=names, seed=config.seed,
             synthetic_sizes=spec.built_in.to_dict(), synthetic_side=spec.built_in_side,
@@ -105,9 +110,8 @@ class Recipe(Task):
     # Model -----------------------------------------------------------------------------------
 
     def init(self, key, batch):
-        inputs = [batch[name] for name in (
-            'images', 'mask', 'question', 'question_mask', 'answer', 'answer_mask')]  # fmt: skip
-        return self.model.init({'params': key, 'dropout': key}, *inputs)
+        names = 'images', 'mask', 'question', 'question_mask', 'answer', 'answer_mask'
+        return self.model.init({'params': key, 'dropout': key}, *(batch[name] for name in names))
 
     def pretrained(self, variables):
         if not self.folder:
@@ -197,15 +201,13 @@ class Recipe(Task):
         def step(state, tokens, index):
             return apply(cache, state, tokens, index, method='step')
 
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(self.seed), row))(
-            batch['row']
-        )
-        found = autoregressive.generate(
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = fold(jax.random.key(self.seed), batch['row'])
+        return autoregressive.generate(
             step, suffix, logits, max_tokens=self.most, eos=self.opening,
             pad=self.tokenizer.pad_id, method=method, beams=beams, length_penalty=length_penalty,
             keys=keys, temperature=temperature, top_k=top_k, top_p=top_p,
-        )  # fmt: skip
-        return found.tokens, found.lengths
+        )[:2]  # fmt: skip
 
     def attention(self, variables, batch):
         """Returns where the question's tokens look: float32 [batch, heads, question, grid²]."""
@@ -267,11 +269,6 @@ class Recipe(Task):
         with (output / 'embeddings.npy').open('wb') as file:
             np.save(file, np.concatenate(parts))
         return f'{at} rows: {output / "embeddings.npy"}'
-
-
-def class_names(classes: int) -> list[str]:
-    """Returns '0', '1', …, the last with a plus."""
-    return [*map(str, range(classes - 1)), f'{classes - 1}+']
 
 
 def _last_blocks(count: int, depth: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import textwrap
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -47,7 +48,7 @@ class ReceiptScores(Evaluator):
         metrics |= _contents(records, texts)
         drawn = {}
         if final:
-            names = [*map(str, range(data.classes - 1)), f'{data.classes - 1}+']
+            names = class_names(data.classes)
             drawn = {'confusion': classification.figure(counted.confusion, names)}
             drawn |= self._examples(apply, texts, place)
         return Scores(metrics, drawn)
@@ -70,12 +71,12 @@ class ReceiptScores(Evaluator):
 
     def _examples(self, apply, texts, place):
         """Draws where questions of different pictures looked."""
-        out, data = {}, self.questions
+        out, data, attention = {}, self.questions, jax.jit(self.task.attention)
         for at in np.unique(np.linspace(0, len(place) - 1, SHOWN).astype(int)):
             row = int(place[at])
             example = data.example(row, np.random.default_rng(0), False)
             batch = {key: np.asarray(value)[None] for key, value in example.items()}
-            looked = np.asarray(self.task.attention(apply.variables, batch))[0]
+            looked = np.asarray(attention(apply.variables, batch))[0]
             words = int(example['question_mask'].sum())
             record = data.record(row)
             title = f'{texts[at]}  (true: {record["answer"]})'
@@ -94,6 +95,11 @@ def _contents(records, texts) -> dict[str, float]:
     every = [value for values in right.values() for value in values]
     out = {'content_accuracy': float(np.mean(every))}
     return out | {f'content_{kind}': float(np.mean(values)) for kind, values in right.items()}
+
+
+def class_names(classes: int) -> list[str]:
+    """Returns '0', '1', …, the last with a plus."""
+    return [*map(str, range(classes - 1)), f'{classes - 1}+']
 
 
 def overlay(picture: np.ndarray, looked: np.ndarray, question: str, answer: str) -> Figure:
