@@ -341,6 +341,7 @@ def test_ten_sentences_are_learnt_by_heart(tmp_path, monkeypatch):
     config.data.augmentation.update(off)
     config.model.student.update(dropout=0.0, stream_width=32, width=64, lstm_features=64)
     config.batch_size, config.stage.train.epochs, config.optimizer.warmup_epochs = 10, 200.0, 10.0
+    config.sampler.stretch = 1.0
     config.evaluate.every_epochs, config.best.metric = 0.0, ''
     runs.run(config, tmp_path / 'run')
     built = build.run(config)
