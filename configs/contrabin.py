@@ -1,8 +1,20 @@
 """ContraBin: embeddings of binary code, anchored by source and comments, in a curriculum.
 
-python -m mmjax.main --config=configs/contrabin.py                             # built-in
-python -m mmjax.main --config=configs/contrabin.py --config.data.root=FOLDER   # your JSONL
-python -m mmjax.main --config=configs/contrabin.py --mode=prepare --config.data.c_files=FOLDER
+    python -m mmjax.main --config=configs/contrabin.py                             # built-in
+    python -m mmjax.main --config=configs/contrabin.py --config.data.root=FOLDER   # your JSONL
+    python -m mmjax.main --config=configs/contrabin.py --mode=prepare --config.data.c_files=FOLDER
+
+Words after the colon: `smoke`, `published` (GraphCodeBERT's sizes and the original's stages; name
+its weights with --config.model.pretrained.anchor=FOLDER and .binary=FOLDER). The original's names:
+its encoder rate is the group `encoder`, max_grad_norm `optimizer.clip`, save_every_n_steps
+`checkpoint.every_steps`, mixed precision `precision`, accumulation `accumulation`.
+
+Measured on the built-in functions (6,000 for training; one pool of 256 unseen ones, with all that
+share a plan; 752 updates, stopped and resumed once): source→binary R@1 .551, R@10 .984, MRR .705;
+comment→binary .484, .988, .668; source→comment R@1 .594; mAP from O0 to O2 .702; probe of the 32
+labels .805 (majority .062). Floors of `benchmarks/code_floors.py`, source→binary R@1: length .004,
+bag of tokens .340, scaled .387, whitened .535. The anchor, which sees each function four times,
+is what holds the rest back.
 """
 
 from ml_collections import config_dict

@@ -4,6 +4,9 @@
     python -m mmjax.main --config=configs/receipts.py --config.data.root=FOLDER   # your own
     python -m mmjax.main --config=configs/receipts.py --mode=predict --input=PICTURE \\
         --question="How many receipts do you see?"
+
+Words after the colon: `smoke`, `published` (InternVL2.5-1B's sizes; name the decoder's weights with
+--config.model.pretrained.language=FOLDER). Scores of the default run are not measured yet.
 """
 
 from ml_collections import config_dict
