@@ -11,10 +11,9 @@ its encoder rate is the group `encoder`, max_grad_norm `optimizer.clip`, save_ev
 
 Measured on the built-in functions (6,000 for training; one pool of 256 unseen ones, with all that
 share a plan; 752 updates, stopped and resumed once): source→binary R@1 .551, R@10 .984, MRR .705;
-comment→binary .484, .988, .668; source→comment R@1 .594; mAP from O0 to O2 .702; probe of the 32
+comment→binary .484, .988, .668; source→comment R@1 .594; mAP from O0 to O2 .702; probe of the
 labels .805 (majority .062). Floors of `benchmarks/code_floors.py`, source→binary R@1: length .004,
-bag of tokens .340, scaled .387, whitened .535. The anchor, which sees each function four times,
-is what holds the rest back.
+bag of tokens .340, scaled .387, whitened .535.
 """
 
 from ml_collections import config_dict
