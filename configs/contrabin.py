@@ -42,7 +42,7 @@ def get_config(argument: str = ''):
         time_limit=20.0,  # seconds, of one run of the compiler
     )
     config.data.max_source = 112  # tokens
-    config.data.max_comment = 48
+    config.data.max_comment = 64
     config.data.max_binary = 96
     config.data.vocabulary = 2048  # of the tokenizer trained on sources and comments
     config.data.binary_vocabulary = 4096  # of the one trained on listings
@@ -68,28 +68,30 @@ def get_config(argument: str = ''):
     )
     config.loss_weights = dict(anchor=0.0, source_binary=1.0, comment_binary=1.0, intermediate=1.0)
 
-    config.sampler = dict(name='pk', by='identity', k=1)  # no function twice in a batch
+    config.sampler = dict(  # no function twice in a batch, but those of a file beside each other
+        name='neighbours', by='identity', near='path', k=8
+    )
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 1e-3
     config.optimizer.warmup_steps = 50
     config.stages = ('anchor', 'naive', 'linear', 'nonlinear')
     config.stage.anchor = dict(
-        epochs=1.0,
+        epochs=6.0,
         learning_rates=dict(encoder=0.0, binary_head=0.0, linear=0.0, nonlinear=0.0),
         loss_weights=dict(anchor=1.0, source_binary=0.0, comment_binary=0.0, intermediate=0.0),
     )
     config.stage.naive = dict(
-        epochs=1.5,
+        epochs=6.0,
         learning_rates=dict(anchor=0.0, linear=0.0, nonlinear=0.0),
         options=dict(interpolation='naive'),
     )
     config.stage.linear = dict(
-        epochs=0.75,
+        epochs=3.0,
         learning_rates=dict(anchor=0.0, nonlinear=0.0),
         options=dict(interpolation='linear'),
     )
     config.stage.nonlinear = dict(
-        epochs=0.75,
+        epochs=3.0,
         learning_rates=dict(anchor=0.0, linear=0.0),
         options=dict(interpolation='nonlinear'),
     )

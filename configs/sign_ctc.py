@@ -21,6 +21,7 @@ def get_config(argument: str = ''):
     config.task = 'sign'
     config.batch_size = 16  # sentences
 
+    config.data.streams = ()  # (name, start, end) columns; (): the folder's streams.json
     config.data.missing = 'zero'  # 'zero': a stream that is all zeros in a frame was not seen
     config.data.differences = True  # adds each feature's change since the frame before
     config.data.coordinates = (

@@ -49,6 +49,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path, cache, single, fsdp):
     same(lines(workdir), single)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path, cache, single):
     workdir = tmp_path / 'run'
     env = {'JAX_NUM_CPU_DEVICES': '1', 'PYTHON': sys.executable, **cache}

@@ -187,6 +187,20 @@ def test_faults_of_structure_end_at_once(folder, tmp_path, spoil, message):
     assert '\n' not in str(caught.value) and not (tmp_path / 'cache').exists()
 
 
+def test_streams_may_be_told_instead_of_those_of_the_folder(folder, tmp_path):
+    own = folder.prepare(tmp_path / 'cache')
+    told = folder.prepare(tmp_path / 'cache', streams={'b': (6, 9), 'a': (0, 6)})
+    assert dict(own.streams) == {name: tuple(span) for name, span in STREAMS.items()}
+    assert list(told.streams.items()) == [('a', (0, 6)), ('b', (6, 9))]
+    assert told.normalization().output_streams == {'a': (0, 6), 'b': (6, 9)}
+    assert own.normalization().output_streams == {'pose': (0, 2), 'left': (2, 5), 'right': (5, 8)}
+    for wrong in ({'a': (0, 4), 'b': (3, 9)}, {'a': (4, 4)}):
+        with pytest.raises(DataError, match=r'data\.streams: stream'):
+            folder.prepare(tmp_path / 'cache', streams=wrong)
+    with pytest.raises(DataError, match=r"data\.streams: 'a' ends at 93, the built-in has 92"):
+        sign.prepare_sequences(None, tmp_path / 'cache', streams={'a': (0, 93)})
+
+
 def half_empty(more):
     features = frames_of('train', 2)
     features.reshape(-1)[: features.size // 2 + more] = np.nan

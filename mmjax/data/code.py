@@ -17,7 +17,7 @@ from mmjax.data.folders import file_stamp
 from mmjax.data.ledger import Ledger, Progress
 from mmjax.data.tokenizers import Tokenizer
 
-VERSION = '1.1.0'  # of the prepared records; raise it when their content changes
+VERSION = '1.2.0'  # of the prepared records; raise it when their content changes
 SPLITS = ('train', 'val', 'test')
 LEVELS = ('O0', 'O1', 'O2', 'O3')
 TEXTS = ('source', 'comment', 'binary')
@@ -102,6 +102,7 @@ def _entry(record: Mapping[str, Any]) -> dict[str, np.generic]:
         'level': np.int8(LEVELS.index(level) if level in LEVELS else -1),
         'label': _number(record['label']) if record['label'] else np.int64(0),
         'told': _number(told) if told else np.int64(0),
+        'path': _number(record['path'] or as_read('source', record['source'])),
     }
 
 
@@ -113,7 +114,8 @@ def _generated(seed: int, identities: Sequence[int], ledger: Ledger) -> Iterator
         function = code_programs.function(seed, identity)
         shared = {
             'source': function.source, 'comment': function.comment, 'name': function.name,
-            'label': function.label, 'path': '', 'compiler': 'toy', 'language': 'c',
+            'label': function.label, 'path': f'plan_{identity // code_programs.SIBLINGS}.c',
+            'compiler': 'toy', 'language': 'c',
         }  # fmt: skip
         for level, name in enumerate(LEVELS):
             binary = code_compiler.compile_function(function.syntax, level, seed=identity)
@@ -137,7 +139,8 @@ class CodeFunctions(Dataset):
     """One prepared split; a row is one binary of one function, with its source and comment.
 
     index: identity (int64, equal where the source is), level (int8, place in LEVELS or −1), label
-    and told (int64, stand for the label and the comment; 0 for none). skipped: reason → rows.
+    and told (int64, stand for the label and the comment; 0 for none), path (int64, stands for the
+    file; where none is told a function has its own). skipped: reason → rows.
     """
 
     def __init__(self, prepared: builders.Prepared, split: str):

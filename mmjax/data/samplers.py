@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mmjax.data.dataset import DataError
+from mmjax.data.neighbours import Neighbours
 from mmjax.data.pk import PK
 from mmjax.data.plans import Data, Plan, Sampler
 
@@ -273,5 +274,6 @@ SAMPLERS = {
     'shuffle': Shuffle,
     'stratified': Stratified,
     'pk': PK,
+    'neighbours': Neighbours,
     'bucketed': Bucketed,
 }

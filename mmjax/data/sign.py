@@ -68,6 +68,7 @@ def prepare_sequences(
     cache_dir: str | os.PathLike,
     *,
     splits: Sequence[str] | None = None,
+    streams: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     synthetic_sizes: Mapping[str, int] | None = None,
     max_fault_share: float = 0.01,
@@ -82,6 +83,7 @@ def prepare_sequences(
       root: folder in the format of `sign_folder`; None performs the built-in sentences.
       splits: those needed; None for train, dev (or val, where the folder calls it so) and, where
         the folder has one, test.
+      streams: name → columns [start, end), instead of those of the folder.
       seed, synthetic_sizes: of the built-in sentences, as `sign_synthetic.catalogue` has them.
       max_fault_share: share of a split's rows that may be faulty; these are skipped and listed.
       wait: leave the preparation to another host, and poll until it is done.
@@ -90,17 +92,24 @@ def prepare_sequences(
       DataError: a fault of the folder's structure, or too many faults of rows.
     """
     settings: list[Any] = [VERSION, max_fault_share]
+    if streams:  # the statistics beside the records are those of the streams
+        streams = sign_folder.check_streams(streams, 'data.streams')
+        settings.append(streams)
     if root is None:
         from mmjax.data import sign_skeleton, sign_synthetic
 
+        width = max(end for _, end in sign_skeleton.STREAMS.values())
+        streams = streams or dict(sign_skeleton.STREAMS)
+        for name, (_, end) in streams.items():
+            if end > width:
+                raise DataError(f'data.streams: {name!r} ends at {end}, the built-in has {width}')
         sizes = dict(synthetic_sizes or {})
         plan = sign_synthetic.catalogue(seed, sizes)
         splits = tuple(plan) if splits is None else tuple(splits)
-        streams = dict(sign_skeleton.STREAMS)
         settings += ['synthetic', seed, sorted(sizes.items()), _generator_digest()]
         sources = {s: functools.partial(_performed, s, seed, plan[s]) for s in splits}
     else:
-        folder = sign_folder.open_folder(root, splits)
+        folder = sign_folder.open_folder(root, splits, streams)
         splits, streams = tuple(folder.rows), folder.streams
         settings += ['folder', folder.digest]
         sources = {split: functools.partial(folder.records, split) for split in splits}

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,11 +137,16 @@ class SignFolder:
             ledger.tick()
 
 
-def open_folder(root: str | os.PathLike, splits: Sequence[str] | None = None) -> SignFolder:
+def open_folder(
+    root: str | os.PathLike,
+    splits: Sequence[str] | None = None,
+    streams: Mapping[str, tuple[int, int]] | None = None,
+) -> SignFolder:
     """Checks the structure of a folder, and of its files the first that can be read.
 
     Args:
       splits: those needed; None for train, dev or val, and test where there is one.
+      streams: checked ones, instead of those of streams.json.
 
     Raises:
       DataError: a missing root, table or streams.json; a table without its columns or with an id
@@ -152,13 +157,13 @@ def open_folder(root: str | os.PathLike, splits: Sequence[str] | None = None) ->
     if not root.is_dir():
         raise DataError(f'the data root {root} is not a folder')
     splits = tuple(splits) if splits is not None else _splits(root)
-    streams = _streams(root)
+    streams = streams or _read_streams(root)
     tables = {split: _read_table(_table(root, split)) for split in splits}
     rows = {split: found for split, (found, _) in tables.items()}
     width, name = _width(root, rows)
     last, (_, end) = list(streams.items())[-1]
     if width < end:
-        raise DataError(f'{root / STREAMS}: stream {last!r} ends at {end}, but {name} has {width}')
+        raise DataError(f'{root}: stream {last!r} ends at {end}, but {name} has {width}')
     malformed = {split: wrong for split, (_, wrong) in tables.items()}
     return SignFolder(root, rows, malformed, streams, width, _digest(root, rows))
 
@@ -209,25 +214,29 @@ def _splits(root: pathlib.Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _streams(root: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """Returns the streams of streams.json by where they start."""
+def _read_streams(root: pathlib.Path) -> dict[str, tuple[int, int]]:
     path = root / STREAMS
     if not path.is_file():
         raise DataError(f'{path} does not exist: it says {{name: [start, end]}} of the columns')
     try:
-        content = read_json(path, str(path))
+        return check_streams(read_json(path, str(path)), str(path))
     except RecordError as error:
         raise DataError(str(error)) from error
-    if not isinstance(content, dict) or not content:
-        raise DataError(f'{path} is not an object of streams {{name: [start, end]}}')
+
+
+def check_streams(content: Any, where: str) -> dict[str, tuple[int, int]]:
+    """Returns streams {name: (start, end)} by where they start; `where` is for error messages."""
+    if not isinstance(content, Mapping) or not content:
+        raise DataError(f'{where} is not an object of streams {{name: [start, end]}}')
     for name, span in content.items():
-        numbers = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
+        numbers = isinstance(span, list | tuple) and len(span) == 2
+        numbers = numbers and all(type(n) is int for n in span)
         if not numbers or not 0 <= span[0] < span[1]:
-            raise DataError(f'{path}: stream {name!r} is {span!r:.60}, not [start, end]')
-    streams = dict(sorted(content.items(), key=lambda item: item[1]))
+            raise DataError(f'{where}: stream {name!r} is {span!r:.60}, not [start, end]')
+    streams = dict(sorted(content.items(), key=lambda item: tuple(item[1])))
     for (one, first), (two, second) in itertools.pairwise(streams.items()):
         if second[0] < first[1]:
-            raise DataError(f'{path}: streams {one!r} {first} and {two!r} {second} overlap')
+            raise DataError(f'{where}: streams {one!r} {first} and {two!r} {second} overlap')
     return {name: (start, end) for name, (start, end) in streams.items()}
 
 

@@ -72,8 +72,9 @@ class Recipe(Task):
 
     def _open(self, config, assets):
         spec = config.data
+        streams = {name: span for name, *span in spec.streams}
         prepared = sign.prepare_sequences(
-            spec.root, builders.cache_dir(spec.cache), seed=config.seed,
+            spec.root, builders.cache_dir(spec.cache), streams=streams, seed=config.seed,
             synthetic_sizes=spec.built_in.to_dict(), max_fault_share=spec.max_fault_share,
             wait=jax.process_index() > 0,
         )  # fmt: skip
