@@ -83,18 +83,20 @@ def get_config(argument: str = ''):
     config.stage.naive = dict(
         epochs=6.0,
         learning_rates=dict(anchor=0.0, linear=0.0, nonlinear=0.0),
-        options=dict(interpolation='naive'),
+        options=dict(interpolation='naive', keep_anchor=True),
     )
     config.stage.linear = dict(
         epochs=3.0,
         learning_rates=dict(anchor=0.0, nonlinear=0.0),
-        options=dict(interpolation='linear'),
+        options=dict(interpolation='linear', keep_anchor=True),
     )
     config.stage.nonlinear = dict(
         epochs=3.0,
         learning_rates=dict(anchor=0.0, linear=0.0),
-        options=dict(interpolation='nonlinear'),
+        options=dict(interpolation='nonlinear', keep_anchor=True),
     )
+    # keep_anchor: what the frozen anchor makes of source and comment is computed once and kept in
+    # memory, 8 bytes a function and unit of its width.
     config.best = dict(metric='val/source_binary_mrr', mode='max')
 
     if 'smoke' in words:

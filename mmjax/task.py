@@ -27,6 +27,15 @@ class Scores:
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)  # matplotlib Figures
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Outputs of parts frozen in a stage, to be computed once: see `Task.keep`."""
+
+    method: str  # of the task, (variables, batch) → {name: array [batch, …]}
+    dataset: Dataset  # of the rows to compute
+    place: np.ndarray  # int [rows of 'train']: the row of `dataset` that has a row's outputs
+
+
 def final_weights(loss_weights: Mapping[str, Any]) -> dict[str, float]:
     """Returns the weights that an evaluation sums losses with: of a schedule, where it ends."""
     return {
@@ -95,6 +104,15 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluators(self) -> dict[str, Evaluator]: ...
+
+    def keep(self, stage: Stage) -> Kept | None:
+        """Says which outputs of frozen parts the engine computes at the start of `stage`.
+
+        Its batches have them as `kept_<name>`. They must follow from the row and from weights that
+        the stage does not train: no dropout, no augmentation. They stay in the memory of every
+        host, and from one stage to the next where both keep the same method.
+        """
+        return None
 
     def pretrained(self, variables: Variables) -> Variables:
         """Returns the fresh variables with published weights put in, where the config names any."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from mmjax.data import pipeline
 from mmjax.data.dataset import DataError
 from mmjax.preemption import Preempted, Preemption
 from mmjax.stages import Stage
+from mmjax.task import gather
 
 
 class NotFinite(DataError):
@@ -46,6 +48,7 @@ class Trainer:
         self.progress = Progress()
         self._compiled: dict[Stage, Any] = {}
         self._pending: tuple[int, Stage, dict, np.ndarray] | None = None
+        self._kept = -1, '', {}  # of frozen parts: last stage that kept, method, outputs
         self._clock, self._since = time.perf_counter(), 0
 
     # Start -----------------------------------------------------------------------------------
@@ -147,6 +150,7 @@ class Trainer:
     def _stage(self, state: step.State, stage: Stage) -> step.State:
         run, first = self.run, int(state['stage_step'])
         number, call = int(state['step']), self._step(stage)
+        widen = self._keep(state, stage)
         host = pipeline.batches(
             run.data, run.sampler(stage), seed=run.settings.seed, stage=stage.index, start=first,
             stop=stage.steps, train=True, process_index=jax.process_index(),
@@ -154,7 +158,7 @@ class Trainer:
         )  # fmt: skip
         self._clock, self._since = time.perf_counter(), 0
         try:
-            batches = pipeline.to_device(host, parallel.rows(run.mesh))
+            batches = pipeline.to_device(map(widen, host), parallel.rows(run.mesh))
             for at, (batch, rows) in enumerate(batches, start=first):
                 rates, weights = optim.rates(stage, run.groups.names, at), stage.weights(at)
                 weights = {name: np.float32(value) for name, value in weights.items()}
@@ -181,6 +185,22 @@ class Trainer:
         finally:
             host.close()
         return state
+
+    def _keep(self, state: step.State, stage: Stage) -> Callable[[dict], dict]:
+        """Computes what the task keeps in `stage`; returns what puts it into a local batch."""
+        spec = self.run.task.keep(stage)
+        if spec is None:
+            return lambda batch: batch
+        last, method, outputs = self._kept
+        if method != spec.method or last < stage.index - 1:  # else frozen ever since: the same
+            apply = self._apply(step.variables(state))
+            outputs, _ = gather(apply, spec.method, spec.dataset, self.run.batch_size)
+            outputs = {f'kept_{name}': x for name, x in outputs.items()}
+            size = sum(x.nbytes for x in outputs.values()) / 2**20
+            self.log.message(f'kept {spec.method} of {len(spec.dataset)} rows: {size:.3g} MiB')
+        self._kept = stage.index, spec.method, outputs
+        mine = lambda at: {name: x[at] for name, x in outputs.items()}
+        return lambda batch: {**batch, **mine(spec.place[batch['row']])}
 
     # Points on the way -----------------------------------------------------------------------
 
@@ -267,11 +287,13 @@ class Trainer:
         return state
 
     def scores(self, variables, *, final: bool) -> dict[str, evaluate.Scores]:
-        apply = evaluate.Apply(
+        return evaluate.run(self.run.evaluators, self._apply(variables), final=final)
+
+    def _apply(self, variables) -> evaluate.Apply:
+        return evaluate.Apply(
             self.run.task, variables, self.run.mesh, threads=self.run.loader['threads'],
             check=self.preemption.check,
         )  # fmt: skip
-        return evaluate.run(self.run.evaluators, apply, final=final)
 
     def _save(self, state: step.State, stage: Stage) -> None:
         self._check_pending()

@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from test_code_data import LEVELS, row, write
 from mmjax import build, evaluate, modes, optim, step
 from mmjax.data import pipeline
 from mmjax.data.dataset import DataError
+from mmjax.task import gather
 from mmjax.tasks import contrabin
 from mmjax.tasks.contrabin_scores import CodeScores
 
@@ -73,6 +75,26 @@ def program(built, stage):
                              settings=built.settings)  # fmt: skip
     rates = optim.rates(stage, built.groups.names, 2)
     return jax.jit(call), rates, {name: np.float32(1) for name in stage.losses}
+
+
+def test_a_kept_anchor_changes_no_output(bare, fresh):
+    anchor, naive = bare.stages[:2]
+    assert bare.task.keep(anchor) is None
+    spec, train = bare.task.keep(naive), bare.task.splits['train']
+    assert len(train) == 80 and len(spec.dataset) == 20  # four binaries of one text
+    for at in range(80):
+        own, other = train.record(at), spec.dataset.record(int(spec.place[at]))
+        assert (own['source'], own['comment']) == (other['source'], other['comment'])
+    found, _ = gather(fresh, spec.method, spec.dataset, 7)
+    batch = first_batch(bare, naive)
+    kept = {f'kept_{name}': x[spec.place[batch['row']]] for name, x in found.items()}
+    key = jax.random.key(1)
+    with jax.set_mesh(bare.mesh):
+        outputs = [
+            bare.task.forward(fresh.variables, one, naive, train=True, key=key)[0]
+            for one in (batch, batch | kept)
+        ]
+    chex.assert_trees_all_close(*outputs, rtol=1e-5, atol=1e-6)
 
 
 # Options ------------------------------------------------------------------------------------

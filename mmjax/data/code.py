@@ -192,6 +192,12 @@ class CodeFunctions(Dataset):
         order = np.argsort(first, kind='stable')
         return np.array([members[i][turn % len(members[i])] for turn, i in enumerate(order)])
 
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns one row of every pair of source and comment, and which pair each row has."""
+        both = np.stack([self.index['identity'], self.index['told']], 1)
+        _, first, place = np.unique(both, axis=0, return_index=True, return_inverse=True)
+        return first, place.reshape(-1)
+
     def example(self, row: int, rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
         """Tokenizes one row.
 

@@ -20,7 +20,7 @@ from mmjax.models import contrabin
 from mmjax.models.bert import Bert
 from mmjax.pretrained import bert as bert_weights
 from mmjax.pretrained import files
-from mmjax.task import Task, final_weights, gather
+from mmjax.task import Kept, Task, final_weights, gather
 from mmjax.tasks import contrabin_data
 from mmjax.tasks.contrabin_scores import CodeScores
 
@@ -66,8 +66,10 @@ class Recipe(Task):
         for name in config.stages:
             options = config.stage[name].to_dict().get('options', {})
             chosen = options.pop('interpolation', 'naive')
+            options.pop('keep_anchor', None)
             for key in options:
-                raise DataError(f'unknown key stage.{name}.options.{key}; known: interpolation')
+                known = 'interpolation, keep_anchor'
+                raise DataError(f'unknown key stage.{name}.options.{key}; known: {known}')
             if chosen not in INTERPOLATIONS:
                 known = ', '.join(INTERPOLATIONS)
                 raise DataError(
@@ -123,6 +125,8 @@ class Recipe(Task):
         )
 
         def embedded(text, group, head):
+            if f'kept_{text}' in batch:
+                return apply('project', batch[f'kept_{text}'], text, live[head])
             tokens = batch[text], batch[f'{text}_mask']
             hidden = apply(f'encode_{text}', *tokens, live[group])
             # A frozen encoder is not run again where rows are rematerialised.
@@ -137,6 +141,20 @@ class Recipe(Task):
             out['interpolated'], weight = apply('interpolated', *pair, kind, live['interpolation'])
             out['lambda'] = weight.mean(-1)
         return out
+
+    def keep(self, stage):
+        if stage.trains('anchor') or not stage.option('keep_anchor', False):
+            return None
+        rows, place = self.splits['train'].pairs()
+        return Kept('anchored', self.splits['train'].subset(rows), place)
+
+    def anchored(self, variables, batch):
+        """Returns what the anchor makes of source and comment: float32 [batch, width] each."""
+        apply = functools.partial(self.model.apply, variables)
+        read = lambda text: apply(
+            batch[text], batch[f'{text}_mask'], False, method=f'encode_{text}'
+        )
+        return {text: read(text) for text in ('source', 'comment')}
 
     def terms(self, variables, outputs, batch, stage):
         both = batch['mask'] & batch['has_comment']
