@@ -43,9 +43,9 @@ def get_config(argument: str = ''):
     )
     config.data.max_source = 112  # tokens
     config.data.max_comment = 64
-    config.data.max_binary = 96
+    config.data.max_binary = 160
     config.data.vocabulary = 2048  # of the tokenizer trained on sources and comments
-    config.data.binary_vocabulary = 4096  # of the one trained on listings
+    config.data.binary_vocabulary = 2048  # of the one trained on listings
     config.data.max_fault_share = 0.01
     config.data.built_in = dict(train=6000, val=256, test=256)  # functions, without data.root
 

@@ -91,11 +91,20 @@ def train_tokenizer(
       vocabulary: largest number of ids, of which 4 are special ([PAD] 0, [UNK], [CLS], [SEP]) and
         256 are bytes.
       lower_case: whether case is dropped, after Unicode NFKC.
-      lines: whether a piece is a line, for listings of machine code: an instruction may become one
-        token, none spans two instructions, and line breaks take no token (nor are decoded again).
+      lines: for listings of machine code: a token spans no two words of an instruction, as what
+        stands beside what in a register says little, and line breaks take no token (nor are they
+        decoded again).
     """
+    from tokenizers import (
+        Regex,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from tokenizers import Tokenizer as Model
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     if vocabulary < len(SPECIAL) + 256:
         raise ValueError(
@@ -106,7 +115,10 @@ def train_tokenizer(
     model.normalizer = normalizers.Sequence(steps)
     pieces = [pre_tokenizers.ByteLevel(add_prefix_space=not lines, use_regex=not lines)]
     if lines:
-        pieces.insert(0, pre_tokenizers.Split('\n', 'removed'))
+        word = Regex(r',? ?[^ ,]+')  # with what sets it apart from the word before
+        pieces = [
+            pre_tokenizers.Split('\n', 'removed'), pre_tokenizers.Split(word, 'isolated'), *pieces
+        ]  # fmt: skip
     model.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     model.decoder = decoders.ByteLevel()
     model.train_from_iterator(

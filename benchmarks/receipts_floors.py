@@ -1,0 +1,130 @@
+"""How far counting and answering get blind: floors of the receipts recipe.
+
+    python benchmarks/receipts_floors.py [--root=FOLDER] [--seed=0]
+
+The built-in receipts as configs/receipts.py draws them, or the folder of --root, scored on test
+where there is one, else on val:
+
+  question   sees no picture: the most frequent class and answer of training for this question, or,
+             where training never asked it, for its kind
+  picture    sees no question: ridge regression from 16 × 16 pixels to the classes (the penalty that
+             is best on a tenth of training), and the most frequent answer of training for its class
+
+Writes benchmarks/results/receipts_floors.json.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from mmjax.data import builders, receipts, receipts_folder, receipts_text
+from mmjax.evals import classification, generation
+
+SIZES, SIDE, CLASSES = {'train': 6000, 'val': 300, 'test': 600}, 112, 3
+PENALTIES = (1e0, 1e1, 1e2, 1e3)
+
+
+def most(pairs) -> dict:
+    """Returns {key: its most frequent value}, of pairs (key, value)."""
+    found = collections.defaultdict(collections.Counter)
+    for key, value in pairs:
+        found[key][value] += 1
+    return {key: counts.most_common(1)[0][0] for key, counts in found.items()}
+
+
+def pixels(split, rows) -> np.ndarray:
+    small = [receipts.whole_square(split.picture(int(row)), 16) for row in rows]
+    x = np.stack([np.asarray(image, np.float32).ravel() / 255 for image in small])
+    return np.concatenate([x, np.ones((len(x), 1), np.float32)], 1)
+
+
+def ridge(x, labels, asked) -> dict[float, np.ndarray]:
+    """Returns the classes [asked] for each penalty."""
+    mean = x.mean(0)
+    mean[-1] = 0
+    x, asked = x - mean, asked - mean
+    gram, cross = x.T @ x, x.T @ (np.eye(CLASSES)[labels] - 1 / CLASSES)
+    solve = lambda p: np.linalg.solve(gram + p * np.eye(len(gram)), cross)
+    return {p: (asked @ solve(p)).argmax(1) for p in PENALTIES}
+
+
+def first_of_picture(split) -> np.ndarray:
+    return np.unique(split.index['picture'], return_index=True)[1]
+
+
+def scores(split, classes, answers) -> dict[str, float]:
+    """Scores as the recipe does: classes [rows] once a picture, answers [rows] once a question."""
+    first = first_of_picture(split)
+    counted = classification.score(split.index['label'][first], classes[first], CLASSES)
+    records = [split.record(row) for row in range(len(split))]
+    right = []
+    for record, answer in zip(records, answers, strict=True):
+        kind = receipts_text.kind(record['question'])
+        content = lambda text, kind=kind: receipts_text.content(kind, text)
+        right.append(content(record['answer']) == content(answer))
+    out = {'accuracy': counted.accuracy, 'majority': counted.majority, 'f1': counted.f1}
+    told = generation.score([record['answer'].strip() for record in records], answers)
+    out |= {name: told[name] for name in ('bleu4', 'rougeL', 'exact_match')}
+    return out | {'content_accuracy': float(np.mean(right))}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--root')
+    parser.add_argument('--seed', type=int, default=0)
+    told = parser.parse_args()
+    names = receipts_folder.named_splits(told.root) if told.root else receipts.SPLITS
+    prepared = receipts.prepare(
+        told.root, builders.cache_dir(None), splits=names, seed=told.seed, synthetic_sizes=SIZES,
+        synthetic_side=SIDE,
+    )  # fmt: skip
+    asked = 'test' if 'test' in names else 'val'
+    train, test = (
+        receipts.ReceiptQuestions(prepared, name, image_size=SIDE, buckets=(64,), classes=CLASSES)
+        for name in ('train', asked)
+    )
+    records = [train.record(row) for row in range(len(train))]
+    labels = train.index['label'].tolist()
+    wanted = [test.record(row)['question'] for row in range(len(test))]
+    kinds = [receipts_text.kind(question) for question in wanted]
+
+    def by_question(values):
+        exact = most((r['question'], v) for r, v in zip(records, values, strict=True))
+        kind = most(
+            (receipts_text.kind(r['question']), v) for r, v in zip(records, values, strict=True)
+        )
+        return [exact.get(q, kind.get(k, values[0])) for q, k in zip(wanted, kinds, strict=True)]
+
+    out = {'split': asked, 'pictures': len(first_of_picture(test)), 'questions': len(test)}
+    answers = by_question([record['answer'].strip() for record in records])
+    out['question'] = scores(test, np.array(by_question(labels)), answers)
+
+    first = first_of_picture(train)
+    x, y = pixels(train, first), train.index['label'][first]
+    held = np.arange(len(x)) % 10 == 0
+    tried = ridge(x[~held], y[~held], x[held])
+    best = max(PENALTIES, key=lambda p: np.mean(tried[p] == y[held]))
+    shown = first_of_picture(test)
+    found = ridge(x, y, pixels(test, shown))[best]
+    places = np.searchsorted(test.index['picture'][shown], test.index['picture'])
+    classes = found[places]
+    usual = most(
+        (label, record['answer'].strip()) for label, record in zip(labels, records, strict=True)
+    )
+    out['picture'] = scores(test, classes, [usual[int(c)] for c in classes])
+
+    for name in ('question', 'picture'):
+        print(name, ' '.join(f'{key} {value:.3f}' for key, value in out[name].items()))
+    path = pathlib.Path(__file__).parent / 'results' / 'receipts_floors.json'
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known['folder' if told.root else 'built-in'] = out
+    path.write_text(json.dumps(known, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
