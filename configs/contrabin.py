@@ -69,7 +69,7 @@ def get_config(argument: str = ''):
     config.loss_weights = dict(anchor=0.0, source_binary=1.0, comment_binary=1.0, intermediate=1.0)
 
     config.sampler = dict(  # no function twice in a batch, but those of a file beside each other
-        name='neighbours', by='identity', near='path', k=8
+        name='pk', by='identity', k=1
     )
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 1e-3

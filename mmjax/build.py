@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from mmjax import optim, parallel, stages, step
+from mmjax.checkpoint import run_of
 from mmjax.config import View, thaw
 from mmjax.data import pipeline, samplers
 from mmjax.data.dataset import DataError, Dataset
@@ -104,13 +105,19 @@ def make_task(config: View, assets=None) -> Task:
     return cls(config, assets=assets)
 
 
-def run(config_dict: Mapping, *, assets=None) -> Run:
+def run(config_dict: Mapping, *, assets=None, init_from: str | None = None) -> Run:
     """Builds the run that a config describes, and refuses keys that nobody read.
 
-    `assets`: a workdir whose saved tokenizer and the like are used instead of fresh ones.
+    Args:
+      assets: a workdir whose saved tokenizer and the like are used instead of fresh ones.
+      init_from: whose weights the run will take; without `assets`, and unless init.assets is
+        False, it uses what is saved there: weights mean nothing to another vocabulary.
     """
     config = View(config_dict)
     notes = [f'config.stage.{name} is not in config.stages' for name in stages.unused(config)]
+    if config.init.assets and init_from and assets is None:
+        assets = run_of(init_from)
+        notes += [f'tokenizer and the like are those of {assets}'] if assets else []
     parsed = stages.parse(config)
     mesh = parallel.mesh(config.mesh.to_dict())
     settings = step.Settings(config.seed, config.accumulation, config.precision, config.ema)

@@ -51,7 +51,11 @@ def default() -> ml_collections.ConfigDict:
     config.early_stop = dict(metric='', mode='min', patience=0, min_delta=0.0)  # in evaluations
     config.checkpoint = dict(every_steps=500, keep=2)
     config.log = dict(every_steps=10, tensorboard=True)
-    config.init = dict(allow_fresh=(), allow_unused=())  # regexes of leaves --init_from may miss
+    config.init = dict(
+        allow_fresh=(),  # regexes of leaves that --init_from may miss,
+        allow_unused=(),  # or have beyond the model's
+        assets=True,  # takes the tokenizer and the like of --init_from's run too
+    )
     config.data = dict(
         root=config_dict.placeholder(str),  # the user's folder; none: built-in data
         cache=config_dict.placeholder(str),  # prepared records; none: ~/.cache/mmjax

@@ -31,7 +31,7 @@ def run(
     parallel.start(*processes)
     # A run killed before its first checkpoint has nothing to keep: its workdir is claimed again.
     fresh = not existing or overwrite or not (workdir / 'checkpoints').exists()
-    built = build.run(config, assets=None if fresh else workdir)
+    built = build.run(config, assets=None if fresh else workdir, init_from=init_from)
     first = parallel.is_first()
     target = epath.Path(output) if output else workdir / mode
     if mode == 'prepare':

@@ -6,6 +6,6 @@
 """
 
 from mmjax.checkpoint.store import Checkpoints
-from mmjax.checkpoint.weights import Report, load_weights, merge
+from mmjax.checkpoint.weights import Report, load_weights, merge, run_of
 
-__all__ = ['Checkpoints', 'Report', 'load_weights', 'merge']
+__all__ = ['Checkpoints', 'Report', 'load_weights', 'merge', 'run_of']

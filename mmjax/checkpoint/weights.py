@@ -51,6 +51,13 @@ def load_weights(spec: str) -> tuple[dict, dict, str]:
     return arrays.nest(params), arrays.nest(stats), f'{path} ({chosen[0]}, {len(flat)} leaves)'
 
 
+def run_of(spec: str) -> epath.Path | None:
+    """Returns the workdir that the weights named as in `load_weights` lie in; None if in none."""
+    where = epath.Path(_parse(spec)[0])
+    above = (where, *list(where.parents)[:2])
+    return next((path for path in above if (path / 'config.json').exists()), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What `merge` did, as leaf paths 'a/b/kernel'."""
