@@ -150,7 +150,11 @@ class Trainer:
     def _stage(self, state: step.State, stage: Stage) -> step.State:
         run, first = self.run, int(state['stage_step'])
         number, call = int(state['step']), self._step(stage)
-        widen = self._keep(state, stage)
+        try:
+            widen = self._keep(state, stage)
+        except Preempted:
+            self._save(state, stage)
+            raise
         host = pipeline.batches(
             run.data, run.sampler(stage), seed=run.settings.seed, stage=stage.index, start=first,
             stop=stage.steps, train=True, process_index=jax.process_index(),

@@ -11,6 +11,7 @@ import runs
 from toy_tasks import Arrays, Thaw
 
 from mmjax import evaluate
+from mmjax.preemption import Preempted
 from mmjax.task import Kept
 
 ROWS, REPEATS = 20, 4  # different rows of 'train', and how often it has each
@@ -110,3 +111,30 @@ def test_a_run_that_goes_on_keeps_the_same(kept, tmp_path):
             shutil.rmtree(folder)
     runs.run(config(keep=True), tmp_path / 'run')
     assert runs.lines(tmp_path / 'run') == lines
+
+
+def test_a_signal_while_rows_are_computed_saves_where_the_run_stands(tmp_path, monkeypatch):
+    def stopped(self, method, dataset, batch_size):
+        raise Preempted
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Apply, '__call__', stopped)
+        with pytest.raises(Preempted):
+            runs.run(config(keep=True), tmp_path / 'run')
+    assert (tmp_path / 'run' / 'checkpoints' / '0').is_dir()
+    runs.run(config(keep=True), tmp_path / 'run')
+    assert len(runs.lines(tmp_path / 'run')) == 24
+
+
+def test_the_log_tells_at_a_switch_what_thaws_and_which_rates_hold(tmp_path, capfd):
+    changes = {'stage__thawed__learning_rates': {'tower': 0.5, 'head': 0.1}}
+    runs.run(config(keep=False, **changes), tmp_path / 'run')
+    told = capfd.readouterr().out
+    at = told.index('entering stage thawed: thawed tower; froze nothing; carried the moments of')
+    switch = told[at : told.index('entering stage last')]
+    assert switch.startswith('entering stage thawed: thawed tower; froze nothing; carried the '
+                             'moments of head\n')  # fmt: skip
+    rates = {line.split()[0]: line.split()[-1] for line in switch.splitlines() if '/' in line}
+    assert rates['tower/kernel'] == '0.015' and rates['head/kernel'] == '0.003'
+    assert 'entering stage last: thawed nothing; froze tower; carried the moments of head' in told
