@@ -29,6 +29,7 @@ def get_config(argument: str = ''):
     config.evaluate_pool = 256  # functions that a query chooses among
 
     config.data.c_files = config_dict.placeholder(str)  # folder of C projects, instead of root
+    config.data.seed = 0  # of the built-in functions, splits and tokenizers; `seed` is training's
     config.data.compile = dict(  # of c_files: see code_prepare.prepare
         compiler='auto',  # gcc | clang
         flags=(),  # -D, -I and -std
@@ -38,12 +39,14 @@ def get_config(argument: str = ''):
         min_instructions=5,
         max_instructions=400,
         symbols=False,  # keep the names of called functions
-        registers='keep',  # or 'class'
+        registers='class',  # a register is told by its kind; 'keep': by its name; built-in too
         time_limit=20.0,  # seconds, of one run of the compiler
+        workers=2,  # files at a time; the rows do not depend on it
     )
-    config.data.max_source = 112  # tokens
+    config.data.binary_pieces = 'lines'  # what its tokens do not span: lines | words
+    config.data.max_source = 128  # tokens
     config.data.max_comment = 64
-    config.data.max_binary = 160
+    config.data.max_binary = 96
     config.data.vocabulary = 2048  # of the tokenizer trained on sources and comments
     config.data.binary_vocabulary = 2048  # of the one trained on listings
     config.data.max_fault_share = 0.01
@@ -53,7 +56,7 @@ def get_config(argument: str = ''):
                    position_offset=0, epsilon=1e-5)  # fmt: skip
     config.model = dict(
         anchor=encoder,  # of source and comment
-        binary=encoder,
+        binary=dict(encoder),
         features=256,  # of an embedding
         head='linear',  # of a modality: linear | nonlinear
         dropout=0.1,  # of the heads

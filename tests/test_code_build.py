@@ -1,7 +1,10 @@
 """C of unknown origin compiles within limits, reads only what it may, and keeps its functions."""
 
 import itertools
+import os
+import re
 import shutil
+import subprocess
 import time
 
 import pytest
@@ -133,6 +136,11 @@ def test_a_large_object_is_not_written(build):
         '__asm__(".string \\"a\\"; .INCLUDE \\"/etc/passwd\\"");',
         '__asm__("/* \\" */ .incbin \\"/etc/passwd\\"");',
         '__asm__(".macro m a\\n.\\\\a\\\\()bin \\"/etc/passwd\\"\\n.endm\\nm inc");',
+        '__asm__(".irep x,bin\\n.inc\\\\x \\"/etc/hostname\\"\\n.endr");',
+        '__asm__(".irepc x,b\\n.inc\\\\x\\()in \\"/etc/hostname\\"\\n.endr");',
+        '__asm__(".rep 1\\n.byte 1\\n.endr");',
+        '__asm__(".if 0\\n.endif\\n.byte \\\\x");',
+        '__attribute__((section(".x\\n.incbin \\"/etc/hostname\\" #"))) int placed = 3;',
         '#include "/etc/passwd"',
         '#  include </dev/stdin>',
         '#embed "/etc/passwd"',
@@ -147,8 +155,52 @@ def test_what_reads_other_files_is_refused(build, line):
     refused(build, f'{line}\nint f(void) {{ return 1; }}\n')
 
 
+@pytest.mark.parametrize('spelt', ['.irep x,bin\\n.inc\\\\x', '.include', '.incbin'])
+def test_the_assemblers_own_list_of_what_it_read_is_checked(build, monkeypatch, spelt):
+    """Whatever a directive is spelt like that no pattern knows."""
+    monkeypatch.setattr(code_build, '_READS', re.compile('(?!)'))
+    monkeypatch.setattr(code_build, '_TEXT', re.compile('.*'))
+    outside = build.root.parent / 'outside.s'
+    outside.write_text('.byte 7\n')
+    end = '\\n.endr' if 'irep' in spelt else ''
+    line = f'__asm__("{spelt} \\"{{}}\\"{end}");\nint f(void) {{{{ return 1; }}}}\n'
+    assert 'outside.s, outside' in refused(build, line.format(outside))
+    inside = build.root / 'inside.s'
+    inside.write_text('.byte 7\n')
+    assert 'f' in build(line.format(inside))
+
+
+@pytest.mark.parametrize('folder', [False, True])
+def test_a_precompiled_header_is_never_taken(build, compiler, folder):
+    """It would be loaded as it is, and what it was made from need not be the header beside it."""
+    (build.root / 'h.h').write_text('#define OWN 7\n')
+    (build.work / 'other.h').write_text('#define OWN 999\n')
+    if folder:
+        (build.root / 'h.h.gch').mkdir()
+    made = build.root / 'h.h.gch' / 'any' if folder else build.root / 'h.h.gch'
+    command = [compiler.path, *code_build._FLAGS['gcc'], '-std=gnu17', '-O0', '-x', 'c-header']
+    subprocess.run([*command, build.work / 'other.h', '-o', made], check=True)
+    assert made.stat().st_size > 1000
+    assert '$0x7,%eax' in build('#include "h.h"\nint f(void) { return OWN; }')['f']
+
+
+def test_folders_of_headers_are_ordered_once_a_folder(build, monkeypatch):
+    (build.root / 'sub' / 'own.h').write_text('')
+    asked, relative = [], os.path.relpath
+
+    def relpath(folder, place):
+        asked.append(folder)
+        return relative(folder, place)
+
+    monkeypatch.setattr(code_build.os.path, 'relpath', relpath)
+    for level in ('O0', 'O2'):
+        build('#include <own.h>\nint f(void) { return 1; }', level, folders=('sub',))
+    assert sorted(asked) == [build.root, build.root / 'sub']
+
+
 def test_what_only_looks_so_is_not_refused(build):
-    text = '#include "sub/../own.h"\nconst char *text = ".incbin \\"x\\"";\n'
+    text = '#include "sub/../own.h"\nconst char *text = ".incbin \\"x\\"\\t\\\\x";\n'
+    text += '#line 7 "in\\\\c.y"\n__asm__(".byte 1");\n'
     (build.root / 'own.h').write_text('int own;\n')
     assert 'include' in build(text + 'int include(void) { return 1; }')
 
@@ -168,6 +220,13 @@ def test_flags_of_the_list_reach_the_compiler(build, tmp_path):
     text = '#include "extra.h"\nint f(void) { return A + EXTRA; } // no comment in c89'
     assert 'does_not' not in refused(build, text, 'does_not_compile', flags=flags)
     assert set(build(text.split('//')[0], flags=flags)) == {'f'}
+
+
+def test_a_compiler_is_known_by_what_each_program_says_of_itself(compiler):
+    first = lambda name: subprocess.run(
+        [name, '--version'], capture_output=True, text=True, check=True, env={'LC_ALL': 'C'}
+    ).stdout.splitlines()[0]
+    assert compiler.identity == f'{first(compiler.path)}; {first(shutil.which("objdump"))}'
 
 
 def test_a_missing_compiler_is_told(monkeypatch):

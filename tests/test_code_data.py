@@ -3,14 +3,16 @@
 import gzip
 import json
 import pickle
+import re
 import shutil
+import types
 
 import numpy as np
 import pytest
 
-from mmjax.data import code, code_prepare, tokenizers
+from mmjax.data import code, code_build, code_prepare, tokenizers
 from mmjax.data.dataset import DataError
-from mmjax.tasks import contrabin_data
+from mmjax.tasks import contrabin_data, contrabin_output
 
 LEVELS = ('O0', 'O1', 'O2', 'O3')
 LISTING = 'mov eax, {n}\nadd eax, edi\nret'
@@ -50,8 +52,8 @@ def root(tmp_path_factory):
 @pytest.fixture(scope='module')
 def functions(root):
     sides = {
-        text: tokenizers.train_tokenizer([row(n)[text] for n in range(9)], 400, lines=lines)
-        for text, lines in (('source', False), ('comment', False), ('binary', True))
+        text: tokenizers.train_tokenizer([row(n)[text] for n in range(9)], 400, pieces=pieces)
+        for text, pieces in (('source', 'text'), ('comment', 'text'), ('binary', 'words'))
     }
     return opened(root).with_tokens(sides, LENGTHS)
 
@@ -121,7 +123,7 @@ def test_indentation_takes_no_tokens_and_a_listing_keeps_its_lines(functions):
 
 def test_a_token_of_a_listing_never_spans_two_words_of_an_instruction():
     lines = ['push rbp', 'mov rbp, rsp', 'ret']
-    tokenizer = tokenizers.train_tokenizer(['\n'.join(lines)] * 9, 600, lines=True)
+    tokenizer = tokenizers.train_tokenizer(['\n'.join(lines)] * 9, 600, pieces='words')
     inner = lambda text: (lambda ids, mask: ids[0][mask[0]][1:-1].tolist())(
         *tokenizer.encode([text], 64)
     )
@@ -133,6 +135,39 @@ def test_a_token_of_a_listing_never_spans_two_words_of_an_instruction():
     assert tokenizer.decode(tokens) == ''.join(lines)
     seen = [tokenizer.decode([token]) for token in range(260, tokenizer.size)]
     assert seen and all(any(text in word for word in words) for text in seen)
+
+
+def test_a_token_of_a_listing_may_be_a_whole_instruction_but_no_more():
+    lines = ['push rbp', 'mov rbp, rsp', 'ret']
+    tokenizer = tokenizers.train_tokenizer(['\n'.join(lines)] * 9, 600, pieces='lines')
+    ids, mask = tokenizer.encode(['\n'.join(lines)], 64)
+    assert [tokenizer.decode([token]) for token in ids[0][mask[0]][1:-1]] == lines
+    with pytest.raises(ValueError, match="pieces 'bytes' is not one of text, lines, words"):
+        tokenizers.train_tokenizer(lines, 600, pieces='bytes')
+
+
+def test_registers_of_built_in_listings_are_told_by_name_or_by_kind(tmp_path):
+    listings = {}
+    for registers in ('keep', 'class'):
+        made = code.prepare_code(
+            None, tmp_path, synthetic_sizes={'train': 3, 'val': 1, 'test': 1}, registers=registers
+        )
+        split = code.CodeFunctions(made, 'train')
+        listings[registers] = [split.record(row)['binary'] for row in range(len(split))]
+    for named, kinds in zip(*listings.values(), strict=True):
+        assert re.sub(r'\bq[0-9]+', 'q', named) == kinds != named
+    with pytest.raises(DataError, match=r"data\.compile\.registers 'all' is not keep or class"):
+        code.prepare_code(None, tmp_path, synthetic_sizes={}, registers='all')
+
+
+def test_tabs_part_the_words_of_an_instruction_too():
+    listing = '\tpushq\t%rbp\n\tmovq\t%rsp,\t%rbp\n'
+    tokenizer = tokenizers.train_tokenizer([listing] * 9, 600, pieces='words')
+    ids, mask = tokenizer.encode([listing], 64)
+    words = [tokenizer.decode([token]) for token in ids[0][mask[0]][1:-1]]
+    assert words == ['\tpushq', '\t%rbp', '\tmovq', '\t%rsp', ',\t%rbp']
+    ids, mask = tokenizer.encode(['pushq\t\t%rbp'], 64)  # what parts them more widely is apart
+    assert tokenizer.decode(ids[0][mask[0]]) == 'pushq\t\t%rbp'
 
 
 def test_tokens_are_needed_and_travel_to_other_processes(root, functions):
@@ -175,11 +210,14 @@ def prepared(monkeypatch):
 
     def prepare(root, output, *, progress, **options):
         calls.append(options)
-        progress('train', 1, 1)
+        for done in (1, 2):
+            progress('train', done, 2)
         output.mkdir(parents=True)
         (output / 'report.json').write_text('{"rows": {"train": 4}}')
 
     monkeypatch.setattr(code_prepare, 'prepare', prepare)
+    found = types.SimpleNamespace(identity='gcc (Debian 12) 12.2.0')
+    monkeypatch.setattr(code_build, 'find_compiler', lambda choice: found)
     return calls
 
 
@@ -191,7 +229,8 @@ def test_c_files_are_compiled_once_for_their_content_and_options(tmp_path, prepa
     (folder / 'notes.txt').write_text('')
     make = lambda **options: contrabin_data._compile(str(folder), cache, wait=False, **options)
     first, report = make(seed=1)
-    assert report == {'rows': {'train': 4}} and prepared == [{'seed': 1}]
+    assert report == {'rows': {'train': 4}}
+    assert prepared == [{'seed': 1, 'workers': 2, 'compiler': 'auto'}]
     (folder / 'notes.txt').write_text('more')
     assert make(seed=1)[0] == first and len(prepared) == 1
     assert contrabin_data._compile(str(folder), cache, wait=True, seed=1)[0] == first
@@ -201,6 +240,52 @@ def test_c_files_are_compiled_once_for_their_content_and_options(tmp_path, prepa
     (folder / 'lib/a.h').rename(folder / 'a.h')
     make(seed=1)
     assert len(prepared) == 4 and not list(cache.glob('.*'))
+
+
+def test_another_compiler_or_code_compiles_anew_and_workers_do_not(tmp_path, prepared, monkeypatch):
+    (tmp_path / 'c').mkdir()
+    make = lambda **options: contrabin_data._compile(
+        str(tmp_path / 'c'), tmp_path / 'cache', wait=False, **options
+    )[0]
+    made = [make(workers=3)]
+    assert prepared[-1]['workers'] == 3 and make(workers=1) == made[0] and len(prepared) == 1
+    newer = types.SimpleNamespace(identity='gcc (Debian 13) 12.2.0')
+    monkeypatch.setattr(code_build, 'find_compiler', lambda choice: newer)
+    made.append(make())
+    asked = []
+    monkeypatch.setattr(code, 'sources_digest', lambda *names: asked.extend(names) or 'other')
+    made.append(make())
+    assert len(set(made)) == 3 == len(prepared)
+    assert {'build', 'canonical', 'parse', 'prepare'} < set(asked)
+
+
+def test_a_digest_of_sources_is_that_of_their_text(monkeypatch, tmp_path):
+    (tmp_path / 'code_a.py').write_text('1')
+    monkeypatch.setattr(code, '__file__', str(tmp_path / 'code.py'))
+    before = code.sources_digest('a')
+    assert code.sources_digest('a') == before
+    (tmp_path / 'code_a.py').write_text('2')
+    assert code.sources_digest('a') != before
+
+
+def test_progress_is_told_now_and_then(tmp_path, prepared, monkeypatch, capsys):
+    make = lambda: contrabin_data._compile(str(tmp_path), tmp_path / 'cache', wait=False)
+    make()
+    assert capsys.readouterr().err == ''  # it was done within seconds
+    shutil.rmtree(tmp_path / 'cache')
+    monkeypatch.setattr(contrabin_data, '_EVERY', 0.0)
+    make()
+    lines = [f'compiling train: {done} of 2 files' for done in (1, 2)]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_what_a_killed_preparation_left_is_not_given_out(tmp_path):
+    (tmp_path / 'made').mkdir()
+    for name in ('.train.jsonl.gz.77.tmp', 'train.jsonl.gz', 'report.json'):
+        (tmp_path / 'made' / name).write_text(name)
+    told = contrabin_output.copy_rows((tmp_path / 'made', 'a table'), tmp_path / 'out')
+    assert told.startswith('a table') and str(tmp_path / 'out') in told
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == {'train.jsonl.gz', 'report.json'}
 
 
 def test_who_waits_for_the_compiler_gives_up_in_one_sentence(tmp_path, prepared):

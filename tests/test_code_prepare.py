@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from mmjax.data import code_build, code_jsonl, code_prepare
+from mmjax.data import code_books, code_build, code_jsonl, code_prepare
 from mmjax.data.dataset import DataError
-from mmjax.data.ledger import Ledger
+from mmjax.data.ledger import Ledger, RecordError
 
 pytest.importorskip('tree_sitter_c')
 if not (shutil.which('gcc') and shutil.which('objdump')):
@@ -137,7 +137,7 @@ def test_progress_counts_files(made):
 
 
 def test_table_names_projects_and_examples(made):
-    text = code_prepare.table(made[1])
+    text = code_books.table(made[1])
     assert 'files     ' in text and 'does not compile 1' in text and 'epsilon' in text
     assert 'does not compile, for one: alpha/broken.c:1:10: fatal error' in text
 
@@ -161,6 +161,31 @@ def test_two_projects_are_split_by_file(tmp_path):
     assert set(report['rows']) <= {'train', 'val', 'test'} and sum(report['rows'].values()) == 2
     assert report['twins']['binary_of_another_source'] == 1
     assert report['functions']['equal_source'] == 2
+
+
+@pytest.mark.parametrize(('late', 'left'), [('O2', ['O0', 'O1']), ('O0', [])])
+def test_a_level_that_takes_too_long_costs_no_level_before_it(tmp_path, monkeypatch, late, left):
+    (tmp_path / 'root').mkdir()
+    (tmp_path / 'root' / 'a.c').write_text(loop('f', 3) + loop('g', 4))
+    (tmp_path / 'root' / 'b.c').write_text(loop('h', 5))
+    compiled = code_build.Builder.functions
+
+    def functions(self, file, level, folder):
+        if file.name == 'a.c' and level == late:
+            raise RecordError('time_limit', 'a.c: gcc took over 20 s')
+        return compiled(self, file, level, folder)
+
+    monkeypatch.setattr(code_build.Builder, 'functions', functions)
+    options = dict(levels=('O0', 'O1', 'O2', 'O3'), val=0.0, test=0.0)
+    report = prepare(tmp_path / 'root', tmp_path / 'out', **options)
+    found = [(row['name'], row['opt_level']) for row in rows(tmp_path / 'out', 'train')]
+    assert [level for name, level in found if name == 'f'] == left
+    assert len(found) == 4 + 2 * len(left)
+    if left:
+        assert report['binaries']['time_limit'] == 4 and report['files']['compiled'] == 2
+        assert report['examples']['time_limit'] == ['a.c: gcc took over 20 s, at O2']
+    else:
+        assert report['files']['time_limit'] == 1 and report['functions']['file_left_out'] == 2
 
 
 def test_splits_follow_from_seed_and_name(tmp_path):

@@ -1,6 +1,5 @@
-"""The ContraBin recipe without a run: options, terms, scores against loops, and every mode."""
+"""The ContraBin recipe without a run: what its options reach, its batches, and every mode."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -18,8 +17,6 @@ from mmjax import build, evaluate, modes, optim, step
 from mmjax.data import pipeline
 from mmjax.data.dataset import DataError
 from mmjax.task import gather
-from mmjax.tasks import contrabin
-from mmjax.tasks.contrabin_scores import CodeScores
 
 MODES = dict(argv=['main'], existing=False, overwrite=False, input=None, question=None, output=None,
              init_from=None, allow_data_change=False, processes=(None, None, None))  # fmt: skip
@@ -37,10 +34,8 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp('cache')
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
+def write_functions(root):
     """Functions at four levels: some without comment, some that share one; no test split."""
-    root = tmp_path_factory.mktemp('rows')
     for split, start, count in (('train', 0, 20), ('val', 50, 12)):
         rows = []
         for n in range(start, start + count):
@@ -50,6 +45,11 @@ def folder(tmp_path_factory):
             rows += [{**one, 'metadata': one['metadata'] | label} for one in made]
         write(root / f'{split}.jsonl', rows)
     return str(root)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return write_functions(tmp_path_factory.mktemp('rows'))
 
 
 @pytest.fixture(scope='module')
@@ -130,158 +130,12 @@ def test_precision_accumulation_and_clip_reach_the_step(cache, folder, fresh):
     assert built.task.model.binary.dtype == built.task.model.dtype == jnp.float16
 
 
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        (dict(precision='no'), "'no' is not float32, bfloat16 or float16"),
-        (dict(stage__linear__options=dict(interpolaton='x')), r'linear\.options\.interpolaton'),
-        (dict(stage__linear__options=dict(interpolation='cubic')), "'cubic' is not one of naive"),
-        (dict(loss_weights__primary=1.0), "names 'primary'; there are anchor"),
-        (dict(evaluate_pool=1), 'evaluate_pool=1'),
-        (dict(data__root='x', data__c_files='y'), 'exclude each other'),
-    ],
-)  # fmt: skip
-def test_what_no_option_knows_is_refused(cache, changes, message):
-    with pytest.raises(DataError, match=message):
-        build.run(tiny(cache, **changes))
-
-
-def test_the_no_of_yaml_is_refused_too(cache):
-    config = tiny(cache).to_dict()
-    config['precision'] = False
-    with pytest.raises(DataError, match="'False' is not float32, bfloat16 or float16"):
-        build.run(type(tiny(cache))(config))
-
-
-def test_a_seed_decides_weights_and_order(cache, folder, bare):
-    other = build.run(tiny(cache, data__root=folder, seed=1))
-    stage = bare.stages[0]
-    plans = [run.sampler(stage).plan(0).rows for run in (bare, bare, other)]
-    np.testing.assert_array_equal(plans[0], plans[1])
-    assert (plans[0] != plans[2]).any()
-    with jax.set_mesh(bare.mesh):
-        heads = [r.init_variables()['params']['source_head']['project'] for r in (bare, other)]
-    assert (heads[0]['kernel'] != heads[1]['kernel']).any()
-
-
-# Terms --------------------------------------------------------------------------------------
-
-
 def test_no_function_is_twice_in_a_batch(bare):
     identity = bare.data.index['identity']
     for stage in bare.stages:
         plan = bare.sampler(stage).plan(0)
         assert all(len(set(identity[rows])) == 16 for rows in plan.rows)
         assert set(plan.rows.ravel()) == set(range(len(bare.data)))  # an epoch shows every level
-
-
-def infonce(a, b, told):
-    """Symmetric InfoNCE in float64; rows of one comment are no wrong answers."""
-    a, b = (np.float64(x) / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-    losses = []
-    for logits in (a @ b.T / 0.07, b @ a.T / 0.07):
-        for i, line in enumerate(logits):
-            others = [j for j in range(len(a)) if j == i or told[j] != told[i]]
-            losses.append(np.log(np.exp(line[others] - line[i]).sum()))
-    return np.mean(losses)
-
-
-def drawn(rng, n, features=8):
-    names = ('source', 'comment', 'binary', 'interpolated')
-    out = {name: rng.normal(size=(n, features)).astype(np.float32) for name in names}
-    return out | {'lambda': rng.uniform(size=n).astype(np.float32)}
-
-
-def test_rows_without_comment_count_where_none_is_needed(bare):
-    stage = dataclasses.replace(
-        bare.stages[-1], loss_weights=tuple((n, 1.0) for n in sorted(contrabin.LOSSES)),
-    )  # fmt: skip
-    batch = {k: jnp.asarray(v) for k, v in first_batch(bare, stage).items()}
-    has = np.asarray(batch['has_comment'])
-    assert 0 < has.sum() < 16
-    outputs, late = drawn(np.random.default_rng(0), 16), set(contrabin.LOSSES) - {'source_binary'}
-    terms = jax.jit(lambda x: bare.task.terms({}, x, batch, stage))(outputs)
-    counts = {n: int(t.count) for n, t in terms.items() if not n.startswith('lambda')}
-    assert counts == {'source_binary': 16, **dict.fromkeys(late, int(has.sum()))}
-    told = np.asarray(batch['told'])[has]
-    assert len(set(told)) < len(told)  # a comment that two functions share
-    expected = infonce(outputs['source'][has], outputs['comment'][has], told)
-    assert float(terms['anchor'].mean()) == pytest.approx(expected, rel=1e-5)
-    assert expected < infonce(outputs['source'][has], outputs['comment'][has], np.arange(len(told)))
-    weight = outputs['lambda'][has]
-    assert float(terms['lambda_mean']) == pytest.approx(weight.mean(), rel=1e-5)
-    assert float(terms['lambda_spread']) == pytest.approx(weight.std(), rel=1e-5)
-
-    none = {**batch, 'has_comment': jnp.zeros(16, bool)}
-
-    def empty(outputs):
-        found = bare.task.terms({}, outputs, none, stage)
-        return sum(found[n].mean() for n in late)
-
-    value, gradients = jax.jit(jax.value_and_grad(empty))(outputs)
-    assert float(value) == 0 and not any(np.asarray(g).any() for g in gradients.values())
-
-
-# Scores -------------------------------------------------------------------------------------
-
-
-def reciprocal_ranks(queries, gallery):
-    unit = lambda x: np.float64(x) / np.linalg.norm(x, axis=1, keepdims=True)
-    cosines = unit(queries) @ unit(gallery).T
-    return [1 / (1 + sum(line > line[i])) for i, line in enumerate(cosines)]
-
-
-def test_scores_of_pools_agree_with_loops(bare):
-    functions, train = (bare.task.dataset(split) for split in ('val', 'train'))
-    rng = np.random.default_rng(3)
-    outputs = drawn(rng, 12)
-    outputs |= {f'{name}_{kind}': outputs[name] for name in ('interpolated', 'lambda')
-                for kind in ('linear', 'nonlinear')}  # fmt: skip
-    binaries = {rows: rng.normal(size=(rows, 8)) for rows in (48, 20)}
-    asked = []
-
-    def apply(method, dataset, batch_size):
-        rows = [dataset.example(r, rng, False) for r in range(len(dataset))]
-        batch = {key: np.stack([r[key] for r in rows]) for key in rows[0]}
-        if method == 'encode':
-            yield outputs, batch
-            return
-        if dataset.split == 'train':
-            yield binaries[20], batch
-            return
-        asked.append(dataset)
-        levels = np.array([dataset.record(r)['opt_level'] for r in range(len(dataset))])
-        numbers = np.array([int(dataset.record(r)['name'][4:]) - 50 for r in range(len(dataset))])
-        places = numbers * 4 + [LEVELS.index(level) for level in levels]
-        yield binaries[48][places], batch
-
-    scorer = CodeScores(bare.task, functions, train, batch_size=16, pool=5)
-    found = scorer.run(apply, final=False).metrics
-    pools = np.random.default_rng(0).permutation(12)[:10].reshape(2, 5)
-    assert (found['functions'], found['pool'], found['left_out']) == (12, 5, 2)
-    assert found['r1_chance'] == 0.2 and len(asked[0]) == 40
-    has = np.array([n % 4 != 0 for n in range(50, 62)])
-    for a, b in (('source', 'binary'), ('comment', 'binary'), ('binary', 'comment')):
-        ranks = []
-        for pool in pools:
-            kept = pool[has[pool]] if 'comment' in (a, b) else pool
-            ranks.append(np.array(reciprocal_ranks(outputs[a][kept], outputs[b][kept])))
-        assert any(len(r) < 5 for r in ranks) == ('comment' in (a, b))
-        for name, credit in (
-            ('mrr', lambda r: r),
-            ('r1', lambda r: r == 1),
-            ('r5', lambda r: r >= 0.2),
-        ):
-            expected = np.mean([credit(r).mean() for r in ranks])
-            assert found[f'{a}_{b}_{name}'] == pytest.approx(expected, abs=1e-6), (a, b, name)
-    between = [
-        reciprocal_ranks(binaries[48][pool * 4], binaries[48][pool * 4 + 2]) for pool in pools
-    ]
-    assert found['binary_o0_o2_map'] == pytest.approx(np.mean(between), abs=1e-6)
-    levels = [value for name, value in found.items() if name.startswith('binary_o')]
-    assert len(levels) == 12 and found['binary_levels_map'] == pytest.approx(np.mean(levels))
-    assert found['comment_full'] == 0 and found['probe_majority'] == 0.5
-    assert found['loss'] == pytest.approx(found['source_binary'] + found['comment_binary'])
 
 
 # Modes --------------------------------------------------------------------------------------
@@ -356,7 +210,7 @@ def test_prepare_compiles_c_files(cache, tmp_path, capsys):
     for name, numbers in (('a', (3, 5, 9)), ('b', (11, 13, 17))):
         (tmp_path / f'c/{name}.c').write_text(''.join(map(one.format, numbers)))
     config = tiny(cache, data__c_files=str(tmp_path / 'c'), batch_size=2)
-    for key, value in dict(compiler='gcc', split_by='file', val=0.5, test=0.0).items():
+    for key, value in dict(compiler='gcc', split_by='file', val=0.5, test=0.0, workers=1).items():
         config.data.compile[key] = value
     run = lambda: modes.run('prepare', config, config.to_dict(), epath.Path(tmp_path / 'run'),
                             **{**MODES, 'output': str(tmp_path / 'out')})  # fmt: skip

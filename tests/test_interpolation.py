@@ -114,6 +114,68 @@ def test_bfloat16_input_gives_float32_terms():
     assert_term(term, oracle(*np.float64([a, b]), mask, 0.5, 1.0))
 
 
+# Labels
+
+
+def labelled_oracle(a, b, labels, mask, temperature, softness):
+    """Pair by pair: the rows of one label share the one-hot part of the targets."""
+    rows, total = np.flatnonzero(mask), 0.0
+    soft = {}
+    for i in rows:
+        odds = [np.exp((a[i] @ a[j] + b[i] @ b[j]) / (2 * temperature)) for j in rows]
+        soft |= {(i, j): odd / sum(odds) for j, odd in zip(rows, odds, strict=True)}
+    for i in rows:
+        alike = [j for j in rows if labels[j] == labels[i]]
+        by_row = np.log(sum(np.exp(a[i] @ b[j] / temperature) for j in rows))
+        by_column = np.log(sum(np.exp(a[j] @ b[i] / temperature) for j in rows))
+        for j in rows:
+            hard = (j in alike) / len(alike)
+            total += (
+                ((1 - softness) * hard + softness * soft[i, j])
+                * (by_row - a[i] @ b[j] / temperature)
+                / 2
+            )
+            total += (
+                ((1 - softness) * hard + softness * soft[j, i])
+                * (by_column - a[j] @ b[i] / temperature)
+                / 2
+            )
+    return total, len(rows)
+
+
+@pytest.mark.parametrize('softness', SOFTNESS)
+@pytest.mark.parametrize('chunk', CHUNKS)
+def test_rows_of_one_label_share_the_one_hot_part(chunk, softness):
+    a, b, labels, mask = data()
+    assert 1 < len(set(labels[mask])) < mask.sum() and set(labels[~mask]) & set(labels[mask])
+    dirty = np.where(mask[:, None], a, np.nan).astype(np.float32)
+
+    def total(a, b):
+        term = interpolation.primary(a, b, mask, temperature=0.3, softness=softness,
+                                     labels=jnp.asarray(labels), chunk=chunk)  # fmt: skip
+        return term.total, term
+
+    gradients, term = jax.jit(jax.grad(total, (0, 1), has_aux=True))(dirty, b.astype(np.float32))
+    value = lambda a=a, b=b: labelled_oracle(unit(a), unit(b), labels, mask, 0.3, softness)
+    assert_term(term, value())
+    close(gradients[0], numeric_gradient(lambda x: value(a=x)[0], a))
+    close(gradients[1], numeric_gradient(lambda x: value(b=x)[0], b))
+
+
+def test_labels_that_all_differ_change_nothing():
+    a, b, _, mask = data()
+    options = dict(temperature=0.1, softness=0.3)
+    plain = primary(a, b, mask, **options)
+    term = primary(a, b, mask, labels=np.arange(13)[::-1].copy(), **options)
+    assert term == plain
+
+
+def test_one_label_for_all_leaves_the_logarithm_of_their_number():
+    rows, mask = np.random.default_rng(0).normal(size=(1, 6)).repeat(8, 0), np.arange(8) != 2
+    term = primary(rows, rows, mask, temperature=0.1, softness=0.0, labels=np.zeros(8, int))
+    np.testing.assert_allclose(term.mean(), np.log(7), rtol=1e-6)
+
+
 # Tiles
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ VERSION = '1.2.0'  # of the prepared records; raise it when their content change
 SPLITS = ('train', 'val', 'test')
 LEVELS = ('O0', 'O1', 'O2', 'O3')
 TEXTS = ('source', 'comment', 'binary')
+_REGISTER = re.compile(r'\bq\d+\b')  # of the toy machine
 
 
 def prepare_code(
@@ -30,6 +32,7 @@ def prepare_code(
     splits: Sequence[str] = SPLITS,
     seed: int = 0,
     synthetic_sizes: Mapping[str, int] | None = None,
+    registers: str = 'keep',
     max_fault_share: float = 0.01,
     wait: bool = False,
     progress: Progress | None = None,
@@ -42,20 +45,25 @@ def prepare_code(
       root: folder of <split>.jsonl or <split>.jsonl.gz, see `code_jsonl`; None generates
         functions and compiles each at four levels with `code_compiler`.
       seed, synthetic_sizes: of the generated functions, as `code_programs.catalogue` has them.
+      registers: of the generated listings: 'keep' their names, or tell only their 'class'.
       max_fault_share: share of a split's rows that may be faulty; these are skipped and listed.
       wait: leave the preparation to another host, and poll until it is done.
 
     Raises:
-      DataError: a split without a file, or too many faults of rows.
+      DataError: a split without a file, too many faults of rows, or other `registers`.
     """
+    if registers not in ('keep', 'class'):
+        raise DataError(f"data.compile.registers '{registers}' is not keep or class")
     settings = [VERSION, list(splits), max_fault_share]
     if root is None:
         from mmjax.data import code_programs
 
         sizes = dict(synthetic_sizes or {})
         kind, plan = 'synthetic', code_programs.catalogue(seed, sizes)
-        settings += [kind, seed, sorted(sizes.items()), _generator_digest()]
-        sources = {name: functools.partial(_generated, seed, plan[name]) for name in splits}
+        made_by = sources_digest('compiler', 'optimizer', 'programs')
+        settings += [kind, seed, registers, sorted(sizes.items()), made_by]
+        made = functools.partial(_generated, seed, registers)
+        sources = {name: functools.partial(made, plan[name]) for name in splits}
     else:
         kind, paths = 'folder', split_files(root)
         for name in splits:
@@ -106,7 +114,9 @@ def _entry(record: Mapping[str, Any]) -> dict[str, np.generic]:
     }
 
 
-def _generated(seed: int, identities: Sequence[int], ledger: Ledger) -> Iterator[dict]:
+def _generated(
+    seed: int, registers: str, identities: Sequence[int], ledger: Ledger
+) -> Iterator[dict]:
     from mmjax.data import code_compiler, code_programs
 
     ledger.rows = len(identities) * len(LEVELS)
@@ -119,14 +129,20 @@ def _generated(seed: int, identities: Sequence[int], ledger: Ledger) -> Iterator
         }  # fmt: skip
         for level, name in enumerate(LEVELS):
             binary = code_compiler.compile_function(function.syntax, level, seed=identity)
+            binary = _REGISTER.sub('q', binary) if registers == 'class' else binary
             yield {**shared, 'binary': binary, 'opt_level': name}
             ledger.tick()
 
 
-def _generator_digest() -> str:
-    folder = pathlib.Path(__file__).parent
-    sources = [folder / f'code_{name}.py' for name in ('compiler', 'optimizer', 'programs')]
+def sources_digest(*names: str) -> str:
+    """Returns a digest of the modules `code_<name>`, whose code decides what is prepared."""
+    sources = [pathlib.Path(__file__).parent / f'code_{name}.py' for name in names]
     return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def sample(count: int, most: int, seed: int = 0) -> np.ndarray:
+    """Returns int [min(count, most)], some of 0, …, count − 1, drawn by the seed, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:most])
 
 
 def as_read(text: str, content: str) -> str:

@@ -1,8 +1,9 @@
 """Compiles C files of unknown origin within limits, and returns what became of their functions.
 
 Nothing is ever linked or run. The compiler works with a clean environment, in a folder of its own,
-within limits of time, memory and output; it may read the project and the system's headers, which is
-checked by its own list of what it read.
+within limits of time, memory and output. It may read the project and the system's headers, which is
+checked by its own list of what it read, and so is the assembler's. Precompiled headers, which would
+be loaded into the compiler unchecked, are never taken.
 """
 
 import dataclasses
@@ -42,9 +43,14 @@ _FLAGS = {
 _FLAG = re.compile(r'-D[A-Za-z_]\w*(=.*)?|-I.+|-std=(c|gnu|iso)[\w:]+', re.S)
 _ABSOLUTE = re.compile(rb'^\s*(?:#|%:|\?\?=)\s*(?:include(?:_next)?|import|embed)\s*[<"]\s*/', re.M)
 _EMBED = re.compile(rb'^\s*(?:#|%:|\?\?=)\s*embed\b', re.M)
-# Directives of the assembler that read files, or that could spell one of those.
-_READS = re.compile(r'(?<![\w$.])\.(incbin|include|macro|rept|irpc?|altmacro|mri)\b', re.I)
-_STRING = re.compile(r'\s*\.(string|ascii|asciz)\s+"(\\.|[^"\\])*"\s*')
+# Directives of the assembler that read files, or that could spell one of those, as what a macro
+# substitutes after a backslash could. No compiler emits one, nor a backslash but in a text.
+_READS = re.compile(
+    r'(?<![\w$.])\.(inc\w*|macro|endm|exitm|purgem|i?re?p\w*|endr|altmacro|mri)\b', re.I
+)
+_TEXT = re.compile(
+    r'\s*(?:\.(?:string|ascii|asciz|file|ident)\s+|#\s*\d+\s+)"(\\.|[^"\\])*"[\s\d]*'
+)
 
 
 @dataclasses.dataclass
@@ -101,6 +107,7 @@ class Compiler:
     path: str
     version: str
     headers: tuple[str, ...]  # folders of the system's headers
+    identity: str  # the first line of `--version` of each program
 
     @property
     def name(self) -> str:
@@ -116,7 +123,8 @@ def find_compiler(choice: str = 'auto') -> Compiler:
     if choice not in ('auto', 'gcc', 'clang'):
         raise DataError(f"the compiler is {choice!r}; it may be 'auto', 'gcc' or 'clang'")
     kind = choice if choice != 'auto' else ('clang' if shutil.which('clang') else 'gcc')
-    for program in (kind, 'objdump') if kind == 'gcc' else (kind,):
+    programs = (kind, 'objdump') if kind == 'gcc' else (kind,)
+    for program in programs:
         if not shutil.which(program):
             raise DataError(f'{program} is not on the PATH: install it (Debian: clang, binutils)')
     path = shutil.which(kind)
@@ -128,11 +136,12 @@ def find_compiler(choice: str = 'auto') -> Compiler:
         )  # fmt: skip
         number = ask([path, version]).stdout.strip()
         told = ask([path, '-E', '-v', '-x', 'c', os.devnull]).stderr
+        lines = [ask([program, '--version']).stdout.partition('\n')[0] for program in programs]
     except (OSError, subprocess.SubprocessError) as error:
         raise DataError(f'{path} does not answer: {error}') from error
     listed = told.partition('#include <...>')[2].partition('End of search list')[0]
     folders = [line.strip() for line in listed.splitlines()[1:]]
-    return Compiler(kind, path, number, tuple(map(os.path.realpath, folders)))
+    return Compiler(kind, path, number, tuple(map(os.path.realpath, folders)), '; '.join(lines))
 
 
 def check_flags(flags: Sequence[str]) -> tuple[str, ...]:
@@ -184,15 +193,20 @@ class Builder:
 
         Raises:
           RecordError: 'does_not_compile' with the first line of what the compiler says,
-            'time_limit', or 'refused': it read files outside the project, or its assembly would.
+            'time_limit', or 'refused': it or the assembler read files outside the project, or its
+            assembly might.
         """
         name = file.relative_to(self.base or self.root).as_posix()
         standard = () if any(f.startswith('-std=') for f in self.flags) else ('-std=gnu17',)
-        made, read = folder / 'out.s', folder / 'out.d'
+        made, read, first = folder / 'out.s', folder / 'out.d', folder / 'first.h'
         made.unlink(missing_ok=True)
+        # A token before all else: gcc takes no precompiled header after the first one, and whoever
+        # wrote NAME.h.gch beside NAME.h would otherwise write into the compiler's memory.
+        first.write_text(';\n')
         self._run(
             [self.compiler.path, *_FLAGS[self.compiler.kind], *standard, f'-{level}', *self.flags,
-             *self._searched(file), '-S', '-MD', '-MF', str(read), '-o', str(made), str(file)],
+             *_searched(self.root, self.header_folders, file.parent), '-include', str(first),
+             '-S', '-MD', '-MF', str(read), '-o', str(made), str(file)],
             folder, name,
         )  # fmt: skip
         self._check_read(read, name)
@@ -200,31 +214,25 @@ class Builder:
         if self.compiler.kind == 'clang':
             return code_canonical.split_llvm(text)
         for line in text.splitlines():
-            if _READS.search(line) and not _STRING.fullmatch(line):
+            if (_READS.search(line) or '\\' in line) and not _TEXT.fullmatch(line):
                 raise RecordError('refused', f'{name}: its assembly has {line.strip():.60}')
-        self._run([self.compiler.path, '-c', '-o', 'out.o', str(made)], folder, name)
+        assemble = [self.compiler.path, '-c', f'-Wa,--MD,{read.name}', '-o', 'out.o', str(made)]
+        self._run(assemble, folder, name)
+        self._check_read(read, name)
         listed = self._run(['objdump', '-d', '-r', '--no-show-raw-insn', 'out.o'], folder, name)
         return code_canonical.split_assembly(listed)
 
-    def _searched(self, file: pathlib.Path) -> list[str]:
-        """Returns where headers are sought: nearest folders first, the system's before `<…>`."""
-        distance = lambda folder: len(os.path.relpath(folder, file.parent).split(os.sep))
-        nearest = sorted({self.root, *self.header_folders}, key=lambda f: (distance(f), f))
-        flags = []
-        for folder in nearest[:_HEADER_FOLDERS]:  # never -I: a string.h of theirs would be taken
-            flags += ['-iquote', str(folder), '-idirafter', str(folder)]
-        return flags
-
     def _check_read(self, listing: pathlib.Path, name: str) -> None:
-        """Raises RecordError where the compiler's own list names a file it may not read."""
+        """Raises RecordError where a program's own list names a file it may not read."""
         rule = listing.read_text(errors='replace').replace('\\\n', ' ')
         own = [flag[2:] for flag in self.flags if flag.startswith('-I')]
-        allowed = (os.path.realpath(self.root), *self.compiler.headers, *own)
+        ours = map(os.path.realpath, (self.root, listing.parent))
+        allowed = (*ours, *self.compiler.headers, *own)
         for escaped in re.findall(r'(?:\\.|\S)+', rule.partition(': ')[2]):
             path = re.sub(r'\\(.)', r'\1', escaped).replace('$$', '$')
             real = os.path.realpath(listing.parent / path)
             if not any(real.startswith(folder.rstrip('/') + '/') for folder in allowed):
-                raise RecordError('refused', f'{name}: includes {path}, outside the project')
+                raise RecordError('refused', f'{name}: reads {path}, outside the project')
 
     def _run(self, argv: list[str], folder: pathlib.Path, name: str) -> str:
         """Runs a program within the limits and returns what it wrote to standard output."""
@@ -256,6 +264,19 @@ class Builder:
             text = first if first.startswith(name) else f'{name}: {first}'
             raise RecordError('does_not_compile', f'{text:.300}')
         return said.read_text(errors='replace') if said.stat().st_size else ''
+
+
+@functools.lru_cache(maxsize=64)  # for all files of a folder, at all levels
+def _searched(
+    root: pathlib.Path, header_folders: tuple[pathlib.Path, ...], place: pathlib.Path
+) -> tuple[str, ...]:
+    """Returns where headers are sought: nearest folders first, the system's before `<…>`."""
+    distance = lambda folder: len(os.path.relpath(folder, place).split(os.sep))
+    nearest = sorted({root, *header_folders}, key=lambda f: (distance(f), f))
+    flags = []
+    for folder in nearest[:_HEADER_FOLDERS]:  # never -I: a string.h of theirs would be taken
+        flags += ['-iquote', str(folder), '-idirafter', str(folder)]
+    return tuple(flags)
 
 
 def _environment(temporary: str) -> dict[str, str]:

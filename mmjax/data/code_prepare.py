@@ -7,7 +7,6 @@ defined in headers are not taken.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import os
@@ -16,32 +15,18 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Literal
 
-from mmjax.data import code_build, code_canonical, code_jsonl
-from mmjax.data.code_parse import CFunction, content_key, functions
+from mmjax.data import code_books, code_build, code_canonical, code_jsonl
+from mmjax.data.code_parse import CFunction, functions
 from mmjax.data.dataset import DataError
 from mmjax.data.ledger import Progress, RecordError
 
 SPLITS = ('test', 'val', 'train')  # the order in which twins are kept: a test row has none in train
 _COMMENT_WORDS = 3
 _COMMENT_TIMES = 2  # what stands above more functions of a file tells none from another
-_EXAMPLES = 20
-
-
-@dataclasses.dataclass
-class _Made:
-    """What became of a file: functions kept, with their binaries by level, and the counts."""
-
-    project: str
-    path: str
-    kept: list[tuple[CFunction, dict[str, str]]] = dataclasses.field(default_factory=list)
-    files: Counter[str] = dataclasses.field(default_factory=Counter)
-    functions: Counter[str] = dataclasses.field(default_factory=Counter)
-    binaries: Counter[str] = dataclasses.field(default_factory=Counter)
-    examples: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (reason, text)
 
 
 def prepare(
@@ -63,7 +48,7 @@ def prepare(
     time_limit: float = 20.0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Writes the three splits and report.json, all or none; returns the report (see `table`).
+    """Writes the three splits and report.json, all or none; returns the report of `code_books`.
 
     A project is a top-level folder of the root; files that lie in the root itself are one too.
     Projects, or files, are ranked by a hash of (seed, name); the first `test` of them are tested
@@ -79,7 +64,8 @@ def prepare(
       min_instructions, max_instructions: other binaries are left out and counted.
       symbols, registers: as `code_canonical` takes them.
       workers: files compiled at a time; the result does not depend on it.
-      time_limit: seconds for one run of the compiler.
+      time_limit: seconds for one run of the compiler; a file that takes longer at one level keeps
+        what came before it.
 
     Raises:
       DataError: a root that is no folder or holds no C file, an argument out of its range, a
@@ -107,7 +93,7 @@ def prepare(
         form = functools.partial(code_canonical.canonical_assembly, registers=registers)
     asked = (levels, (min_instructions, max_instructions), functools.partial(form, symbols=symbols))
     make = lambda job: _make(*job, root, builders[job[0]], *asked)
-    books = _Books(found)
+    books = code_books.Books(found)
     pool = futures.ThreadPoolExecutor(max(1, workers))  # threads: they wait for compilers
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(code_jsonl.Writer(pathlib.Path(output).expanduser(), SPLITS))
@@ -129,22 +115,6 @@ def prepare(
         report['seconds'] = round(time.monotonic() - began, 1)
         writer.finish(report)
     return report
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """Returns a report of `prepare` as lines for a terminal."""
-    lines = [f'{report["settings"]["compiler"]}, split by {report["settings"]["split_by"]}']
-    lines += [report['note']] if report['note'] else []
-    for part in ('files', 'functions', 'binaries', 'twins', 'rows'):
-        counts = ', '.join(f'{key.replace("_", " ")} {n:,}' for key, n in report[part].items())
-        lines.append(f'{part:<10}{counts}')
-    width = max(map(len, report['projects']), default=0)
-    for name, project in report['projects'].items():
-        counts = ', '.join(f'{key.replace("_", " ")} {n:,}' for key, n in project.items())
-        lines.append(f'  {name:<{width}}  {counts}')
-    for reason, examples in report['examples'].items():
-        lines.append(f'{reason.replace("_", " ")}, for one: {examples[0]}')
-    return '\n'.join(lines)
 
 
 def _check(levels: Sequence[str], split_by: str, val: float, test: float) -> None:
@@ -190,10 +160,10 @@ def _make(
     levels: Sequence[str],
     bounds: tuple[int, int],
     canonical: Callable[[str, str], str],
-) -> _Made:
+) -> code_books.Made:
     """Parses and compiles one file; one without a function to keep is not compiled."""
     name = os.fsencode(file.relative_to(root).as_posix()).decode(errors='replace')
-    made = _Made(project, name)
+    made = code_books.Made(project, name)
     made.files['found'] += 1
     wanted = []
     try:
@@ -210,8 +180,7 @@ def _make(
             made.files['nothing_to_compile'] += 1
             return made
         with tempfile.TemporaryDirectory(prefix='mmjax-code-') as folder:
-            built = {level: builder.functions(file, level, pathlib.Path(folder))
-                     for level in levels}  # fmt: skip
+            built = _compiled(builder, file, levels, pathlib.Path(folder), made)
     except (OSError, RecordError) as error:
         reason = error.reason if isinstance(error, RecordError) else 'unreadable'
         made.examples.append((reason, str(error)))
@@ -219,6 +188,8 @@ def _make(
         made.functions['file_left_out'] += len(wanted)
         return made
     made.files['compiled'] += 1
+    if left := len(levels) - len(built):
+        made.binaries['time_limit'] += left * len(wanted)
     for function in wanted:
         binaries = {}
         for level, listed in built.items():
@@ -237,6 +208,26 @@ def _make(
     return made
 
 
+def _compiled(
+    builder: code_build.Builder,
+    file: pathlib.Path,
+    levels: Sequence[str],
+    folder: pathlib.Path,
+    made: code_books.Made,
+) -> dict[str, dict[str, str]]:
+    """Returns level → symbol → listing; a level past the time limit ends it, unless it is first."""
+    built = {}
+    for level in levels:
+        try:
+            built[level] = builder.functions(file, level, folder)
+        except RecordError as error:
+            if error.reason != 'time_limit' or not built:
+                raise
+            made.examples.append(('time_limit', f'{error}, at {level}'))
+            break
+    return built
+
+
 def _lack(function: CFunction, times: Mapping[str, int]) -> str:
     """Says why a comment does not describe its function; '' if it may. times: in this file."""
     if not (comment := function.comment):
@@ -245,56 +236,3 @@ def _lack(function: CFunction, times: Mapping[str, int]) -> str:
     if sum(bool(re.search(r'[^\W\d_]{2}', word)) for word in words) < _COMMENT_WORDS:
         return 'comment_too_short'
     return 'comment_repeated' if times[comment] > _COMMENT_TIMES else ''
-
-
-class _Books:
-    """Counts what is kept and left out, and remembers what was seen, across files and splits."""
-
-    def __init__(self, found: code_build.Projects):
-        parts = ('files', 'functions', 'binaries', 'twins', 'rows')
-        self._counts: dict[str, Counter[str]] = {part: Counter() for part in parts}
-        self._counts['files'].update(found.skipped)
-        self._projects = {project: Counter() for project in sorted(found.files)}
-        self._examples: dict[str, list[str]] = {}
-        self._sources: set[bytes] = set()
-        self._binaries: dict[bytes, tuple[bytes, str, str]] = {}  # → source, level, split
-
-    def rows(self, split: str, made: _Made) -> Iterator[dict[str, Any]]:
-        """Books one file and yields the rows of its functions that are not known yet."""
-        for part in ('files', 'functions', 'binaries'):
-            self._counts[part].update(getattr(made, part))
-        for reason, text in made.examples:
-            self._examples.setdefault(reason, []).append(text)
-        local = self._projects[made.project]
-        local.update(files=1, compiled=made.files['compiled'])
-        local.update({key: made.functions[key] for key in ('found', 'commented')})
-        for function, binaries in made.kept:
-            key = content_key(function.source, function.name)
-            if key in self._sources:
-                self._counts['functions']['equal_source'] += 1
-                continue
-            self._sources.add(key)
-            self._counts['functions']['kept'] += 1
-            local.update({f'{split}_rows': len(binaries)})
-            for level, binary in binaries.items():
-                self._book_binary(binary, key, level, split)
-                metadata = dict(path=made.path, label='', opt_level=level, language='c')
-                row = dict(source=function.source, binary=binary, comment=function.comment)
-                yield dict(row, metadata=dict(metadata, name=function.name))
-
-    def _book_binary(self, binary: str, key: bytes, level: str, split: str) -> None:
-        digest = hashlib.sha256(binary.encode()).digest()
-        source, first_level, first_split = self._binaries.setdefault(digest, (key, level, split))
-        self._counts['rows'][split] += 1
-        twins = self._counts['twins']
-        if source == key:
-            twins['binary_equal_at_two_levels'] += first_level != level
-        else:
-            twins['binary_of_another_source'] += 1
-            twins['binary_of_another_split'] += first_split != split
-
-    def report(self) -> dict[str, Any]:
-        counts = {part: dict(+counter) for part, counter in self._counts.items()}
-        examples = {reason: texts[:_EXAMPLES] for reason, texts in self._examples.items()}
-        projects = {name: dict(counter) for name, counter in self._projects.items()}
-        return dict(counts, projects=projects, examples=examples)

@@ -79,7 +79,7 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocabulary: int = 2000, *, lower_case: bool = True, lines: bool = False
+    texts: Iterable[str], vocabulary: int = 2000, *, lower_case: bool = True, pieces: str = 'text'
 ) -> Tokenizer:
     """Trains byte-level BPE: any text can be written, and the same texts give the same JSON.
 
@@ -91,9 +91,13 @@ def train_tokenizer(
       vocabulary: largest number of ids, of which 4 are special ([PAD] 0, [UNK], [CLS], [SEP]) and
         256 are bytes.
       lower_case: whether case is dropped, after Unicode NFKC.
-      lines: for listings of machine code: a token spans no two words of an instruction, as what
-        stands beside what in a register says little, and line breaks take no token (nor are they
-        decoded again).
+      pieces: what a token does not reach beyond: 'text', a word; for listings of machine code
+        'lines', an instruction, which may become one token, or 'words', a word of one, as where
+        registers have names of their own most instructions are rare. Of listings line breaks take
+        no token and are not decoded again.
+
+    Raises:
+      ValueError: a vocabulary without room for bytes; unknown pieces.
     """
     from tokenizers import (
         Regex,
@@ -113,13 +117,18 @@ def train_tokenizer(
     model = Model(models.BPE(unk_token='[UNK]'))
     steps = [normalizers.NFKC(), *([normalizers.Lowercase()] if lower_case else [])]
     model.normalizer = normalizers.Sequence(steps)
-    pieces = [pre_tokenizers.ByteLevel(add_prefix_space=not lines, use_regex=not lines)]
-    if lines:
-        word = Regex(r',? ?[^ ,]+')  # with what sets it apart from the word before
-        pieces = [
-            pre_tokenizers.Split('\n', 'removed'), pre_tokenizers.Split(word, 'isolated'), *pieces
-        ]  # fmt: skip
-    model.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    split = pre_tokenizers.Split
+    before = {
+        'text': [],
+        'lines': [split('\n', 'removed')],
+        # A word has with it what sets it apart from the one before.
+        'words': [split('\n', 'removed'), split(Regex(r',?\s?[^\s,]+'), 'isolated')],
+    }
+    if pieces not in before:
+        raise ValueError(f"pieces '{pieces}' is not one of {', '.join(before)}")
+    text = pieces == 'text'
+    steps = [*before[pieces], pre_tokenizers.ByteLevel(add_prefix_space=text, use_regex=text)]
+    model.pre_tokenizer = pre_tokenizers.Sequence(steps)
     model.decoder = decoders.ByteLevel()
     model.train_from_iterator(
         iter(texts),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import sys
 import time
 
 import jax
@@ -12,7 +13,8 @@ from mmjax.data.dataset import DataError
 from mmjax.data.folders import file_stamp
 
 BINARY = 'binary'  # folder, in a run's, of the tokenizer of listings
-_READ = 5_000  # training rows that a tokenizer is trained on
+_READ = 5_000  # training functions, or listings, that a tokenizer is trained on
+_EVERY = 5.0  # seconds between two lines of progress
 
 
 def open_splits(config) -> tuple[dict[str, code.CodeFunctions], tuple[pathlib.Path, str] | None]:
@@ -24,14 +26,14 @@ def open_splits(config) -> tuple[dict[str, code.CodeFunctions], tuple[pathlib.Pa
     cache, root, compiled = builders.cache_dir(spec.cache), spec.root, None
     options, there = spec.compile.to_dict(), code.SPLITS
     if spec.c_files:
-        from mmjax.data import code_prepare
+        from mmjax.data import code_books
 
         if root:
             raise DataError('data.root and data.c_files exclude each other')
         root, report = _compile(
-            spec.c_files, cache, wait=jax.process_index() > 0, seed=config.seed, **options
+            spec.c_files, cache, wait=jax.process_index() > 0, seed=spec.seed, **options
         )
-        compiled, there = (root, code_prepare.table(report)), report['rows']
+        compiled, there = (root, code_books.table(report)), report['rows']
         for name in ('train', 'val'):
             if name not in there:
                 raise DataError(
@@ -41,28 +43,46 @@ def open_splits(config) -> tuple[dict[str, code.CodeFunctions], tuple[pathlib.Pa
         there = code.split_files(root)
     names = tuple(name for name in code.SPLITS if name != 'test' or name in there)
     prepared = code.prepare_code(
-        root, cache, splits=names, seed=config.seed, synthetic_sizes=spec.built_in.to_dict(),
-        max_fault_share=spec.max_fault_share, wait=jax.process_index() > 0,
+        root, cache, splits=names, seed=spec.seed, synthetic_sizes=spec.built_in.to_dict(),
+        registers=options['registers'], max_fault_share=spec.max_fault_share,
+        wait=jax.process_index() > 0, progress=_teller('preparing', 'rows'),
     )  # fmt: skip
     return {name: code.CodeFunctions(prepared, name) for name in names}, compiled
 
 
+def _teller(what: str, unit: str):
+    """Returns a `ledger.Progress` that tells standard error how far it is, now and then."""
+    told = time.monotonic()
+
+    def tell(split: str, done: int, whole: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _EVERY:
+            told = time.monotonic()
+            print(f'{what} {split}: {done:,} of {whole:,} {unit}', file=sys.stderr, flush=True)
+
+    return tell
+
+
 def _compile(
-    folder: str, cache: pathlib.Path, *, wait: bool, timeout: float = 600.0, **options
-) -> tuple[pathlib.Path, dict]:
+    folder: str, cache: pathlib.Path, *, wait: bool, timeout: float = 600.0, workers: int = 2,
+    compiler: str = 'auto', **options,
+) -> tuple[pathlib.Path, dict]:  # fmt: skip
     """Compiles the C files of a folder once; returns (folder of the rows under `cache`, report).
 
-    What changes the rows names their folder: the options, and path, size and time of change of
-    every C file and header. `wait`: leave it to another host, and poll until report.json is there.
+    What changes the rows names their folder: the options, path, size and time of change of every C
+    file and header, the compiler and the code that prepares. `workers` changes none. `wait`: leave
+    it to another host, which has the same compiler, and poll until report.json is there.
     """
-    from mmjax.data import code_prepare
+    from mmjax.data import code_build, code_prepare
 
     root = pathlib.Path(folder).expanduser()
     if not root.is_dir():
         raise DataError(f'the folder of C code {root} is not a folder')
     files = sorted(path for path in root.rglob('*') if path.suffix in ('.c', '.h'))
     stamps = [[str(path.relative_to(root)), *file_stamp(path)] for path in files]
-    settings = json.dumps([code.VERSION, sorted(options.items()), stamps])
+    by = [code_build.find_compiler(compiler).identity,
+          code.sources_digest('books', 'build', 'canonical', 'parse', 'prepare')]  # fmt: skip
+    settings = json.dumps([code.VERSION, sorted(options.items()), stamps, by])
     made = cache / f'code-c-{hashlib.sha256(settings.encode()).hexdigest()[:16]}'
     report, beat = made / 'report.json', cache / f'.{made.name}.heartbeat'
     if wait:
@@ -77,8 +97,15 @@ def _compile(
             time.sleep(0.2)
     elif not report.is_file():
         cache.mkdir(parents=True, exist_ok=True)
+        tell = _teller('compiling', 'files')
+
+        def progress(split: str, done: int, whole: int) -> None:
+            beat.touch()
+            tell(split, done, whole)
+
+        options |= {'workers': workers, 'compiler': compiler, 'progress': progress}
         try:
-            code_prepare.prepare(root, made, progress=lambda *_: beat.touch(), **options)
+            code_prepare.prepare(root, made, **options)
         finally:
             beat.unlink(missing_ok=True)
     return made, json.loads(report.read_text())
@@ -87,7 +114,8 @@ def _compile(
 def choose_tokenizers(config, assets, train: code.CodeFunctions):
     """Returns {text: tokenizer}: the run's own, the pretrained folders', or trained ones.
 
-    Source and comment share the anchor's.
+    Source and comment share the anchor's. Trained ones read functions, and listings, drawn by
+    `data.seed`: a table often stands in the order of its projects.
     """
     spec = config.data
     sizes = {'anchor': spec.vocabulary, 'binary': spec.binary_vocabulary}
@@ -99,20 +127,25 @@ def choose_tokenizers(config, assets, train: code.CodeFunctions):
         }
     else:
         given = {side: tokenizers.load_tokenizer(path) for side, path in named.items() if path}
-        rows = train.one_each()[:_READ]
+        rows = train.one_each()
+        rows = rows[code.sample(len(rows), _READ, spec.seed)]
+        listings = code.sample(len(train), _READ, spec.seed)
         texts = {
             'anchor': (
                 code.as_read(text, train.record(row)[text])
                 for row in rows
                 for text in ('source', 'comment')
             ),
-            'binary': (train.record(row)['binary'] for row in range(min(len(train), _READ))),
+            'binary': (train.record(row)['binary'] for row in listings),
         }
         found = {
             side: given[side]
             if side in given
             else tokenizers.train_tokenizer(
-                texts[side], size, lower_case=False, lines=side == 'binary'
+                texts[side],
+                size,
+                lower_case=False,
+                pieces=spec.binary_pieces if side == 'binary' else 'text',
             )
             for side, size in sizes.items()
         }

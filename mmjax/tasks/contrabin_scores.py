@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
-from mmjax.data.code import LEVELS, TEXTS
+from mmjax.data.code import LEVELS, TEXTS, sample
 from mmjax.evals import gallery as search
 from mmjax.evals.probe import linear_probe
 from mmjax.losses.term import Term
 from mmjax.task import Evaluator, Scores, gather
+from mmjax.tasks import contrabin_figures as figures
 
 PAIRS = (
     ('source', 'binary'), ('comment', 'binary'), ('source', 'comment'),
@@ -23,9 +23,10 @@ class CodeScores(Evaluator):
 
     Retrieval: functions are dealt at random (always alike) to pools of `pool`, one binary each; a
     query of one modality asks the pool's other modality. What fills no pool is left out and
-    counted; a smaller split is one pool. Levels: the binaries of a pool at one level ask those at
-    another. Losses: every term over each pool as one batch. `<text>_full`: share of texts that use
-    all the tokens there are, most of which were cut.
+    counted; a smaller split is one pool. Functions without comment take no part where it is asked:
+    `comment_pool` is what is left of the least pool then, with its own chances. Levels: the
+    binaries of a pool at one level ask those at another. Losses: every term over each pool as one
+    batch. `<text>_full`: share of texts that use all the tokens there are, most of which were cut.
     """
 
     def __init__(self, task, functions, train, *, batch_size: int, pool: int):
@@ -47,16 +48,18 @@ class CodeScores(Evaluator):
             metrics[f'{text}_full'] = float(batch.pop(f'{text}_mask')[:, -1].mean())
         metrics |= self._losses(outputs, batch, pools)
         has = batch['has_comment']
+        metrics |= _commented(has, pools)
         for a, b in PAIRS:
             metrics |= _pair(outputs, a, b, has, pools)
         metrics |= self._levels(apply, rows[pools])
         metrics |= self._probe(apply, outputs, chosen)
         drawn = {}
         if final:
+            labels = [chosen.record(row)['label'] for row in range(len(chosen))]
             drawn = {
-                'similarity': _similarity(outputs, pools[0][:64]),
-                'projection': _projection(outputs, chosen),
-                'interpolation': _weights(outputs, has),
+                'similarity': figures.similarity(outputs, pools[0], has),
+                'projection': figures.projection(outputs, has, labels),
+                'interpolation': figures.weights(outputs, has),
             }
         return Scores(metrics, drawn)
 
@@ -76,20 +79,20 @@ class CodeScores(Evaluator):
     def _levels(self, apply, pools):
         """Returns mAP between binaries of one pool's functions at two levels."""
         index = self.functions.index
-        kept = np.unique(index['identity'][pools])
-        rows = np.flatnonzero(np.isin(index['identity'], kept) & (index['level'] >= 0))
+        dealt = index['identity'][pools]
+        rows = np.flatnonzero(np.isin(index['identity'], dealt) & (index['level'] >= 0))
         if len(np.unique(index['level'][rows])) < 2:
             return {}
         data = self.functions.subset(rows)
         encoded, _ = gather(apply, 'embed_binary', data, self.batch_size)
         identity, level = data.index['identity'], data.index['level']
+        members = _by_pool_and_level(identity, level, dealt)
         out, every = {}, []
         for a in np.unique(level):
             for b in np.unique(level):
                 scores = []
-                for pool in pools if a != b else ():
-                    inside = np.isin(identity, index['identity'][pool])
-                    q, g = (inside & (level == x) for x in (a, b))
+                for by_level in members if a != b else ():
+                    q, g = by_level[a], by_level[b]
                     if np.isin(identity[q], identity[g]).any():
                         scores.append(
                             search.rank(encoded[q], encoded[g], identity[q], identity[g]).map
@@ -103,7 +106,8 @@ class CodeScores(Evaluator):
         """Returns how well a linear map of binary embeddings tells the label."""
         told = chosen.index['label'] != 0
         rows = self.train.one_each()
-        rows = rows[self.train.index['label'][rows] != 0][:PROBED]
+        rows = rows[self.train.index['label'][rows] != 0]
+        rows = rows[sample(len(rows), PROBED)]
         if not told.any() or len(np.unique(self.train.index['label'][rows])) < 2:
             return {}
         data = self.train.subset(rows)
@@ -113,6 +117,26 @@ class CodeScores(Evaluator):
             return {}
         found = linear_probe(encoded, data.index['label'], outputs['binary'][told], labels)
         return {'probe_accuracy': found.accuracy, 'probe_majority': found.majority}
+
+
+def _by_pool_and_level(identity, level, dealt) -> list[list[np.ndarray]]:
+    """Returns [pool][level] → rows; dealt [pools, functions] are the identities of each pool."""
+    order = np.argsort(dealt, axis=None)
+    pool = order[np.searchsorted(dealt.ravel(), identity, sorter=order)] // dealt.shape[1]
+    place = pool * len(LEVELS) + level
+    ends = np.cumsum(np.bincount(place, minlength=len(dealt) * len(LEVELS)))
+    parts = np.split(np.argsort(place, kind='stable'), ends[:-1])
+    return [parts[start : start + len(LEVELS)] for start in range(0, len(parts), len(LEVELS))]
+
+
+def _commented(has, pools) -> dict[str, float]:
+    """Returns the least pool that is left where comments are asked, and its chances; {} if all."""
+    sizes = has[pools].sum(1)
+    least = int(min(sizes[sizes > 1], default=pools.shape[1]))
+    if least == pools.shape[1]:
+        return {}
+    chances = {f'comment_r{k}_chance': min(k / least, 1.0) for k in (1, 10)}
+    return {'comment_pool': least, **chances}
 
 
 def _pair(outputs, a: str, b: str, has, pools) -> dict[str, float]:
@@ -128,51 +152,3 @@ def _pair(outputs, a: str, b: str, has, pools) -> dict[str, float]:
     out = {f'{a}_{b}_r{k}': float(np.mean([f.rank[k] for f in found])) for k in (1, 5, 10)}
     # Of one right answer a query, average precision is the reciprocal of its rank.
     return out | {f'{a}_{b}_mrr': float(np.mean([f.map for f in found]))}
-
-
-def _similarity(outputs, rows):
-    figure = Figure(figsize=(8, 4), layout='constrained')
-    figure.set_label(
-        'Cosines of binaries (down) and of source and comment (across) of 64 functions.'
-    )
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
-    for axis, name in zip(figure.subplots(1, 2), ('source', 'comment'), strict=True):
-        cosines = unit(outputs['binary'][rows]) @ unit(outputs[name][rows]).T
-        image = axis.imshow(cosines, vmin=-1, vmax=1, cmap='RdBu_r')
-        axis.set(xlabel=name, ylabel='binary')
-    figure.colorbar(image)
-    return figure
-
-
-def _projection(outputs, chosen, most=600):
-    """Draws the two main directions of all three modalities; binaries coloured by label."""
-    names = ('source', 'comment', 'binary')
-    rows = np.concatenate([outputs[name][:most] for name in names])
-    centred = rows - rows.mean(0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    flat = np.split(centred @ directions[:2].T, len(names))
-    figure = Figure(figsize=(9, 4), layout='constrained')
-    figure.set_label('Embeddings along their two main directions: by modality, binaries by label.')
-    left, right = figure.subplots(1, 2)
-    for name, points in zip(names, flat, strict=True):
-        left.scatter(*points.T, s=6, label=name, alpha=0.6)
-    left.legend(fontsize=7)
-    labels = [chosen.record(row)['label'] for row in range(len(flat[2]))]
-    known = sorted(set(labels))
-    places = [known.index(label) % 20 for label in labels]
-    right.scatter(*flat[2].T, s=6, c=places, cmap='tab20')
-    for label in known[:20]:
-        right.scatter([], [], s=12, color=f'C{known.index(label) % 10}', label=label or 'none')
-    return figure
-
-
-def _weights(outputs, has):
-    figure = Figure(figsize=(6, 3), layout='constrained')
-    figure.set_label('Share of the source in the interpolation with its comment, by function.')
-    axis = figure.subplots()
-    for kind in ('linear', 'nonlinear'):
-        values = outputs[f'lambda_{kind}'][has]
-        axis.hist(values, bins=np.linspace(0, 1, 51), alpha=0.6, label=kind)
-    axis.set(xlabel='λ', ylabel='functions')
-    axis.legend()
-    return figure
