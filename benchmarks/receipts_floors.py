@@ -6,7 +6,8 @@ The built-in receipts as configs/receipts.py draws them, or the folder of --root
 where there is one, else on val:
 
   question   sees no picture: the most frequent class and answer of training for this question, or,
-             where training never asked it, for its kind
+             where training never asked it, for its kind; classes are learnt, as they are scored,
+             from the first question of each picture
   picture    sees no question: ridge regression from 16 × 16 pixels to the classes (the penalty that
              is best on a tenth of training), and the most frequent answer of training for its class
 
@@ -24,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from mmjax.data import builders, receipts, receipts_folder, receipts_text
 from mmjax.evals import classification, generation
+from mmjax.tasks.receipts_scores import contents
 
 SIZES, SIDE, CLASSES = {'train': 6000, 'val': 300, 'test': 600}, 112, 3
 PENALTIES = (1e0, 1e1, 1e2, 1e3)
@@ -62,15 +64,10 @@ def scores(split, classes, answers) -> dict[str, float]:
     first = first_of_picture(split)
     counted = classification.score(split.index['label'][first], classes[first], CLASSES)
     records = [split.record(row) for row in range(len(split))]
-    right = []
-    for record, answer in zip(records, answers, strict=True):
-        kind = receipts_text.kind(record['question'])
-        content = lambda text, kind=kind: receipts_text.content(kind, text)
-        right.append(content(record['answer']) == content(answer))
     out = {'accuracy': counted.accuracy, 'majority': counted.majority, 'f1': counted.f1}
     told = generation.score([record['answer'].strip() for record in records], answers)
     out |= {name: told[name] for name in ('bleu4', 'rougeL', 'exact_match')}
-    return out | {'content_accuracy': float(np.mean(right))}
+    return out | contents(records, answers)
 
 
 def main():
@@ -93,18 +90,19 @@ def main():
     wanted = [test.record(row)['question'] for row in range(len(test))]
     kinds = [receipts_text.kind(question) for question in wanted]
 
-    def by_question(values):
-        exact = most((r['question'], v) for r, v in zip(records, values, strict=True))
-        kind = most(
-            (receipts_text.kind(r['question']), v) for r, v in zip(records, values, strict=True)
-        )
-        return [exact.get(q, kind.get(k, values[0])) for q, k in zip(wanted, kinds, strict=True)]
+    def by_question(rows, value_of):
+        asked = [records[row]['question'] for row in rows]
+        values = [value_of(row) for row in rows]
+        exact = most(zip(asked, values, strict=True))
+        kind = most(zip(map(receipts_text.kind, asked), values, strict=True))
+        usual = most((None, value) for value in values)[None]
+        return [exact.get(q, kind.get(k, usual)) for q, k in zip(wanted, kinds, strict=True)]
 
     out = {'split': asked, 'pictures': len(first_of_picture(test)), 'questions': len(test)}
-    answers = by_question([record['answer'].strip() for record in records])
-    out['question'] = scores(test, np.array(by_question(labels)), answers)
-
     first = first_of_picture(train)
+    answers = by_question(range(len(train)), lambda row: records[row]['answer'].strip())
+    out['question'] = scores(test, np.array(by_question(first, labels.__getitem__)), answers)
+
     x, y = pixels(train, first), train.index['label'][first]
     held = np.arange(len(x)) % 10 == 0
     tried = ridge(x[~held], y[~held], x[held])

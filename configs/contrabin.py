@@ -25,7 +25,7 @@ def get_config(argument: str = ''):
     words = mmjax_config.words(argument, ('smoke', 'published'))
     config = mmjax_config.default()
     config.task = 'contrabin'
-    config.batch_size = 128  # binaries
+    config.batch_size = 64  # binaries
     config.evaluate_pool = 256  # functions that a query chooses among
 
     config.data.c_files = config_dict.placeholder(str)  # folder of C projects, instead of root
@@ -71,30 +71,35 @@ def get_config(argument: str = ''):
     )
     config.loss_weights = dict(anchor=0.0, source_binary=1.0, comment_binary=1.0, intermediate=1.0)
 
-    config.sampler = dict(  # no function twice in a batch, but those of a file beside each other
-        name='pk', by='identity', k=1
-    )
+    # No function twice in a batch. Once random ones are told apart, functions of one file are put
+    # into a batch together: what tells these apart is not learnt from random ones.
+    config.sampler = dict(name='pk', by='identity', k=1)
+    near = dict(name='neighbours', by='identity', near='path', k=4)
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 1e-3
     config.optimizer.warmup_steps = 50
-    config.stages = ('anchor', 'naive', 'linear', 'nonlinear')
-    config.stage.anchor = dict(
-        epochs=6.0,
+    config.stages = ('anchor', 'near', 'naive', 'linear', 'nonlinear')
+    anchor = dict(
         learning_rates=dict(encoder=0.0, binary_head=0.0, linear=0.0, nonlinear=0.0),
         loss_weights=dict(anchor=1.0, source_binary=0.0, comment_binary=0.0, intermediate=0.0),
     )
+    # An epoch of pk shows every binary, one of neighbours every function once.
+    config.stage.anchor = dict(anchor, epochs=1.0)
+    config.stage.near = dict(anchor, epochs=2.0, sampler=near)
     config.stage.naive = dict(
-        epochs=6.0,
+        epochs=1.0,
         learning_rates=dict(anchor=0.0, linear=0.0, nonlinear=0.0),
         options=dict(interpolation='naive', keep_anchor=True),
     )
     config.stage.linear = dict(
-        epochs=3.0,
+        epochs=2.0,
+        sampler=near,
         learning_rates=dict(anchor=0.0, nonlinear=0.0),
         options=dict(interpolation='linear', keep_anchor=True),
     )
     config.stage.nonlinear = dict(
-        epochs=3.0,
+        epochs=2.0,
+        sampler=near,
         learning_rates=dict(anchor=0.0, linear=0.0),
         options=dict(interpolation='nonlinear', keep_anchor=True),
     )
@@ -111,6 +116,8 @@ def get_config(argument: str = ''):
             config.model[side].update(width=16, depth=1, heads=2, mlp_width=32)
         config.model.features = 16
         config.optimizer.warmup_steps = 2
+        config.stages = ('anchor', 'naive', 'linear', 'nonlinear')
+        del config.stage.near
         for name in config.stages:
             del config.stage[name].epochs
             config.stage[name].steps = 4
@@ -118,6 +125,8 @@ def get_config(argument: str = ''):
         config.log.every_steps = 1
     if 'published' in words:
         config.batch_size = 32
+        for name in ('linear', 'nonlinear'):
+            del config.stage[name].sampler
         config.data.update(max_source=512, max_comment=128, max_binary=512)
         for side in ('anchor', 'binary'):
             config.model[side].update(width=768, depth=12, heads=12, mlp_width=3072, dropout=0.1,
@@ -131,5 +140,7 @@ def get_config(argument: str = ''):
         for name, epochs in (('naive', 10.0), ('linear', 5.0), ('nonlinear', 5.0)):
             config.stage[name].epochs = epochs
             config.stage[name].learning_rates.encoder = 0.01  # 1e-5
-        del config.stage.anchor
+        for name in ('anchor', 'near'):
+            if name in config.stage:
+                del config.stage[name]
     return config.lock()

@@ -5,8 +5,12 @@
     python -m mmjax.main --config=configs/receipts.py --mode=predict --input=PICTURE \\
         --question="How many receipts do you see?"
 
-Words after the colon: `smoke`, `published` (InternVL2.5-1B's sizes; name the decoder's weights with
---config.model.pretrained.language=FOLDER). Scores of the default run are not measured yet.
+Words after the colon: `smoke`, which wins over the other, and `published`: InternVL2.5-1B's sizes
+and three stages. The decoder's weights are named with --config.model.pretrained.language=FOLDER.
+For the tower there are none to load: it comes from a run of these sizes, by --init_from=DIR, or is
+trained first, by --config.stages="('scratch', 'heads', 'top', 'all')".
+
+Scores of the default run are not measured yet.
 """
 
 from ml_collections import config_dict
@@ -22,7 +26,7 @@ def get_config(argument: str = ''):
 
     config.data.image_size = 112  # side of a picture, pixels
     config.data.classes = 3  # 0, 1, 2+: the last takes all above
-    config.data.buckets = (16, 32)  # tokens that questions and answers are padded to
+    config.data.buckets = (16, 32, 48)  # tokens that questions and answers are padded to
     config.data.vocabulary = 512  # of the tokenizer trained on questions and answers
     config.data.max_fault_share = 0.01
     config.data.max_pixels = 50_000_000
@@ -39,6 +43,7 @@ def get_config(argument: str = ''):
         cross_attention=dict(heads=8, dropout=0.1),
         thaw_blocks=1,  # last blocks of the tower that the second stage thaws
         attention='auto',  # xla | cudnn | auto
+        remat=False,  # blocks are computed again in the backward pass: slower, in less memory
         pretrained=dict(language=config_dict.placeholder(str)),
     )  # fmt: skip
     config.losses = dict(smoothing=0.0)  # of the classes
@@ -68,19 +73,6 @@ def get_config(argument: str = ''):
     )
     config.best = dict(metric='val/loss', mode='min')
 
-    if 'smoke' in words:
-        config.batch_size = 8
-        config.data.update(image_size=32, built_in_side=32, buckets=(24,))
-        config.data.built_in = dict(train=16, val=8, test=8)
-        config.model.vision.update(width=16, depth=2, heads=2, mlp_width=32)
-        config.model.language.update(width=16, depth=1, heads=2, kv_heads=1, mlp_width=32)
-        config.optimizer.warmup_steps = 2
-        config.stages = ('top', 'all')
-        for name in config.stages:
-            del config.stage[name].epochs
-            config.stage[name].steps = 4
-        config.checkpoint.every_steps = 3
-        config.log.every_steps = 1
     if 'published' in words:
         config.batch_size = 16
         config.precision = 'bfloat16'
@@ -89,13 +81,27 @@ def get_config(argument: str = ''):
                                    stem='patch')  # fmt: skip
         config.model.language.update(width=896, depth=24, heads=14, kv_heads=2, mlp_width=4864,
                                      theta=1e6, tied=False)  # fmt: skip
-        config.model.thaw_blocks = 4
+        config.model.update(thaw_blocks=4, remat=True)
         config.optimizer.learning_rate = 2e-5
+        config.evaluate.every_epochs = 0.5  # more often in a stage than the patience
         config.stages = ('heads', 'top', 'all')
-        del config.stage.scratch
         for name in config.stages:
             config.stage[name].epochs = 5.0
             config.stage[name].early_stop = dict(
                 metric='val/loss', mode='min', patience=5, min_delta=0.01
             )
+    if 'smoke' in words:
+        config.batch_size = 8
+        config.data.update(image_size=32, built_in_side=32, buckets=(24,))
+        config.data.built_in = dict(train=16, val=8, test=8)
+        config.model.thaw_blocks = 1
+        config.model.vision.update(patch_size=8, width=16, depth=2, heads=2, mlp_width=32)
+        config.model.language.update(width=16, depth=1, heads=2, kv_heads=1, mlp_width=32)
+        config.optimizer.warmup_steps = 2
+        config.stages = ('top', 'all')
+        for name in config.stages:
+            del config.stage[name].epochs
+            config.stage[name].steps = 4
+        config.checkpoint.every_steps = 3
+        config.log.every_steps = 1
     return config.lock()

@@ -81,24 +81,6 @@ def weights(tree):
 # Stages -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('count', 'top'), [(0, ()), (1, (11,)), (2, (10, 11)), (12, range(12))])
-def test_the_last_blocks_are_the_last_by_number(cache, count, top):
-    """The original thawed the last third of its parameters by name; and 1 is not 10 or 11."""
-    config = tiny(cache, model__thaw_blocks=count, model__vision__depth=12)
-    config.stages = ('one',)
-    config.stage.one = dict(steps=1)
-    built = build.run(config)
-    groups = {path: group for path, group in built.groups.items if path.startswith('vision/')}
-    blocks = {int(path.split('/')[1][6:]) for path in groups if path.startswith('vision/block_')}
-    assert blocks == set(range(12))
-    for path, group in groups.items():
-        part = path.split('/')[1]
-        last = part.startswith('block_') and int(part[6:]) in top
-        assert group == ('vision_top' if last else 'vision'), path
-    others = {group for path, group in built.groups.items if path not in groups}
-    assert others == {'language', 'heads'}
-
-
 def test_each_stage_moves_what_it_names(trained):
     workdir, config, _ = trained
     fresh = build.run(config)
@@ -220,6 +202,32 @@ def test_scores_are_those_of_a_hand_count(model, monkeypatch, final):
     assert set(found.figures) == ({'confusion'} if final else set())
 
 
+def test_an_error_in_generation_is_an_error(model):
+    """The original's was swallowed, and its BLEU was 0 for ever."""
+
+    def apply(method, dataset, batch_size):
+        if method == 'answer_now':
+            raise RuntimeError('no answer')
+        return model[1](method, dataset, batch_size)
+
+    with pytest.raises(RuntimeError, match='no answer'):
+        model[0].task.evaluators()['val'].run(apply, final=False)
+
+
+def test_texts_cut_and_rows_skipped_of_a_split_are_told(cache, model):
+    task = build.run(tiny(cache, data__buckets=(8,))).task
+    val = task.dataset('val')
+    val.skipped = {'unreadable_picture': 2, 'malformed_row': 1}
+    found = task.evaluators()['val'].run(
+        lambda method, data, size: model[1](method, model[0].task.dataset('val'), size), final=False
+    )
+    assert found.metrics['rows_skipped'] == 3
+    assert found.metrics['texts_cut'] == val.texts_cut > 0
+    train = task.dataset('train')
+    assert train.skipped == {'train texts_cut, rows kept': train.texts_cut}
+    assert model[0].task.dataset('train').skipped == {}
+
+
 def test_answers_are_decoded_as_configured(cache, model, monkeypatch):
     asked = []
 
@@ -308,21 +316,3 @@ def test_embed_writes_the_mean_picture_token_of_every_row(model, tmp_path):
                      val.record(row)['image_path'] and e['question'] ==
                      val.record(row)['question'])  # fmt: skip
         np.testing.assert_allclose(found[entry['row']], pictures[row], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        (dict(model__thaw_blocks=3), 'thaw_blocks is 3, the vision tower has 2 blocks'),
-        (dict(model__thaw_blocks=-1), 'thaw_blocks is -1'),
-        (dict(decode__final__method='best'), "decode.final.method 'best' is not greedy"),
-        (dict(decode__final__beams=0), 'decode.final.beams=0'),
-        (dict(decode__running__top_p=0.0), 'decode.running.top_p=0.0'),
-        (dict(decode__running__temperature=0.0), 'decode.running.temperature=0.0'),
-        (dict(loss_weights=dict(answers=1.0)), "names 'answers'; there are classification"),
-        (dict(data__root='no/such/folder'), 'no/such/folder'),
-    ],
-)
-def test_wrong_settings_end_before_the_first_step(cache, changes, message):
-    with pytest.raises(DataError, match=message):
-        build.run(tiny(cache, **changes))

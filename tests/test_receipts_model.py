@@ -283,3 +283,47 @@ def test_the_answers_loss_trains_the_cross_attention():
         found = optim.flatten(gradients[part])  # a bias of keys moves no softmax
         assert all(np.abs(g).max() > 1e-6 for path, g in found.items() if 'bias' not in path), part
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradients['classifier']))
+
+
+def whole(model, made, **options):
+    """Returns (class logits, answer logits) of all parts in turn."""
+    question, (answer, mask) = said([5, 2, 4], 5), said([4, 1, 3], 4)
+
+    def run(model):
+        picture = model.see(IMAGES, **options)
+        asked = model.ask(picture, *question, **options)[:2]
+        hidden = model.answer(*asked, *language.shifted(answer, mask, 1), **options)
+        return model.classify(picture, None, train=False), model.logits(hidden)
+
+    return nn.apply(run, model)(made, rngs={'dropout': jax.random.key(5)})
+
+
+def test_rematerialisation_changes_no_gradient():
+    """Under the same names, dropout included."""
+
+    def gradients(remat):
+        parts = {'vision': VISION.clone(dropout=0.3, remat=remat)}
+        parts['language'] = MODEL.language.clone(dropout=0.3, remat=remat)
+
+        def loss(params):
+            made = {**variables(), 'params': params}
+            return sum((x**2).sum() for x in whole(MODEL.clone(**parts), made, train=True))
+
+        return jax.jit(jax.value_and_grad(loss))(variables()['params'])
+
+    (loss, found), (again, kept) = gradients(True), gradients(False)
+    np.testing.assert_allclose(loss, again, rtol=1e-5)
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(kept))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * scale)
+    jax.tree.map(close, found, kept)
+
+
+def test_bfloat16_computes_near_float32_in_the_whole_model():
+    """Its numbers have 8 bits: logits stay within 3 % of their largest."""
+    half = {'dtype': jnp.bfloat16}
+    parts = {'vision': VISION.clone(**half), 'language': MODEL.language.clone(**half)}
+    run = lambda model: jax.jit(lambda made: whole(model, made, train=False))(variables())
+    for found, wanted in zip(run(MODEL.clone(**parts, **half)), run(MODEL), strict=True):
+        assert found.dtype == wanted.dtype == jnp.float32
+        error = np.abs(found - wanted).max() / np.abs(wanted).max()
+        assert 1e-5 < error < 0.03, error

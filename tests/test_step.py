@@ -1,6 +1,7 @@
 """The step: frozen leaves, exact accumulation, precision, the not-finite guard, traces, FLOPs."""
 
 import functools
+import re
 
 import chex
 import flax.linen as nn
@@ -95,6 +96,16 @@ def test_accumulation_is_exact_for_a_contrastive_term(count):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
         whole['trainable'], parts['trainable'],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize('count', [1, 4])
+def test_micro_batches_run_one_after_the_other(count):
+    """Forward and backward scan over them; equal losses alone would not tell a batch kept whole."""
+    state, call, rates, weights, *_ = setup(stage(), accumulation=count)
+    program = str(jax.make_jaxpr(call)(state, batch(), rates, weights))
+    scanned = [int(length) for length in re.findall(r'\blength=(\d+)', program)]
+    assert scanned == ([count] * 2 if count > 1 else [])
+    assert f'f32[{B // count},{D}] = dot_general' in program
 
 
 def test_rows_come_back_in_order_and_keep_their_key():

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmjax.data import builders, pictures, receipts_folder, receipts_text
+from mmjax.data import builders, pictures, receipts_encoding, receipts_folder
 from mmjax.data.dataset import DataError, Dataset
 from mmjax.data.ledger import Progress, RecordError
 from mmjax.data.tokenizers import Tokenizer
 
-VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
+VERSION = '1.1.0'  # of the prepared records; raise it when their content changes
 SPLITS = receipts_folder.SPLITS
 _AROUND = (127, 127, 127)  # beside a picture that is not square
 
@@ -88,13 +88,7 @@ def prepare(
 
 
 def _index(record: Mapping[str, Any]) -> dict[str, Any]:
-    kind = receipts_text.kind(record['question'])
-    return {
-        'count': np.int32(record['count']),
-        'kind': np.int8(receipts_text.KINDS.index(kind)),
-        'template': np.int16(record.get('template', 0)),
-        'picture': np.int32(record['picture']),
-    }
+    return {'count': np.int32(record['count']), 'picture': np.int32(record['picture'])}
 
 
 def whole_square(picture: Image.Image, size: int) -> Image.Image:
@@ -112,10 +106,9 @@ def whole_square(picture: Image.Image, size: int) -> Image.Image:
 class ReceiptQuestions(Dataset):
     """One prepared split; a row is a question of a picture.
 
-    index: count of receipts, label (its class), kind of the question (its place in
-    `receipts_text.KINDS`), template (built-in wording from 1, else 0), picture (rows of one share
-    it); with a tokenizer n_question, n_answer and length, the greater of both. skipped: reason →
-    rows left out. texts_cut: rows whose question or answer was too long for the largest bucket.
+    index: count of receipts, label (its class), picture (rows of one share it); with a tokenizer
+    n_question, n_answer and length, the greater of both. skipped: reason → rows left out.
+    texts_cut: rows whose question or answer was too long for the largest bucket.
     """
 
     def __init__(
@@ -170,42 +163,46 @@ class ReceiptQuestions(Dataset):
             record = self._records[row]
             yield from (record['question'], record['answer'])
 
-    def with_tokenizer(self, tokenizer: Tokenizer) -> 'ReceiptQuestions':
+    def with_tokenizer(
+        self, tokenizer: Tokenizer, closing: int | None = None
+    ) -> 'ReceiptQuestions':
         """Returns the same split with its texts in tokens, and their lengths in the index.
 
         What the tokenizer itself puts around a text is left out; an answer ends with `closing_id`:
-        the token that the tokenizer closes texts with, or its pad token where it has none.
+        the token that the tokenizer closes texts with, or, where it has none, `closing`, or its pad
+        token where that is None. Tokens are made once and kept beside the records.
+
+        Raises:
+          DataError: the closing token is text.
         """
-        other = copy.copy(self)
-        places: dict[str, int] = {}
-        rows = np.array([places.setdefault(text, len(places)) for text in self.texts()], np.int32)
-        longest, other.tokenizer = self.lengths[-1], tokenizer
-        plain, other.closing_id = receipts_text.own_tokens(tokenizer, list(places), longest + 1)
-        lengths = np.array([len(tokens) for tokens in plain], np.int32)
-        ids = np.full((len(plain), longest), tokenizer.pad_id, np.int32)
-        for place, tokens in enumerate(plain):
-            ids[place, : min(len(tokens), longest)] = tokens[:longest]
-        questions, answers = rows[0::2], rows[1::2]
-        n_question = np.minimum(lengths[questions], longest)
-        n_answer = np.minimum(lengths[answers] + 1, longest)
-        other._tokens = ids, questions, answers
-        other.texts_cut = int(
-            ((lengths[questions] > longest) | (lengths[answers] + 1 > longest)).sum()
+        folder, longest = self.prepared.prepared.directory, self.lengths[-1]
+        return self._tokenized(
+            tokenizer,
+            receipts_encoding.encoded(folder, self.split, self.texts, tokenizer, longest, closing),
         )
+
+    def _tokenized(self, tokenizer: Tokenizer, encoded: Mapping) -> 'ReceiptQuestions':
+        other, longest = copy.copy(self), self.lengths[-1]
+        other.tokenizer, other.closing_id = tokenizer, int(encoded['closing'])
+        questions, answers = encoded['rows'][0::2], encoded['rows'][1::2]
+        other._tokens = encoded['ids'], questions, answers
+        n_question, n_answer = encoded['lengths'][questions], encoded['lengths'][answers] + 1
+        other.texts_cut = int((np.maximum(n_question, n_answer) > longest).sum())
+        n_question, n_answer = np.minimum(n_question, longest), np.minimum(n_answer, longest)
+        longer = np.maximum(n_question, n_answer)
         other.index = {
-            **self.index,
-            'n_question': n_question,
-            'n_answer': n_answer,
-            'length': np.maximum(n_question, n_answer),
-        }
+            **self.index, 'n_question': n_question, 'n_answer': n_answer, 'length': longer
+        }  # fmt: skip
         return other
 
     def with_question(self, picture: str | os.PathLike, question: str) -> 'ReceiptQuestions':
         """Returns a split of one row: a picture that is asked a question, its answer unknown.
 
         Raises:
-          DataError: a picture that is missing or unreadable.
+          DataError: a picture that is missing or unreadable, a question that is empty or too long.
         """
+        if not question.strip():
+            raise DataError('the question is empty')
         path = pathlib.Path(picture)
         if not path.is_file():
             raise DataError(f'{path} does not exist')
@@ -217,7 +214,15 @@ class ReceiptQuestions(Dataset):
         other.index = {key: np.asarray([value]) for key, value in _index(record).items()}
         other.index['label'] = np.zeros(1, np.int32)
         other.picture(0)
-        return other.with_tokenizer(self.tokenizer) if self.tokenizer else other
+        if not self.tokenizer:
+            return other
+        longest = self.lengths[-1]
+        encoded = receipts_encoding.encode(other.texts(), self.tokenizer, longest, self.closing_id)
+        if encoded['lengths'][0] > longest:
+            raise DataError(
+                f'the question has more than {longest} tokens, the largest of data.buckets'
+            )
+        return other._tokenized(self.tokenizer, encoded)
 
     def picture(self, row: int) -> Image.Image:
         """Returns the whole picture of a row in RGB, as large as it is."""

@@ -85,26 +85,33 @@ class ReceiptsFolder:
 
 
 def named_splits(root: str | os.PathLike) -> tuple[str, ...]:
-    """Returns those of SPLITS that have a table."""
-    root = pathlib.Path(root).expanduser()
-    return tuple(split for split in SPLITS if (root / split / TABLE).is_file())
+    """Returns the splits that a run opens: train and val, and test where it has a table."""
+    has_test = os.path.isfile(pathlib.Path(root).expanduser() / 'test' / TABLE)
+    return SPLITS if has_test else SPLITS[:2]
 
 
 def open_folder(root: str | os.PathLike, splits: Sequence[str]) -> ReceiptsFolder:
     """Checks the structure of a folder without opening a picture.
 
     Raises:
-      DataError: a missing root, table, images folder or column, a table without a usable row, or a
-        path that leads outside the root.
+      DataError: a missing root, table, images folder or column, one that may not be read, a table
+        without a usable row, or a path that leads outside the root.
     """
     root = pathlib.Path(root).expanduser()
+    try:
+        return _opened(root, splits)
+    except OSError as error:
+        raise DataError(f'{error.filename or root} cannot be read: {error.strerror}') from error
+
+
+def _opened(root: pathlib.Path, splits: Sequence[str]) -> ReceiptsFolder:
     if not root.is_dir():
         raise DataError(f'the data root {root} is not a folder')
     rows: dict[str, list[tuple[Row, ...]]] = {}
     malformed: dict[str, list[tuple[int, str]]] = {}
     for split in splits:
         if not (root / split / TABLE).is_file():
-            known = ', '.join(named_splits(root)) or 'none'
+            known = ', '.join(s for s in SPLITS if (root / s / TABLE).is_file()) or 'none'
             raise DataError(f'{root / split / TABLE} does not exist (splits: {known})')
         if not (root / split / PICTURES).is_dir():
             raise DataError(f'{root / split / PICTURES} is not a folder')

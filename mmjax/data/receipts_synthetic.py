@@ -7,9 +7,10 @@ small to be asked for. Its values are the number of goods and the total, its lay
 sign and the total stand. Store, values and layout together belong to one split: what val and test
 show has been in train in every pair of the three, and never together.
 
-Each picture has three questions: one counts; one asks whether there is a receipt, or of a receipt;
-one asks of a receipt, or counts in other words. Words come from a random stream of their own.
-What is asked of a receipt names it where there are more: the left one, the right one.
+Each picture has three questions. One counts; of some pictures another does, in other words, and as
+often whatever the count is. The rest ask of a receipt or whether there is one. Words come from a
+random stream of their own. What is asked of a receipt names it where there are more: the left one,
+the right one.
 """
 
 import dataclasses
@@ -34,6 +35,8 @@ MOST = 3  # receipts in a picture
 ITEMS, TOTALS = range(2, 6), range(2, 10)
 DETAILS = ('store', 'items', 'total', 'payment')
 _CHANCES = (0.28, 0.32, 0.22, 0.18)  # of 0 to 3 receipts
+_AGAIN = 0.3  # of the pictures are counted twice: counts must not tell how often they are asked for
+_EXIST = 0.75  # of the other pictures with a receipt to be named are asked whether there is one
 _APART = 13.0  # units between the left (right) receipt and the next, to be called so
 
 
@@ -128,8 +131,7 @@ def questions(seed: int, split: str, index: int) -> list[dict]:
     """Asks three questions of a picture.
 
     Returns:
-      [{'question', 'answer', 'kind': one of `receipts_text.KINDS`, 'template': from 1}], the first
-      of kind count.
+      [{'question', 'answer', 'kind': of TEMPLATES, 'template': from 1}], the first of kind count.
     """
     rng = _stream('words', seed, split, index)
     shown = receipts(scene(seed, split, index))
@@ -141,8 +143,9 @@ def questions(seed: int, split: str, index: int) -> list[dict]:
             subjects.append(('the left receipt', shown[0].what))
         if shown[-1].x - shown[-2].x > _APART:
             subjects.append(('the right receipt', shown[-1].what))
-    kinds = ['count', 'exist' if not shown or not subjects or rng.random() < 0.35 else 'detail']
-    kinds.append('detail' if subjects else 'count')
+    again, whether = rng.random() < _AGAIN, rng.random() < _EXIST or not subjects
+    kinds = ['count', 'count' if again else 'exist' if whether else 'detail']
+    kinds.append('detail' if subjects else 'exist')
     asked, used = [], set()
     details = [DETAILS[i] for i in np.argsort(rng.random(len(DETAILS)))]
     for kind in kinds:
@@ -204,7 +207,7 @@ def records(seed: int, split: str, size: int, ledger: Ledger, *, side: int) -> I
         count = len(receipts(scene(seed, split, number)))
         image = picture(seed, split, number, side=side)
         for pair, asked in enumerate(questions(seed, split, number)):
-            record = {key: asked[key] for key in ('question', 'answer', 'template')}
+            record = {'question': asked['question'], 'answer': asked['answer']}
             record |= {'count': count, 'pair': pair, 'line': number, 'picture': number}
             record['image_path'] = f'{split}_{number:05d}.jpg'
             yield record | {'image': b'' if pair else image}

@@ -5,15 +5,20 @@ user's questions and answers `kind` and `content` read what is asked and what is
 answer in other words can be right.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mmjax.data.dataset import DataError
 from mmjax.data.tokenizers import Tokenizer
 
-KINDS = ('other', 'count', 'exist', 'store', 'items', 'total', 'payment', 'date')
-NUMBERS = ('no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
+NUMBERS = (
+    'no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven',
+    'twelve', 'thirteen', 'fourteen', 'fifteen', 'sixteen', 'seventeen', 'eighteen', 'nineteen',
+)  # fmt: skip
+_TENS = ('twenty', 'thirty', 'forty', 'fifty', 'sixty', 'seventy', 'eighty', 'ninety')
 
 # kind → (two wordings of the question, the answer); {it} is 'the receipt' or says which one. Of
 # count and exist (no, yes) there is an answer a value. Answers are short, and other ones have few
@@ -111,6 +116,7 @@ _ASKED = (
     ('store', r'\b(stores?|shops?|company|business|merchant|seller|vendor|where|who|issued)\b'),
 )
 _NUMBER_WORDS = {word: str(number) for number, word in enumerate(NUMBERS)} | {
+    **{word: str(10 * tens) for tens, word in enumerate(_TENS, 2)},
     'none': '0', 'zero': '0', 'nothing': '0', 'not': '0', 'single': '1', 'a': '1', 'an': '1',
 }  # fmt: skip
 _WEAK = ('not', 'single', 'a', 'an')  # they count only where nothing else does
@@ -135,7 +141,7 @@ def words(text: str) -> list[str]:
 
 
 def kind(question: str) -> str:
-    """Returns what a question asks for, one of KINDS; 'other' where that is not clear."""
+    """Returns what a question asks for: count, exist, store, items, total, payment, date, other."""
     text = question.lower().strip()
     return next((name for name, pattern in _ASKED if re.search(pattern, text)), 'other')
 
@@ -147,11 +153,12 @@ def content(asked: str, answer: str) -> str:
     what was asked has its own words for content, as has every answer of kind 'other'.
 
     Args:
-      asked: one of KINDS, what `kind` found in the question.
+      asked: what `kind` found in the question.
 
     Returns:
-      count, items: '2'; exist: 'yes' or 'no'; total: '73.00', currency left out; payment: 'card';
-      date: '20-12-2017', separators, leading zeros and case left out; store: its words.
+      count, items: '2', read in words up to ninety-nine; exist: 'yes' or 'no'; total: '73.00',
+      currency left out; payment: 'card'; date: '20-12-2017', separators, leading zeros and case
+      left out; store: its words.
     """
     found = words(answer)
     return _READERS.get(asked, _other)(answer.lower(), found) or _other(answer, found)
@@ -163,6 +170,9 @@ def _other(text: str, found: list[str]) -> str:
 
 def _number(text: str, found: list[str]) -> str:
     said = [word for word in found if word.isdigit() or word in _NUMBER_WORDS]
+    for tens, one in itertools.pairwise(found):  # twenty-five
+        if tens in _TENS and one in NUMBERS[1:10]:
+            return str(int(_NUMBER_WORDS[tens]) + int(_NUMBER_WORDS[one]))
     said.sort(key=lambda word: word in _WEAK and 1 + _WEAK.index(word))
     return _NUMBER_WORDS.get(said[0], said[0].lstrip('0') or '0') if said else ''
 
@@ -207,17 +217,29 @@ _READERS: Mapping = {
 
 
 def own_tokens(
-    tokenizer: Tokenizer, texts: Sequence[str], limit: int
+    tokenizer: Tokenizer, texts: Sequence[str], limit: int, closing: int | None = None
 ) -> tuple[list[np.ndarray], int]:
     """Returns each text's own tokens, at most `limit`, and the token that closes texts.
 
     What the tokenizer puts around a text is left out: it is seen on a short text, where it decodes
-    to nothing. One that closes texts with no token of its own closes them with its pad token.
+    to nothing. One that closes texts with no token of its own closes them with `closing`, or with
+    its pad token where that is None.
+
+    Raises:
+      DataError: the closing token is text.
     """
     ids, mask = tokenizer.encode(['a'], 16)
     around = [tokenizer.decode([token]) == '' for token in ids[mask].tolist()]
     head, tail = around.index(False), around[::-1].index(False)
-    closing = int(ids[mask][-1]) if tail else tokenizer.pad_id
+    if tail:
+        closing = int(ids[mask][-1])
+    elif closing is None:
+        closing = tokenizer.pad_id
+    if tokenizer.decode([closing]):
+        raise DataError(
+            f'the tokenizer closes no text, and token {closing} cannot: it is the text '
+            f'{tokenizer.decode([closing])!r}'
+        )
     ids, mask = tokenizer.encode(texts, limit + head + tail)
     ends = (mask.sum(1) - tail).tolist()
     return [row[head : max(end, head)] for row, end in zip(ids, ends, strict=True)], closing

@@ -142,7 +142,8 @@ class Decoder(nn.Module):
 
     The defaults are the sizes of Qwen2.5-0.5B, with the vocabulary and the head of its own that
     InternVL2.5-1B gave it. Blocks are `block_0`, `block_1`, …; `words` [vocabulary, width] is the
-    table of embeddings, `head` [width, vocabulary] is absent when `tied`.
+    table of embeddings, `head` [width, vocabulary] is absent when `tied`. `remat`: the backward
+    pass computes a block's activations again instead of keeping them.
     """
 
     vocabulary: int = 151674
@@ -156,6 +157,7 @@ class Decoder(nn.Module):
     tied: bool = False
     dropout: float = 0.0
     epsilon: float = 1e-6
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
     implementation: str = 'xla'
 
@@ -257,8 +259,10 @@ class Decoder(nn.Module):
         causal = jnp.tril(jnp.ones((length, length), bool))
         seen = causal & mask[:, None, None, :]  # [batch, heads, queries, keys]
         x, keys, values = embeddings.astype(self.dtype), [], []
+        run = lambda block, x: block(x, angles, seen, train=train)
+        run = nn.remat(run) if self.remat else run
         for index in range(self.depth):
-            x, key, value = getattr(self, f'block_{index}')(x, angles, seen, train=train)
+            x, key, value = run(getattr(self, f'block_{index}'), x)
             keys.append(key)
             values.append(value)
         return self.norm(x), keys, values

@@ -45,7 +45,8 @@ class InternViT(nn.Module):
     The defaults are InternViT-300M-448px. Its class token takes no part in what a decoder sees and
     is left out. `stem` 'convolutions' halves the picture by 3×3 convolutions instead, down to the
     grid of patches, which small towers learn from scratch far sooner (Xiao 2021, Early
-    Convolutions Help Transformers See Better); `patch_size` is then a power of 2.
+    Convolutions Help Transformers See Better); `patch_size` is then a power of 2. `remat`: the
+    backward pass computes a block's activations again instead of keeping them.
     """
 
     image_size: int = 448
@@ -58,6 +59,7 @@ class InternViT(nn.Module):
     layer_scale: float = 0.1
     stem: str = 'patch'
     dropout: float = 0.0
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
     implementation: str = 'xla'
 
@@ -80,11 +82,14 @@ class InternViT(nn.Module):
         start = nn.initializers.normal(0.02)
         positions = self.param('positions', start, (x.shape[1], self.width))
         x = nn.Dropout(self.dropout, deterministic=not train)(x + positions.astype(self.dtype))
+        run = lambda block, x: block(x, train=train)
+        run = nn.remat(run) if self.remat else run
         for index in range(self.depth):
-            x = InternBlock(
+            block = InternBlock(
                 self.heads, self.mlp_width, self.norm, self.layer_scale, self.dropout,
                 dtype=self.dtype, implementation=self.implementation, name=f'block_{index}',
-            )(x, train=train)  # fmt: skip
+            )  # fmt: skip
+            x = run(block, x)
         return x
 
     def _convolve(self, images: jax.Array) -> jax.Array:

@@ -81,6 +81,39 @@ def _config(folder) -> tuple[str, Mapping[str, Any]]:
     return where, config
 
 
+def closing(folder) -> int | None:
+    """Returns the id of the token that closes texts, None where the folder names none.
+
+    It is `eos_token` of tokenizer_config.json, a token of tokenizer.json, else `eos_token_id` of
+    config.json (of several the first); a folder that has neither closes texts with the token that
+    it pads them with.
+
+    Raises:
+      DataError: a file is malformed, or names a token that does not exist.
+    """
+    where, config = _config(folder)
+    path = pathlib.Path(folder) / 'tokenizer_config.json'
+    named = files.read_json(path) if path.is_file() else {}
+    for kind in ('eos', 'pad'):
+        token = named.get(f'{kind}_token')
+        if token := token.get('content') if isinstance(token, Mapping) else token:
+            added = files.read_json(pathlib.Path(folder) / 'tokenizer.json').get('added_tokens', [])
+            found = [one['id'] for one in added if one['content'] == token]
+            if not found:
+                raise DataError(f"{path}: {kind}_token '{token}' is none of tokenizer.json")
+            return found[0]
+        number = config.get(f'{kind}_token_id')
+        number = next(iter(number), None) if isinstance(number, list) else number
+        if number is not None:
+            vocabulary = fields(folder)['vocabulary']
+            if type(number) is not int or not 0 <= number < vocabulary:
+                raise DataError(
+                    f'{where}: {kind}_token_id {number!r} is not in 0 … {vocabulary - 1}'
+                )
+            return number
+    return None
+
+
 def _theta(where: str, config: Mapping[str, Any]) -> float:
     # transformers 5 has gathered what was rope_theta and rope_scaling before.
     gathered = config.get('rope_parameters') or {}

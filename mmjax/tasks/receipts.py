@@ -13,16 +13,15 @@ from mmjax.data.dataset import DataError
 from mmjax.decode import autoregressive
 from mmjax.losses import classification, language
 from mmjax.losses.term import Term
-from mmjax.models.decoder import Decoder
-from mmjax.models.internvit import InternViT
-from mmjax.models.receipts import Receipts
 from mmjax.pretrained import decoder as decoder_weights
 from mmjax.pretrained import files
 from mmjax.task import Task, final_weights
+from mmjax.tasks import receipts_model
 from mmjax.tasks.receipts_scores import ReceiptScores, class_names, overlay
 
 LOSSES = ('classification', 'language')
 _READ = 50_000  # training texts that a tokenizer is trained on
+_LEAST = len(tokenizers.SPECIAL) + 256  # ids of a tokenizer: each byte has one
 # What a decoder would refuse, which at the end of a run is late.
 _RANGES = {
     'beams': lambda x: x >= 1, 'length_penalty': lambda x: x >= 0, 'temperature': lambda x: x > 0,
@@ -41,9 +40,10 @@ class Recipe(Task):
     """
 
     def __init__(self, config, assets=None):
+        receipts_model.check(config)
         self._open(config, assets)
-        self.model, self.folder = _model(config, self.tokenizer.size)
-        self.top = _last_blocks(config.model.thaw_blocks, self.model.vision.depth)
+        self.model = receipts_model.build(config, self.tokenizer.size)
+        self.top = receipts_model.last_blocks(config.model.thaw_blocks, self.model.vision.depth)
         self.opening = self.splits['train'].closing_id  # as GPT-2 does, the end opens a text too
         self.most = self.splits['train'].lengths[-1]
         weights = config.loss_weights.to_dict()
@@ -63,6 +63,8 @@ class Recipe(Task):
                     raise DataError(f'decode.{name}.{key}={options[key]} is out of range')
         self.batch_size, self.seed = config.batch_size, config.seed
         self.smoothing = config.losses.smoothing
+        if not 0 <= self.smoothing < 1:
+            raise DataError(f'losses.smoothing={self.smoothing} is not in [0, 1)')
 
     def _open(self, config, assets):
         spec = config.data
@@ -81,27 +83,32 @@ class Recipe(Task):
             )
             for name in names
         }  # fmt: skip
-        vocabulary = spec.vocabulary
+        vocabulary, self.folder = spec.vocabulary, config.model.pretrained.language
         if assets is not None:
             self.tokenizer = tokenizers.load_tokenizer(assets)
-        elif config.model.pretrained.language:
-            self.tokenizer = tokenizers.load_tokenizer(config.model.pretrained.language)
+        elif self.folder:
+            self.tokenizer = tokenizers.load_tokenizer(self.folder)
         else:
+            if vocabulary < _LEAST:
+                raise DataError(f'data.vocabulary={vocabulary} is less than {_LEAST}')
             texts = (text for text, _ in zip(splits['train'].texts(), range(_READ), strict=False))
             self.tokenizer = tokenizers.train_tokenizer(texts, vocabulary, lower_case=False)
-        self.splits = {name: x.with_tokenizer(self.tokenizer) for name, x in splits.items()}
+        closing = decoder_weights.closing(self.folder) if self.folder else None
+        self.splits = {
+            name: x.with_tokenizer(self.tokenizer, closing) for name, x in splits.items()
+        }
         train = self.splits['train']
-        train.skipped |= {'texts_cut': train.texts_cut} if train.texts_cut else {}
+        if train.texts_cut:
+            train.skipped['train texts_cut, rows kept'] = train.texts_cut
 
     def dataset(self, split):
         return self.splits[split]
 
     def rules(self):
         top = '|'.join(map(str, self.top))
-        rules = [('vision_top', f'vision/block_({top})/.*')] if top else []
         return (
-            *rules, ('vision', 'vision/.*'), ('language', 'language/.*'),
-            ('heads', '(projector|cross_attention|classifier).*'),
+            ('vision_top', f'vision/block_({top})/.*'), ('vision', 'vision/.*'),
+            ('language', 'language/.*'), ('heads', '(projector|cross_attention|classifier).*'),
         )  # fmt: skip
 
     def save_assets(self, workdir):
@@ -122,7 +129,7 @@ class Recipe(Task):
         return {**variables, 'params': params}
 
     def forward(self, variables, batch, stage, *, train, key):
-        vision = stage.trains('vision') or bool(self.top and stage.trains('vision_top'))
+        vision = stage.trains('vision') or stage.trains('vision_top')
         live = {
             'vision': train and vision,
             'language': train and stage.trains('language'),
@@ -269,32 +276,3 @@ class Recipe(Task):
         with (output / 'embeddings.npy').open('wb') as file:
             np.save(file, np.concatenate(parts))
         return f'{at} rows: {output / "embeddings.npy"}'
-
-
-def _last_blocks(count: int, depth: int) -> tuple[int, ...]:
-    if not 0 <= count <= depth:
-        raise DataError(f'model.thaw_blocks is {count}, the vision tower has {depth} blocks')
-    return tuple(range(depth - count, depth))
-
-
-def _model(config, vocabulary):
-    """Builds the model and names the folder of the decoder's weights, if any."""
-    spec, dtype = config.model, jnp.dtype(config.precision)
-    words, folder = spec.language.to_dict(), spec.pretrained.language
-    if folder:
-        words = {**words, **decoder_weights.fields(folder)}
-        if words['vocabulary'] < vocabulary:
-            raise DataError(
-                f'{folder}: the decoder has vocabulary {words["vocabulary"]}, its tokenizer '
-                f'{vocabulary}'
-            )
-    else:
-        words['vocabulary'] = vocabulary
-    shared = {'dtype': dtype, 'implementation': spec.attention}
-    vision = InternViT(image_size=config.data.image_size, **spec.vision.to_dict(), **shared)
-    model = Receipts(
-        vision=vision, language=Decoder(**words, **shared), classes=config.data.classes,
-        shuffle=spec.shuffle, cross_heads=spec.cross_attention.heads,
-        cross_dropout=spec.cross_attention.dropout, dtype=dtype,
-    )  # fmt: skip
-    return model, folder

@@ -18,7 +18,8 @@ class ReceiptScores(Evaluator):
     """Counts and answers a split. Counting is scored once a picture, answers once a question.
 
     While training answers are decoded as `decode.running` says, at the end as `decode.final`. The
-    content of an answer, whatever its words, is compared by kind of question.
+    content of an answer, whatever its words, is compared by kind of question. `texts_cut` counts
+    the rows with a text too long for `data.buckets`, `rows_skipped` those left out as faulty.
     """
 
     def __init__(self, task, questions, batch_size: int):
@@ -35,7 +36,8 @@ class ReceiptScores(Evaluator):
             'accuracy': counted.accuracy, 'accuracy_low': counted.low,
             'accuracy_high': counted.high, 'precision': counted.precision,
             'recall': counted.recall, 'f1': counted.f1, 'majority': counted.majority,
-            'pictures': len(first), 'questions': len(rows),
+            'pictures': len(first), 'questions': len(rows), 'texts_cut': data.texts_cut,
+            'rows_skipped': sum(data.skipped.values()),
         }  # fmt: skip
         metrics |= self._losses(outputs, first)
         said, place = self._joined(apply, 'answer_last' if final else 'answer_now')
@@ -45,7 +47,7 @@ class ReceiptScores(Evaluator):
         truths = [record['answer'].strip() for record in records]
         options = self.task.decode_last if final else self.task.decode_now
         metrics |= {'decoding': options['method'], **generation.score(truths, texts)}
-        metrics |= _contents(records, texts)
+        metrics |= contents(records, texts)
         drawn = {}
         if final:
             names = class_names(data.classes)
@@ -85,7 +87,7 @@ class ReceiptScores(Evaluator):
         return out
 
 
-def _contents(records, texts) -> dict[str, float]:
+def contents(records, texts) -> dict[str, float]:
     """Returns the share of answers whose content is right, in all and by kind of question."""
     right = {}
     for record, text in zip(records, texts, strict=True):
