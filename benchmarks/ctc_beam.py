@@ -2,10 +2,10 @@
 
     python benchmarks/ctc_beam.py [--frames=256] [--size=1200] [--beam=16] [--repeats=5]
 
-Prints milliseconds an utterance, the best of the repeats after one call to compile, for one
-utterance at a time and for 8 together, and writes `benchmarks/results/ctc_beam.json` beside this
-file. The inputs are as peaked as a trained model's: a symbol about every 16 frames, the rest blank.
-Processor milliseconds hardly feel other programs on the machine.
+Prints milliseconds an utterance, the median of the repeats after one call to compile, for one
+utterance at a time and for 8 together, and writes benchmarks/results/ctc_beam.json. The inputs are
+as peaked as a trained model's: a symbol about every 16 frames, the rest blank. Processor
+milliseconds hardly feel other programs on the machine.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import pathlib
+import statistics
 import time
 
 import jax
@@ -36,8 +37,8 @@ def inputs(rows: int, frames: int, size: int):
     return softmax(jnp.asarray(logits)), jnp.ones((rows, frames), bool), softmax(jnp.asarray(table))
 
 
-def best(function, repeats, *arguments) -> tuple[float, float]:
-    """Returns the least seconds and processor seconds of a call."""
+def medians(function, repeats, *arguments) -> tuple[float, float]:
+    """Returns the median seconds and processor seconds of a call."""
     jax.block_until_ready(function(*arguments))
     seconds, cpu = [], []
     for _ in range(repeats):
@@ -45,7 +46,7 @@ def best(function, repeats, *arguments) -> tuple[float, float]:
         jax.block_until_ready(function(*arguments))
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - cpu_start)
-    return min(seconds), min(cpu)
+    return statistics.median(seconds), statistics.median(cpu)
 
 
 def main():
@@ -75,7 +76,7 @@ def main():
     for rows in (1, 8):
         arguments = inputs(rows, flags.frames, flags.size)
         for name, form in forms.items():
-            wall, cpu = (1e3 * t / rows for t in best(jax.jit(form), flags.repeats, *arguments))
+            wall, cpu = (1e3 * t / rows for t in medians(jax.jit(form), flags.repeats, *arguments))
             results.append({'rows': rows, 'form': name, 'ms': wall, 'cpu_ms': cpu})
             print(f'{rows:3} rows  {name:26} {wall:8.2f} {cpu:8.2f}', flush=True)
     path = ROOT / 'benchmarks/results/ctc_beam.json'

@@ -35,9 +35,9 @@ def get_config(argument: str = ''):
     config.data.built_in_side = 112
 
     config.model = dict(
-        vision=dict(patch_size=8, width=96, depth=3, heads=4, mlp_width=192, norm='layer',
+        vision=dict(patch_size=16, width=128, depth=4, heads=4, mlp_width=256, norm='layer',
                     layer_scale=0.1, stem='convolutions', dropout=0.0),
-        shuffle=2,  # so many picture tokens, squared, become one of the decoder's
+        shuffle=1,  # so many picture tokens, squared, become one of the decoder's
         language=dict(width=128, depth=2, heads=4, kv_heads=2, mlp_width=256, theta=1e4,
                       qkv_bias=True, tied=True, dropout=0.0, epsilon=1e-6),
         cross_attention=dict(heads=8, dropout=0.1),
@@ -61,15 +61,15 @@ def get_config(argument: str = ''):
     config.optimizer.end = 0.1
     config.optimizer.warmup_steps = 100
     config.stages = ('scratch', 'heads', 'top', 'all')
-    config.stage.scratch = dict(epochs=3.0)
+    config.stage.scratch = dict(epochs=2.5)
     config.stage.heads = dict(
-        epochs=0.5, learning_rates=dict(vision=0.0, vision_top=0.0, language=0.1)
+        epochs=0.25, learning_rates=dict(vision=0.0, vision_top=0.0, language=0.1)
     )
     config.stage.top = dict(
-        epochs=0.5, learning_rates=dict(vision=0.0, vision_top=0.01, language=0.1)
+        epochs=0.25, learning_rates=dict(vision=0.0, vision_top=0.01, language=0.1)
     )
     config.stage.all = dict(
-        epochs=1.0, learning_rates=dict(vision=0.1, vision_top=0.1, language=0.1)
+        epochs=0.5, learning_rates=dict(vision=0.1, vision_top=0.1, language=0.1)
     )
     config.best = dict(metric='val/loss', mode='min')
 
@@ -77,6 +77,7 @@ def get_config(argument: str = ''):
         config.batch_size = 16
         config.precision = 'bfloat16'
         config.data.update(image_size=448, built_in_side=448)
+        config.model.shuffle = 2
         config.model.vision.update(patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096,
                                    stem='patch')  # fmt: skip
         config.model.language.update(width=896, depth=24, heads=14, kv_heads=2, mlp_width=4864,

@@ -21,12 +21,11 @@ def get_config(argument: str = ''):
     config.task = 'sign'
     config.batch_size = 16  # sentences
 
-    config.data.streams = ()  # (name, start, end) columns; (): the folder's streams.json
+    # (name, start, end) columns or (name, start, end, numbers of a landmark); (): streams.json
+    config.data.streams = ()
     config.data.missing = 'zero'  # 'zero': a stream that is all zeros in a frame was not seen
     config.data.differences = True  # adds each feature's change since the frame before
-    config.data.coordinates = (
-        2  # of a landmark: streams of several are told around their mean point; 0: not
-    )
+    config.data.around = True  # tells the landmarks of a stream around their mean point
     config.data.buckets = 2  # lengths that batches are padded to, at most
     config.data.frame_rate = 25.0  # frames a second, for the times that predict prints
     config.data.max_fault_share = 0.01
@@ -37,7 +36,8 @@ def get_config(argument: str = ''):
 
     model = dict(
         stream_width=64,
-        stream_widths=(),  # (name, width) pairs that differ
+        # (name, width) pairs that differ; names that the data lack are left out, but not all names
+        stream_widths=(),
         stem=16,
         width=128,
         lstm_features=128,  # a direction
@@ -49,7 +49,7 @@ def get_config(argument: str = ''):
     )
     config.model = dict(student=model, teacher=dict(model, lstm_layers=2), distill=False)
     config.losses = dict(distillation_temperature=3.0, blank_penalty=0.0)
-    config.loss_weights = dict(ctc=1.0)
+    config.loss_weights = dict(ctc=1.0, smoothing=0.0)
     config.decode = dict(
         beam=16,
         language_model=0.0,  # weight of a bigram model of the glosses; 0 is none
@@ -69,38 +69,23 @@ def get_config(argument: str = ''):
 
     if 'distill' in words:
         config.model.distill = True
-        config.loss_weights = dict(ctc=0.3, distillation=0.7, teacher_ctc=0.0)
+        config.loss_weights = dict(ctc=0.3, distillation=0.7, teacher_ctc=0.0, smoothing=0.0)
         config.stages = ('teacher', 'student')
         config.stage.teacher = dict(
             epochs=15.0,
             learning_rates=dict(student=0.0),
-            loss_weights=dict(ctc=0.0, distillation=0.0, teacher_ctc=1.0),
+            loss_weights=dict(ctc=0.0, distillation=0.0, teacher_ctc=1.0, smoothing=0.0),
         )
         config.stage.student = dict(epochs=15.0, learning_rates=dict(teacher=0.0))
         del config.stage.train
-    if 'smoke' in words:
-        config.batch_size = 4
-        config.data.buckets = 1
-        config.data.built_in = dict(train=16, dev=4, test=4, signers=4, held_out_signers=2)
-        for model in (config.model.student, config.model.teacher):
-            model.update(stream_width=16, width=16, lstm_features=16)
-        config.decode.beam = 4
-        for name in config.stages:
-            del config.stage[name].epochs
-            config.stage[name].steps = 6
-        if 'distill' not in words:
-            config.stages = ('train', 'finetune')
-            config.stage.finetune = dict(steps=4, optimizer=dict(learning_rate=2e-4))
-        config.optimizer.warmup_epochs = 0.5
-        config.checkpoint.every_steps = 4
-        config.log.every_steps = 1
     if 'published' in words:
         config.batch_size = 4
         config.data.differences = False
-        config.data.coordinates = 0
+        config.data.around = False
         for model in (config.model.student, config.model.teacher):
             model.stream_width = 64
-            model.stream_widths = (('hands', 128), ('temporal', 128))
+            # Hands are one stream in the original's data and two in the built-in ones.
+            model.stream_widths = (('hands', 128), ('left', 128), ('right', 128), ('temporal', 128))
         config.optimizer.learning_rate = 3e-4
         config.optimizer.schedule = 'cosine_restarts'
         config.optimizer.period_epochs = 10.0
@@ -111,4 +96,21 @@ def get_config(argument: str = ''):
             metric = 'dev/teacher_wer' if name == 'teacher' else 'dev/wer'
             config.stage[name].early_stop = dict(metric=metric, mode='min', patience=15)
         config.evaluate.every_epochs = 1.0
+    if 'smoke' in words:  # after the others: its sizes win
+        config.batch_size = 4
+        config.data.buckets = 1
+        config.data.built_in = dict(train=16, dev=4, test=4, signers=4, held_out_signers=2)
+        for model in (config.model.student, config.model.teacher):
+            model.update(stream_width=16, stream_widths=(), width=16, lstm_features=16)
+        config.decode.beam = 4
+        for name in config.stages:
+            del config.stage[name].epochs
+            config.stage[name].steps = 6
+        if 'distill' not in words:
+            config.stages = ('train', 'finetune')
+            config.stage.finetune = dict(steps=4, optimizer=dict(learning_rate=2e-4))
+        config.optimizer.warmup_epochs = 0.5
+        config.evaluate.every_epochs = 0.0
+        config.checkpoint.every_steps = 4
+        config.log.every_steps = 1
     return config.lock()

@@ -19,6 +19,7 @@ from mmjax.checkpoint import load_weights
 from mmjax.data.dataset import DataError
 from mmjax.models.layers import MaskedBatchNorm
 from mmjax.models.mobilenet1d import PUBLISHED
+from mmjax.models.recurrent import BiLSTM
 from mmjax.models.sign import Sign
 from mmjax.tasks import sign
 from mmjax.tasks.sign_scores import SignScores
@@ -33,6 +34,13 @@ FRAMES = {'train': [12, 9, 3, 30, 14, 11, 8, 28, 26, 31], 'dev': [13, 30, 10], '
 INFEASIBLE = {'train': 1, 'dev': 1, 'test': 0}  # 'B B A' needs 4 frames; 'NEW' has no symbol
 
 
+class Through(BiLSTM):
+    """In place of an LSTM, whose loop is slow to compile."""
+
+    def __call__(self, x, mask):
+        return x
+
+
 class Small(nn.Module):
     """In place of the published model, where that is not the point: it compiles in a second."""
 
@@ -41,14 +49,14 @@ class Small(nn.Module):
 
     def setup(self):
         self.trunk, self.norm = nn.Dense(self.width), MaskedBatchNorm()
-        self.head = nn.Dense(self.vocabulary)
+        self.head, self.lstm = nn.Dense(self.vocabulary), Through(1)
 
     def __call__(self, features, mask, *, train):
         return self.head(self.hidden(features, mask, train=train))
 
     def hidden(self, features, mask, *, train):
         x = jnp.tanh(self.norm(self.trunk(features), mask, train=train))
-        return jnp.where(mask[..., None], x, 0)
+        return self.lstm(jnp.where(mask[..., None], x, 0), mask)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -295,8 +303,8 @@ def test_a_run_keeps_its_words_and_its_scale_beside_other_data(trained, tmp_path
     own, fresh = build.run(config, assets=workdir).task, build.run(config).task
     assert own.vocabulary.words == ('<blank>', 'A', 'B', 'C', 'D') != fresh.vocabulary.words
     with np.load(workdir / 'normalization.npz') as saved:
-        np.testing.assert_array_equal(own.normalization.mean, saved['mean'])
-    assert np.abs(fresh.normalization.mean[0] / own.normalization.mean[0]) > 5
+        np.testing.assert_array_equal(own.data.normalization.mean, saved['mean'])
+    assert np.abs(fresh.data.normalization.mean[0] / own.data.normalization.mean[0]) > 5
     assert own.dataset('dev').example(0, None, False)['labels'].tolist() == [-1, 2]
     assert own.dataset('dev').counts['unknown_words'] == 3 and own.table.shape == (5, 5)
 
@@ -312,23 +320,6 @@ def test_what_cannot_be_read_is_named(folder, tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             task.predict(None, str(tmp_path / f'{name}.npz'), tmp_path / 'out')
-
-
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        (dict(decode__beam=0), 'decode.beam=0 is not above 0'),
-        (dict(losses__distillation_temperature=0.0), 'distillation_temperature=0.0 is not above'),
-        (dict(sampler__stretch=1.0), r'sampler.stretch=1.0 leaves no room for data.augmentation'),
-        (dict(loss_weights=dict(ctc=1.0, focal=1.0)), "loss_weights names 'focal'; there are ctc"),
-        (dict(model__student__stream_widths=(('hand', 3),)), "'hand'; the data have hands, face"),
-        (dict(loss_weights=dict(ctc=1.0, distillation=0.5)), 'stage.train: .*model.distill=True'),
-        (dict(stage__train__loss_weights=dict(teacher_ctc=1.0)), 'stage.train: .*model.distill'),
-    ],
-)
-def test_wrong_settings_end_before_the_first_step(folder, changes, message):
-    with pytest.raises(DataError, match=message):
-        build.check_terms(build.run(tiny('', folder, **changes)))
 
 
 @pytest.mark.slow

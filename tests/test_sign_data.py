@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from mmjax.data import pipeline, records, samplers, sign, sign_augment, sign_folder
+from mmjax.data import pipeline, records, samplers, sign, sign_augment, sign_folder, sign_prepare
 from mmjax.data.dataset import DataError
 
 STREAMS = {'pose': [0, 2], 'left': [2, 5], 'right': [6, 9]}  # column 5 is in none
@@ -57,7 +57,7 @@ class Folder:
         np.savez(self.file(split, place), **arrays)
 
     def prepare(self, cache, **options):
-        return sign.prepare_sequences(self.root, cache, **options)
+        return sign_prepare.prepare_sequences(self.root, cache, **options)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_the_second_split_is_called_as_the_folder_does_and_test_may_be_there(tmp
         prepared = Folder(tmp_path / str(number), sentences).prepare(tmp_path / 'cache')
         assert prepared.splits == ('train', second, *third)
         assert split_of(prepared, second).split == second
-    only = sign.prepare_sequences(tmp_path / '1', tmp_path / 'cache', splits=('test',))
+    only = sign_prepare.prepare_sequences(tmp_path / '1', tmp_path / 'cache', splits=('test',))
     other = {'vocabulary': prepared.vocabulary(), 'normalization': prepared.normalization()}
     data = sign.SignSequences(only, 'test', **other)
     assert data.example(0, RNG, False)['labels'].tolist() == [1] and data.lengths == (16,)
@@ -140,10 +140,6 @@ def rewritten(name, change):
         path.write_text(change(path.read_text()))
 
     return spoil
-
-
-def streams(content):
-    return rewritten('streams.json', lambda text: json.dumps(content))
 
 
 TRAIN, DEV = 'annotations/train.corpus.csv', 'annotations/dev.corpus.csv'
@@ -168,15 +164,6 @@ TRAIN, DEV = 'annotations/train.corpus.csv', 'annotations/dev.corpus.csv'
         (rewritten(TRAIN, lambda t: t + 'a\0b|x|A\n'), r"line 7: id 'a\\x00b' leads elsewhere"),
         (rewritten(TRAIN, lambda t: t + 'x|x|A <blank>\n'), r"7: the gloss '<blank>' is taken"),
         (lambda f: f.table('dev').write_bytes(b'id|signer|annotation\nx|\xff|A'), r'2 is not UTF'),
-        (lambda f: (f.root / 'streams.json').unlink(), r'streams\.json does not exist'),
-        (rewritten('streams.json', lambda t: '{\n"a": [0,'), r'streams\.json line 2: '),
-        (streams([[0, 9]]), r'streams\.json is not an object of streams'),
-        (streams({}), r'streams\.json is not an object of streams'),
-        (streams({'a': [0, 4], 'b': [3, 9]}), r"'a' \[0, 4\] and 'b' \[3, 9\] overlap"),
-        (streams({'a': [4, 4]}), r"stream 'a' is \[4, 4\], not \[start, end\]"),
-        (streams({'a': [-1, 4]}), r"stream 'a' is \[-1, 4\], not"),
-        (streams({'a': [0, 4.0]}), r"stream 'a' is \[0, 4\.0\], not"),
-        (streams({'a': [0, 10]}), r"'a' ends at 10, but features/train/Äpfel-0\.npz has 9"),
         (lambda f: (f.root / 'features').rename(f.root / 'f'), r'none can be read: .*not exist'),
     ],
 )  # fmt: skip
@@ -185,20 +172,6 @@ def test_faults_of_structure_end_at_once(folder, tmp_path, spoil, message):
     with pytest.raises(DataError, match=message) as caught:
         folder.prepare(tmp_path / 'cache', max_fault_share=1.0)
     assert '\n' not in str(caught.value) and not (tmp_path / 'cache').exists()
-
-
-def test_streams_may_be_told_instead_of_those_of_the_folder(folder, tmp_path):
-    own = folder.prepare(tmp_path / 'cache')
-    told = folder.prepare(tmp_path / 'cache', streams={'b': (6, 9), 'a': (0, 6)})
-    assert dict(own.streams) == {name: tuple(span) for name, span in STREAMS.items()}
-    assert list(told.streams.items()) == [('a', (0, 6)), ('b', (6, 9))]
-    assert told.normalization().output_streams == {'a': (0, 6), 'b': (6, 9)}
-    assert own.normalization().output_streams == {'pose': (0, 2), 'left': (2, 5), 'right': (5, 8)}
-    for wrong in ({'a': (0, 4), 'b': (3, 9)}, {'a': (4, 4)}):
-        with pytest.raises(DataError, match=r'data\.streams: stream'):
-            folder.prepare(tmp_path / 'cache', streams=wrong)
-    with pytest.raises(DataError, match=r"data\.streams: 'a' ends at 93, the built-in has 92"):
-        sign.prepare_sequences(None, tmp_path / 'cache', streams={'a': (0, 93)})
 
 
 def half_empty(more):

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.models import convolutions
 from mmjax.models.mobilenet1d import InvertedResidual, Row, SqueezeExcitation
 from mmjax.models.sign import CrossAttention, Sign, Stream
+from mmjax.tasks import sign
 
 STREAMS = (Stream('pose', 0, 6, 8), Stream('hands', 6, 16, 4))
 BLOCKS = (Row(8, 8, 3, 1, True, 'relu'), Row(12, 6, 5, 2, True, 'hard_swish'))
@@ -121,20 +123,57 @@ def test_empty_rows_an_empty_batch_and_huge_padding_make_no_nan():
         assert all(np.isfinite(leaf).all() for leaf in found)
 
 
-def test_temporal_collapse_does_not_come_back():
-    model = TINY()
-    x, mask = _random(40, rows=2), np.ones((2, 40), bool)
+@pytest.mark.parametrize('collapsed', [False, True])
+def test_temporal_collapse_does_not_come_back(monkeypatch, collapsed):
+    """What the LSTM reads moves with the input; were it pooled over time, the score would tell.
+
+    Behind the LSTM, or within a stride of the transposed convolution, even equal features differ.
+    """
+    model, x, lengths = TINY(), _random(40, rows=2), np.array([40, 29])
+    mask = np.arange(40) < lengths[:, None]
+    if collapsed:
+        upsample = convolutions.upsample
+        pool = lambda x: jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)
+        pooled = lambda x, kernel: upsample(pool(x), kernel)
+        monkeypatch.setattr(convolutions, 'upsample', pooled)
 
     @_jit
     def start(key):
-        logits, variables = model.init_with_output(key, x, mask, train=False)
-        return logits, model.apply(variables, x, mask, train=False, method='hidden')
+        variables = model.init(key, x, mask, train=False)
+        logits, read = model.apply(variables, x, mask, train=False, method=sign.with_lstm_input)
+        hidden = model.apply(variables, x, mask, train=False, method='hidden')
+        return logits, read, hidden, sign.spread(read, mask)
 
-    logits, hidden = start(jax.random.key(0))
-    assert hidden.shape == (2, 40, 12)
-    # Away from the ends, where padding makes even equal features differ.
-    assert np.asarray(logits)[:, 16:24].var(1).mean() > 1e-6
-    assert np.asarray(hidden)[:, 16:24].var(1).mean() > 1e-6
+    logits, read, hidden, (squares, count) = start(jax.random.key(0))
+    assert read.shape == (2, 40, 12) and hidden.shape == (2, 40, 12)
+    variance = squares / count
+    if collapsed:  # where the variances of all frames see nothing
+        assert variance.max() < 1e-10 < 1e-6 < np.asarray(hidden)[:, 8:20].var(1).mean()
+    else:
+        assert variance.min() > 1e-2 and np.asarray(logits)[:, 8:20].var(1).mean() > 1e-6
+
+
+def test_bfloat16_is_float32_within_its_rounding_and_keeps_the_mask():
+    """Of 8 bits, over about 10 layers: logits of size 1 agree to 0.1; neighbours change nothing."""
+    narrow, wide = (TINY(dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    x, lengths = _random(13, rows=3), np.array([13, 7, 1])
+    mask = np.arange(13) < lengths[:, None]
+    variables = _variables(wide, x, mask)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    evaluate = {
+        model: _jit(functools.partial(model.apply, train=False)) for model in (narrow, wide)
+    }
+    found, wanted = (evaluate[model](variables, x, mask) for model in (narrow, wide))
+    assert found.dtype == jnp.float32 and np.abs(wanted[mask]).mean() > 0.3
+    apart = np.abs(found - wanted)[mask].max()
+    assert 1e-5 < apart < 0.1  # and it is not float32
+    for row, length in enumerate(lengths):
+        alone = np.full((3, 13, 16), 1e6, np.float32)
+        alone[1, :length] = x[row, :length]
+        own = evaluate[narrow](variables, alone, np.arange(13) < np.array([0, length, 0])[:, None])
+        np.testing.assert_allclose(own[1, :length], found[row, :length], atol=1e-5)
+    short = evaluate[narrow](variables, x[1:2, :7], mask[1:2, :7])
+    np.testing.assert_allclose(short[0], found[1, :7], atol=1e-5)
 
 
 def test_every_stream_reaches_the_logits(model):

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from mmjax.data import sign, sign_skeleton
+from mmjax.data import sign, sign_prepare, sign_skeleton
 from mmjax.data import sign_synthetic as synthetic
 from mmjax.data.dataset import DataError
 from mmjax.data.sign_augment import Normalization
@@ -196,7 +196,7 @@ def test_neighbours_of_known_signers_miss_more_than_three_in_ten_signs(drawn):
 
 
 def test_built_in_sentences_are_found_again_by_seed_size_and_code(tmp_path, monkeypatch):
-    prepared = sign.prepare_sequences(None, tmp_path, seed=2, synthetic_sizes=SIZES)
+    prepared = sign_prepare.prepare_sequences(None, tmp_path, seed=2, synthetic_sizes=SIZES)
     assert prepared.splits == ('train', 'dev', 'test')
     splits = {name: opened(prepared, name) for name in prepared.splits}
     assert [len(data) for data in splits.values()] == [6, 4, 4]
@@ -204,14 +204,14 @@ def test_built_in_sentences_are_found_again_by_seed_size_and_code(tmp_path, monk
     assert [len(p) for p in people] == [3, 2, 2] and set.union(*people) == set(range(7))
     for data in splits.values():
         example = data.example(0, RNG, False)
-        assert example['features'].shape == (data.index['length'][0], 92)
+        assert example['features'].shape == (data.index['length'][0], 92 + 4 * 2)  # mean points
         assert np.isfinite(example['features']).all() and example['features'].std() > 0.3
     read, seen = pathlib.Path.read_bytes, set()
     monkeypatch.setattr(pathlib.Path, 'read_bytes', lambda p: (seen.add(p.name), read(p))[1])
-    again = sign.prepare_sequences(None, tmp_path, seed=2, synthetic_sizes=SIZES)
+    again = sign_prepare.prepare_sequences(None, tmp_path, seed=2, synthetic_sizes=SIZES)
     assert again == prepared and {'sign_synthetic.py', 'sign_skeleton.py'} <= seen
     for seed, change in ((3, {}), (2, {'dev': 3})):
-        sign.prepare_sequences(None, tmp_path, seed=seed, synthetic_sizes=SIZES | change)
+        sign_prepare.prepare_sequences(None, tmp_path, seed=seed, synthetic_sizes=SIZES | change)
     assert len(os.listdir(tmp_path)) == 3
     with pytest.raises(DataError, match=r'data\.built_in\.train is missing'):
-        sign.prepare_sequences(None, tmp_path)
+        sign_prepare.prepare_sequences(None, tmp_path)

@@ -1,163 +1,18 @@
 """Signed sentences as examples: normalised landmarks by frame, glosses, and the length of both."""
 
 import collections
-import contextlib
-import dataclasses
-import functools
+import copy
 import hashlib
-import itertools
-import json
-import os
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mmjax.data import builders, records, sign_folder
+from mmjax.data import records
 from mmjax.data.dataset import DataError, Dataset
-from mmjax.data.ledger import Ledger, Progress
 from mmjax.data.sign_augment import Augmentation, Normalization
 from mmjax.data.sign_folder import UNKNOWN_ID, Vocabulary
-
-VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedSequences:
-    """Prepared splits; streams: name → columns [start, end) of their features."""
-
-    prepared: builders.Prepared
-    splits: tuple[str, ...]
-    streams: Mapping[str, tuple[int, int]]
-
-    def sentences(self, split: str) -> list[tuple[str, ...]]:
-        """Returns the words of every row."""
-        return [tuple(words.split()) for words in self.prepared.index(split)['words'].tolist()]
-
-    def vocabulary(self) -> Vocabulary:
-        """Returns the words of the training split."""
-        return Vocabulary.of(self.sentences('train'))
-
-    def normalization(
-        self, missing: str = 'zero', differences: bool = False, coordinates: int = 0
-    ) -> Normalization:
-        """Returns the statistics of the training split, and only of that.
-
-        They are taken in one pass, the first time, and kept beside the records.
-
-        Args:
-          missing, differences, coordinates: see `Normalization`.
-        """
-        kind = f'{missing}-differences' if differences else missing
-        kind += f'-{coordinates}' if coordinates else ''
-        path = self.prepared.directory / f'normalization-{kind}.npz'
-        if path.is_file():
-            return Normalization.load(path)
-        found = (records.unpack(record['features']) for record in self.prepared.open('train'))
-        result = Normalization.measure(found, self.streams, missing, differences, coordinates)
-        with contextlib.suppress(OSError):  # a cache that may be read only is as good
-            partial = path.with_name(f'.{os.getpid()}-{path.name}')
-            result.save(partial)
-            os.replace(partial, path)
-        return result
-
-
-def prepare_sequences(
-    root: str | os.PathLike | None,
-    cache_dir: str | os.PathLike,
-    *,
-    splits: Sequence[str] | None = None,
-    streams: Mapping[str, Sequence[int]] | None = None,
-    seed: int = 0,
-    synthetic_sizes: Mapping[str, int] | None = None,
-    max_fault_share: float = 0.01,
-    wait: bool = False,
-    progress: Progress | None = None,
-) -> PreparedSequences:
-    """Checks every file once and writes the records of the splits under `cache_dir`.
-
-    Features are copied into the records, as float16 or float32, so that a run reads few files.
-
-    Args:
-      root: folder in the format of `sign_folder`; None performs the built-in sentences.
-      splits: those needed; None for train, dev (or val, where the folder calls it so) and, where
-        the folder has one, test.
-      streams: name → columns [start, end), instead of those of the folder.
-      seed, synthetic_sizes: of the built-in sentences, as `sign_synthetic.catalogue` has them.
-      max_fault_share: share of a split's rows that may be faulty; these are skipped and listed.
-      wait: leave the preparation to another host, and poll until it is done.
-
-    Raises:
-      DataError: a fault of the folder's structure, or too many faults of rows.
-    """
-    settings: list[Any] = [VERSION, max_fault_share]
-    if streams:  # the statistics beside the records are those of the streams
-        streams = sign_folder.check_streams(streams, 'data.streams')
-        settings.append(streams)
-    if root is None:
-        from mmjax.data import sign_skeleton, sign_synthetic
-
-        width = max(end for _, end in sign_skeleton.STREAMS.values())
-        streams = streams or dict(sign_skeleton.STREAMS)
-        for name, (_, end) in streams.items():
-            if end > width:
-                raise DataError(f'data.streams: {name!r} ends at {end}, the built-in has {width}')
-        sizes = dict(synthetic_sizes or {})
-        plan = sign_synthetic.catalogue(seed, sizes)
-        splits = tuple(plan) if splits is None else tuple(splits)
-        settings += ['synthetic', seed, sorted(sizes.items()), _generator_digest()]
-        sources = {s: functools.partial(_performed, s, seed, plan[s]) for s in splits}
-    else:
-        folder = sign_folder.open_folder(root, splits, streams)
-        splits, streams = tuple(folder.rows), folder.streams
-        settings += ['folder', folder.digest]
-        sources = {split: functools.partial(folder.records, split) for split in splits}
-    digest = hashlib.sha256(json.dumps([*settings, splits]).encode()).hexdigest()[:16]
-    kind = 'synthetic' if root is None else 'folder'
-    prepared = builders.prepare(
-        pathlib.Path(cache_dir) / f'sign-{kind}-{digest}',
-        name=f'sign_{kind}', version=VERSION, splits=sources, blobs=('features',), index=_index,
-        max_fault_share=max_fault_share, progress=progress, wait=wait,
-    )  # fmt: skip
-    return PreparedSequences(prepared, splits, streams)
-
-
-def _index(record: Mapping[str, Any]) -> dict[str, Any]:
-    words = record['words']
-    repeats = sum(one == two for one, two in itertools.pairwise(words))
-    return {
-        'length': np.int32(len(records.unpack(record['features']))),
-        'n_labels': np.int32(len(words)),
-        'needed': np.int32(len(words) + repeats),
-        'signer': record['signer'],
-        'words': ' '.join(words),
-    }
-
-
-def _performed(
-    split: str, seed: int, rows: list[tuple[int, int]], ledger: Ledger
-) -> Iterator[dict[str, Any]]:
-    """Yields the built-in sentences of a split as records."""
-    from mmjax.data import sign_synthetic
-
-    ledger.rows = len(rows)
-    for signer, index in rows:
-        signing = sign_synthetic.sentence(seed, split, signer, index)
-        yield {
-            'id': f'{split}_{index:05d}',
-            'signer': f'signer_{signer:03d}',
-            'words': signing.glosses,
-            'line': index,
-            'features': records.pack(signing.features),
-        }
-        ledger.tick()
-
-
-def _generator_digest() -> str:
-    """Of the code that performs, so that a change of it is a change of the data."""
-    sources = sorted(pathlib.Path(__file__).parent.glob('sign_s*.py'))
-    return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
+from mmjax.data.sign_prepare import VERSION, PreparedSequences
 
 
 class SignSequences(Dataset):
@@ -189,7 +44,15 @@ class SignSequences(Dataset):
           buckets: lengths that batches are padded to, or how many (at most) to choose: quantiles
             of the training lengths, stretched as augmentation may, rounded up to multiples of 8.
             A split for evaluation with longer sequences has one more.
+
+        Raises:
+          DataError: buckets that are no such numbers.
         """
+        for length in [buckets] if isinstance(buckets, int) else [len(buckets), *buckets]:
+            if not length >= 1:
+                raise DataError(
+                    f'data.buckets={buckets} is neither 1 or more nor lengths in frames'
+                )
         self.split, self.vocabulary, self.normalization = split, vocabulary, normalization
         self.augmentation, self.streams = augmentation, normalization.output_streams
         summary, indices = prepared.prepared.summary, {}
@@ -198,6 +61,7 @@ class SignSequences(Dataset):
         self._name, books = summary['name'], summary['splits'][split]
         self._digest, self._records = books['digest'], prepared.prepared.open(split)
         own = indices[split]
+        self._rows = np.arange(len(own['length']))
         self._words = [tuple(words.split()) for words in own['words'].tolist()]
         self._labels = [vocabulary.encode(words) for words in self._words]
         self._most = -(-max(int(index['n_labels'].max()) for index in indices.values()) // 4) * 4
@@ -235,7 +99,29 @@ class SignSequences(Dataset):
 
     def record(self, row: int) -> dict[str, Any]:
         """Returns what was prepared of a row: id, signer, words, line, features (packed)."""
-        return self._records[int(row)]
+        return self._records[int(self._rows[row])]
+
+    def subset(self, rows: np.ndarray) -> 'SignSequences':
+        """Returns some of the rows, in the order given."""
+        other = copy.copy(self)
+        other._rows = self._rows[rows]
+        other._words = [self._words[row] for row in rows]
+        other._labels = [self._labels[row] for row in rows]
+        other.index = {key: value[rows] for key, value in self.index.items()}
+        chosen = f'{self._digest} {rows.tolist()}'
+        other._digest = hashlib.sha256(chosen.encode()).hexdigest()
+        return other
+
+    def of_features(self, features: np.ndarray) -> 'SignSequences':
+        """Returns a split of one row, whose words nobody knows, from [T, F] as files have them."""
+        other, length = copy.copy(self), len(features)
+        other._rows, other._records = np.zeros(1, int), [{'features': records.pack(features)}]
+        other._words, other._labels = [()], [np.zeros(0, np.int32)]
+        numbers = {'length': length, 'n_labels': 0, 'needed': 0, 'signer': 0}
+        other.index = {key: np.array([value], np.int32) for key, value in numbers.items()}
+        if length > max(self.lengths):
+            other.lengths = (*self.lengths, -(-length // 8) * 8)
+        return other
 
     def example(self, row: int, rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
         """Returns one sentence, normalised and then, when training, augmented.
@@ -247,7 +133,8 @@ class SignSequences(Dataset):
         features = self.normalization(records.unpack(self.record(row)['features']))
         if train and self.augmentation:
             needed = int(self.index['needed'][row])
-            features = self.augmentation(features, self.streams, needed, rng)
+            changes = self.normalization.changes
+            features = self.augmentation(features, self.streams, needed, rng, changes)
         labels, length = self._labels[row], np.int32(len(features))
         return {'features': features, 'labels': labels, 'length': length}
 

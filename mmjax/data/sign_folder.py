@@ -4,7 +4,7 @@
                                     PHOENIX-2014 has them; glosses apart by blanks, nothing quoted
     features/<split>/<id>.npz       `features`: float16, float32 or float64 [frames, F]
     streams.json                    {name: [start, end]} over the F columns; those in none are
-                                    left out
+                                    left out. [start, end, n]: landmarks of n numbers each
 
 Splits are train, dev (or val, and then called so) and, where there is one, test. Faults of the
 folder's structure raise DataError at once; faults of a row or its file raise RecordError, for the
@@ -14,7 +14,6 @@ ledger to list and count. `features` or a split of it may be a link to elsewhere
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data import records
+from mmjax.data import records, sign_streams
 from mmjax.data.dataset import DataError
-from mmjax.data.folders import file_stamp, read_json
+from mmjax.data.folders import file_stamp
 from mmjax.data.ledger import Ledger, RecordError
+from mmjax.data.sign_streams import Columns
 
 BLANK, BLANK_ID = '<blank>', 0
 UNKNOWN, UNKNOWN_ID = '<unknown>', -1  # of a word that training lacks: no model can predict it
-STREAMS = 'streams.json'
 _COLUMNS = ('id', 'signer', 'annotation')  # and `folder`, which nothing needs
 _STAMPED = 50_000  # files whose size and time enter the digest; of more every n-th
 
@@ -56,14 +55,15 @@ class Vocabulary:
         path = pathlib.Path(path)
         if not path.is_file():
             raise DataError(f'{path} does not exist')
-        words = path.read_text('utf-8').removesuffix('\n').split('\n')
+        words, seen = path.read_text('utf-8').removesuffix('\n').split('\n'), set()
         if words[0] != BLANK:
             raise DataError(f'{path}: line 1 is {words[0]!r:.60}, not {BLANK!r}')
         for line, word in enumerate(words, start=1):
             if word.split() != [word]:
                 raise DataError(f'{path}: line {line} is {word!r:.60}, not one word')
-            if words.index(word) != line - 1:
+            if word in seen:
                 raise DataError(f'{path}: line {line}: {word!r} stands twice')
+            seen.add(word)
         return cls(tuple(words))
 
     def save(self, path: str | os.PathLike) -> None:
@@ -103,14 +103,14 @@ class SignFolder:
     """A folder whose structure has been checked.
 
     rows: split → its sentences in order; malformed: split → (line, what is wrong); streams: name
-    → columns [start, end), from left to right; width: F of the files; digest: of the tables, the
-    streams and the files' sizes and times.
+    → columns, from left to right; width: F of the files; digest: of the tables and the files'
+    sizes and times.
     """
 
     root: pathlib.Path
     rows: dict[str, list[Row]]
     malformed: dict[str, list[tuple[int, str]]]
-    streams: dict[str, tuple[int, int]]
+    streams: dict[str, Columns]
     width: int
     digest: str
 
@@ -140,7 +140,7 @@ class SignFolder:
 def open_folder(
     root: str | os.PathLike,
     splits: Sequence[str] | None = None,
-    streams: Mapping[str, tuple[int, int]] | None = None,
+    streams: Mapping[str, Columns] | None = None,
 ) -> SignFolder:
     """Checks the structure of a folder, and of its files the first that can be read.
 
@@ -157,11 +157,11 @@ def open_folder(
     if not root.is_dir():
         raise DataError(f'the data root {root} is not a folder')
     splits = tuple(splits) if splits is not None else _splits(root)
-    streams = streams or _read_streams(root)
+    streams = streams or sign_streams.read(root)
     tables = {split: _read_table(_table(root, split)) for split in splits}
     rows = {split: found for split, (found, _) in tables.items()}
     width, name = _width(root, rows)
-    last, (_, end) = list(streams.items())[-1]
+    last, (_, end, _) = list(streams.items())[-1]
     if width < end:
         raise DataError(f'{root}: stream {last!r} ends at {end}, but {name} has {width}')
     malformed = {split: wrong for split, (_, wrong) in tables.items()}
@@ -212,32 +212,6 @@ def _splits(root: pathlib.Path) -> tuple[str, ...]:
         if not names & set(found):
             raise DataError(f'{_table(root, needed)} does not exist')
     return tuple(found)
-
-
-def _read_streams(root: pathlib.Path) -> dict[str, tuple[int, int]]:
-    path = root / STREAMS
-    if not path.is_file():
-        raise DataError(f'{path} does not exist: it says {{name: [start, end]}} of the columns')
-    try:
-        return check_streams(read_json(path, str(path)), str(path))
-    except RecordError as error:
-        raise DataError(str(error)) from error
-
-
-def check_streams(content: Any, where: str) -> dict[str, tuple[int, int]]:
-    """Returns streams {name: (start, end)} by where they start; `where` is for error messages."""
-    if not isinstance(content, Mapping) or not content:
-        raise DataError(f'{where} is not an object of streams {{name: [start, end]}}')
-    for name, span in content.items():
-        numbers = isinstance(span, list | tuple) and len(span) == 2
-        numbers = numbers and all(type(n) is int for n in span)
-        if not numbers or not 0 <= span[0] < span[1]:
-            raise DataError(f'{where}: stream {name!r} is {span!r:.60}, not [start, end]')
-    streams = dict(sorted(content.items(), key=lambda item: tuple(item[1])))
-    for (one, first), (two, second) in itertools.pairwise(streams.items()):
-        if second[0] < first[1]:
-            raise DataError(f'{where}: streams {one!r} {first} and {two!r} {second} overlap')
-    return {name: (start, end) for name, (start, end) in streams.items()}
 
 
 def _read_table(path: pathlib.Path) -> tuple[list[Row], list[tuple[int, str]]]:
@@ -298,7 +272,7 @@ def _width(root: pathlib.Path, rows: dict[str, list[Row]]) -> tuple[int, str]:
 
 
 def _digest(root: pathlib.Path, rows: dict[str, list[Row]]) -> str:
-    digest = hashlib.sha256((root / STREAMS).read_bytes())
+    digest = hashlib.sha256()
     for split in rows:
         digest.update(_table(root, split).read_bytes())
     files = [root / 'features' / split / f'{row.id}.npz' for split in rows for row in rows[split]]

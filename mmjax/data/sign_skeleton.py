@@ -12,7 +12,7 @@ import numpy as np
 
 HAND_POINTS, FACE_POINTS = 16, 8
 STREAMS = {'pose': (0, 12), 'left': (12, 44), 'right': (44, 76), 'face': (76, 92)}
-FEATURES = 92  # x and y of every landmark
+FEATURES, COORDINATES = 92, 2  # x and y of every landmark
 WRIST, ANGLES, CURLS, SPREAD = slice(0, 2), slice(2, 5), slice(5, 10), slice(10, 11)
 CHANNELS = 11  # of one arm: wrist x, y; direction, tilt, turn of the hand; 5 curls; spread
 REST = np.array([0.42, 1.3, np.pi, 0.2, 0.6, 0.35, 0.3, 0.3, 0.3, 0.3, 0.2])

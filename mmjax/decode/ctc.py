@@ -82,7 +82,7 @@ def beam_search(
       max_length: L, the longest sequence looked for; T by default.
       symbols: how many symbols of a frame may grow a prefix, the most probable ones. By default
         beam + 1, which loses nothing without a language model, and all of them with one.
-      language_model: float32 [V, V] ln p(next | last) as `ngram.NGram.table` makes it; index 0 is
+      language_model: float32 [V, V] ln p(next | last) as `ngram.bigrams` makes it; index 0 is
         the start as `last` and the end as `next`.
       weight, length_bonus: numbers or traced scalars. The length bonus acts on its own too.
 
@@ -101,6 +101,8 @@ def beam_search(
         # A symbol behind beam + 1 others stands behind `beam` that are not the prefix's last one,
         # and each of these makes a prefix as good or better, by growth or in the beam already.
         symbols = beam + 1 if language_model is None else size
+    if language_model is not None:
+        language_model = jnp.asarray(language_model)  # NumPy's cannot be indexed by a traced symbol
     search = functools.partial(
         _search, beam=beam, max_length=frames if max_length is None else max_length,
         symbols=min(symbols, size - 1), language_model=language_model, weight=weight,

@@ -3,24 +3,27 @@
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mmjax.data import builders, sign, sign_folder
+from mmjax.data import sign_folder
 from mmjax.data.dataset import DataError
-from mmjax.data.sign_augment import Augmentation, Normalization
 from mmjax.decode import ctc as decoding
 from mmjax.decode import ngram
 from mmjax.losses import ctc, distillation
 from mmjax.losses.term import Term
+from mmjax.models.mobilenet1d import MobileNet1d
+from mmjax.models.recurrent import BiLSTM
 from mmjax.models.sign import Sign, Stream
 from mmjax.task import Task, final_weights
+from mmjax.tasks.sign_data import SignData
 from mmjax.tasks.sign_scores import SignScores
 
 LOSSES = ('ctc', 'teacher_ctc', 'distillation', 'smoothing')
-VOCABULARY, NORMALIZATION = 'vocabulary.txt', 'normalization.npz'
+STRIDE = MobileNet1d().stride  # frames that are made of one frame of the MobileNet
 
 
 class Recipe(Task):
@@ -33,7 +36,8 @@ class Recipe(Task):
     """
 
     def __init__(self, config, assets=None):
-        self._open(config, assets)
+        self.data = SignData(config, assets)
+        self.splits, self.vocabulary = self.data.splits, self.data.vocabulary
         spec, train = config.model, self.splits['train']
         sizes = {'student': spec.student.to_dict()}
         if spec.distill:
@@ -45,14 +49,13 @@ class Recipe(Task):
             name: _model(fields, train.streams, len(self.vocabulary), dtype)
             for name, fields in sizes.items()
         }
-        self.read = jax.jit(self.log_probs)  # once: a method jitted anew is compiled anew
         self.temperature = config.losses.distillation_temperature
         self.blank_penalty = config.losses.blank_penalty
         weights = config.loss_weights.to_dict()
         for name in weights:
             if name not in LOSSES:
                 raise DataError(f"loss_weights names '{name}'; there are {', '.join(LOSSES)}")
-        self.weights = final_weights(weights)
+        self.weights = {name: weight for name, weight in final_weights(weights).items() if weight}
         decode = config.decode
         self.beam, self.length_bonus = decode.beam, decode.length_bonus
         self.lm_weight, self.table = decode.language_model, None
@@ -60,7 +63,7 @@ class Recipe(Task):
             found = [self.vocabulary.encode(train.words(row)) for row in range(len(train))]
             sentences = [ids[ids != sign_folder.UNKNOWN_ID] for ids in found]
             try:
-                self.table = ngram.estimate(sentences, len(self.vocabulary)).table()
+                self.table = ngram.bigrams(sentences, len(self.vocabulary))
             except ValueError as error:
                 raise DataError(f'decode.language_model: {error}') from None
         self.batch_size, self.frame_rate = config.batch_size, config.data.frame_rate
@@ -70,35 +73,6 @@ class Recipe(Task):
             if not value > 0:
                 raise DataError(f'{key}={value} is not above 0')
 
-    def _open(self, config, assets):
-        spec = config.data
-        streams = {name: span for name, *span in spec.streams}
-        prepared = sign.prepare_sequences(
-            spec.root, builders.cache_dir(spec.cache), streams=streams, seed=config.seed,
-            synthetic_sizes=spec.built_in.to_dict(), max_fault_share=spec.max_fault_share,
-            wait=jax.process_index() > 0,
-        )  # fmt: skip
-        told = spec.missing, spec.differences, spec.coordinates
-        if assets is None:
-            self.vocabulary = prepared.vocabulary()
-            self.normalization = prepared.normalization(*told)
-        else:
-            self.vocabulary = sign_folder.Vocabulary.load(pathlib.Path(assets) / VOCABULARY)
-            self.normalization = Normalization.load(pathlib.Path(assets) / NORMALIZATION)
-        augmentation, sampler = Augmentation(**spec.augmentation.to_dict()), config.sampler
-        if sampler.name == 'bucketed' and sampler.stretch < augmentation.stretch[1]:
-            longest = f'data.augmentation.stretch={augmentation.stretch}'
-            raise DataError(f'sampler.stretch={sampler.stretch} leaves no room for {longest}')
-        self.splits = {
-            name: sign.SignSequences(
-                prepared, name, vocabulary=self.vocabulary, normalization=self.normalization,
-                augmentation=augmentation, buckets=spec.buckets,
-            )
-            for name in prepared.splits
-        }  # fmt: skip
-        train = self.splits['train']
-        train.skipped['infeasible'] = train.counts['unalignable_rows']
-
     def dataset(self, split):
         return self.splits[split]
 
@@ -106,8 +80,7 @@ class Recipe(Task):
         return tuple((name, f'{name}/.*') for name in self.models)
 
     def save_assets(self, workdir):
-        self.vocabulary.save(pathlib.Path(workdir) / VOCABULARY)
-        self.normalization.save(pathlib.Path(workdir) / NORMALIZATION)
+        self.data.save(workdir)
 
     # Model -----------------------------------------------------------------------------------
 
@@ -193,13 +166,12 @@ class Recipe(Task):
         """Decodes greedily and by beam search, and measures the losses of each row.
 
         Returns:
-          greedy: int32 [batch, time] and lengths [batch]; beam: int32 [batch, most] and lengths;
-          rows: per-row losses as `forward` gives them; spread: float32 [batch], the variance of the
-          hidden features over a row's time, averaged over features (0: collapsed); teacher: greedy,
-          where there is one.
+          greedy: int32 [batch, time] and lengths [batch]; beam: as greedy; rows: per-row losses as
+          `forward` gives them; spread: `spread` of what the LSTM reads; teacher: greedy, where
+          there is one.
         """
         logits, losses, frames, found = {}, ['ctc'], batch['frames'], {}
-        logits['student'], hidden = self._apply('student', variables, batch, method=_both)
+        logits['student'], read = self._apply('student', variables, batch, method=with_lstm_input)
         scores = self._scores(logits['student'])
         found['greedy'], beams = decoding.greedy(scores, frames)[:2], self._beams(scores, frames)
         found['beam'] = beams.ids[:, 0], beams.lengths[:, 0]
@@ -210,14 +182,13 @@ class Recipe(Task):
             logits['teacher'] = self._apply('teacher', variables, batch)
             found['teacher'] = decoding.greedy(self._scores(logits['teacher']), frames)[:2]
         found['rows'] = self._rows(logits, batch, losses)
-        apart = hidden - _mean(hidden, frames)[:, None]
-        found['spread'] = _mean(apart**2, frames).mean(1)
+        found['spread'] = spread(read, frames)
         return found
 
     def _beams(self, scores, frames):
         return decoding.beam_search(
-            scores, frames, beam=self.beam, max_length=min(64, frames.shape[1]),
-            language_model=self.table, weight=self.lm_weight, length_bonus=self.length_bonus,
+            scores, frames, beam=self.beam, language_model=self.table, weight=self.lm_weight,
+            length_bonus=self.length_bonus,
         )  # fmt: skip
 
     def embed_rows(self, variables, batch):
@@ -237,13 +208,9 @@ class Recipe(Task):
         path = pathlib.Path(inputs)
         if not path.is_file():
             raise DataError(f'{inputs} does not exist')
-        features = self.normalization(sign_folder.read_features(path, self.normalization.width))
-        train = self.splits['train']
-        length = np.int32(len(features))
-        example = {'features': features, 'labels': np.zeros(0, np.int32), 'length': length}
-        fits = [bucket for bucket in train.lengths if bucket >= length]
-        batch = train.collate([example], fits[0] if fits else -(-int(length) // 8) * 8)
-        scores = self.read(apply.variables, batch)
+        features = sign_folder.read_features(path, self.data.normalization.width)
+        one = self.splits['train'].of_features(features)
+        ((scores, batch),) = apply('log_probs', one, 1)
         found = decoding.greedy(scores, batch['frames'])
         count = int(found.lengths[0])
         words = self.vocabulary.decode(found.ids[0][:count])
@@ -277,9 +244,42 @@ class Recipe(Task):
         return f'{len(rows)} sentences: {output / "embeddings.npy"}'
 
 
-def _both(model, features, frames, *, train):
-    hidden = model.hidden(features, frames, train=train)
-    return model.head(hidden), hidden
+def with_lstm_input(model, features, frames, *, train):
+    """Returns logits and what the first LSTM of a model reads, [batch, time, width]."""
+    found = []
+
+    def keep(call, arguments, options, context):
+        if isinstance(context.module, BiLSTM):
+            found.append(arguments[0])
+        return call(*arguments, **options)
+
+    with nn.intercept_methods(keep):
+        logits = model(features, frames, train=train)
+    return logits, found[0]
+
+
+def spread(x, frames):
+    """Measures how far x [batch, time, width] moves with time, where 0 is a temporal collapse.
+
+    That is the variance of each feature over frames a stride apart, which are made by the same
+    taps of the transposed convolution: with all frames, and behind the LSTM, equal inputs would
+    vary too. The first and the last frame of a row stay out, since they see its end.
+
+    Returns:
+      float32 [batch] sums of squares about the means, and [batch] how many.
+    """
+    ends = jnp.pad(frames, ((0, 0), (1, 1)))
+    inner = frames & ends[:, :-2] & ends[:, 2:]
+    time = -(-x.shape[1] // STRIDE) * STRIDE
+    apart = lambda a: jnp.pad(a, ((0, 0), (0, time - a.shape[1]), (0, 0))).reshape(
+        len(a), -1, STRIDE, a.shape[2]
+    )
+    x, inner = apart(x.astype(jnp.float32)), apart(inner[..., None])
+    mean = jnp.where(inner, x, 0).sum(1, keepdims=True) / jnp.maximum(
+        inner.sum(1, keepdims=True), 1
+    )
+    squares = jnp.where(inner, (x - mean) ** 2, 0).sum((1, 2, 3))
+    return squares, inner.sum((1, 2, 3)) * x.shape[3]
 
 
 def _mean(x, frames):
@@ -290,10 +290,9 @@ def _mean(x, frames):
 
 def _model(fields, streams, words, dtype):
     width, given = fields.pop('stream_width'), dict(fields.pop('stream_widths'))
-    for name in given:
-        if name not in streams:
-            known = ', '.join(streams)
-            raise DataError(f"model's stream_widths names '{name}'; the data have {known}")
+    if given and not set(given) & set(streams):
+        named, known = ', '.join(given), ', '.join(streams)
+        raise DataError(f"model's stream_widths names {named}; the data have {known}")
     chosen = tuple(
         Stream(name, start, end, given.get(name, width)) for name, (start, end) in streams.items()
     )

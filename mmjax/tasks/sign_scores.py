@@ -45,7 +45,7 @@ class SignScores(Evaluator):
             'wer_beam': found['beam'].wer, 'ser_beam': found['beam'].ser,
             'sentences': greedy.sentences, 'words': greedy.words,
             'unknown_words': self.sequences.counts['unknown_words'],
-            'temporal_variance': float(np.concatenate(spread).mean()),
+            'temporal_variance': _ratio(spread),
         }  # fmt: skip
         if 'teacher' in found:
             metrics['teacher_wer'] = found['teacher'].wer
@@ -54,7 +54,7 @@ class SignScores(Evaluator):
             metrics[f'wer_of_{length}'] = of.wer
         drawn = {}
         if final:
-            drawn = self._sentences(apply.variables)
+            drawn = self._sentences(apply)
             drawn['confusions'] = posteriorgram.confusions(greedy.confusions)
             drawn['lengths'] = _by_length(references, read)
         return Scores(metrics, drawn)
@@ -69,28 +69,34 @@ class SignScores(Evaluator):
         weighed = {n: w for n, w in self.task.weights.items() if n in terms}
         return out | {'loss': sum(w * out[name] for name, w in weighed.items())}
 
-    def _sentences(self, variables):
+    def _sentences(self, apply):
         """Draws the posteriors of sentences spread over the split."""
-        out, data = {}, self.sequences
-        for row in np.unique(np.linspace(0, len(data) - 1, SHOWN).astype(int)):
-            example = data.example(int(row), np.random.default_rng(0), False)
-            length = int(example['length'])
-            fits = [bucket for bucket in data.lengths if bucket >= length]
-            batch = data.collate([example], fits[0])
-            scores = self.task.read(variables, batch)
-            found = decoding.greedy(scores, batch['frames'])
-            spans = [
-                (int(found.ids[0, i]), int(found.starts[0, i]), int(found.ends[0, i]))
-                for i in range(int(found.lengths[0]))
-            ]
-            names = [*data.vocabulary.words, '<unknown>']
-            known = [i if i > 0 else len(names) - 1 for i in example['labels'].tolist()]
-            padded = np.pad(np.asarray(scores[0, :length]), ((0, 0), (0, 1)),
-                            constant_values=-np.inf)  # fmt: skip
-            out[f'sentence_{row}'] = posteriorgram.posteriorgram(
-                padded, spans, known, names, title=data.record(int(row))['id']
-            )
+        out, vocabulary = {}, self.sequences.vocabulary
+        rows = np.unique(np.linspace(0, len(self.sequences) - 1, SHOWN).astype(int))
+        shown = self.sequences.subset(rows)
+        names = [*vocabulary.words, '<unknown>']
+        for all_scores, batch in apply('log_probs', shown, SHOWN):
+            found = decoding.greedy(all_scores, batch['frames'])
+            found = {name: np.asarray(value) for name, value in found._asdict().items()}
+            for place, scores in enumerate(all_scores):
+                count = found['lengths'][place]
+                spans = [found[name][place, :count].tolist() for name in ('ids', 'starts', 'ends')]
+                labels = batch['labels'][place][batch['label_mask'][place]]
+                known = [i if i > 0 else len(names) - 1 for i in labels.tolist()]
+                padded = np.pad(scores[: batch['length'][place]], ((0, 0), (0, 1)),
+                                constant_values=-np.inf)  # fmt: skip
+                row = int(batch['row'][place])
+                out[f'sentence_{rows[row]}'] = posteriorgram.posteriorgram(
+                    padded, list(zip(*spans, strict=True)), known, names,
+                    title=shown.record(row)['id'],
+                )  # fmt: skip
         return out
+
+
+def _ratio(parts) -> float:
+    """Returns the sum of all totals over that of all counts; NaN where there are none."""
+    total, count = (np.concatenate(x).sum(dtype=float) for x in zip(*parts, strict=True))
+    return float(total / count) if count else float('nan')
 
 
 def _by_length(references, read):
