@@ -61,7 +61,7 @@ def get_config(argument: str = ''):
     config.optimizer.end = 0.1
     config.optimizer.warmup_steps = 100
     config.stages = ('scratch', 'heads', 'top', 'all')
-    config.stage.scratch = dict(epochs=2.5)
+    config.stage.scratch = dict(epochs=1.75)
     config.stage.heads = dict(
         epochs=0.25, learning_rates=dict(vision=0.0, vision_top=0.0, language=0.1)
     )

@@ -1,57 +1,20 @@
 """Killed, preempted, damaged and resumed runs; each ends as the unbroken one."""
 
-import hashlib
 import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from etils import epath
-from runs import ROOT, environment, lines, run, toy
+from kills import digest, finish, kill_at_random_moments, newest, start
+from runs import lines, run, toy
 
 from mmjax import build, logs, train
-from mmjax.checkpoint import Checkpoints, load_weights
+from mmjax.checkpoint import Checkpoints
 from mmjax.data.dataset import DataError
-
-CONFIG = 'tests/kill_config.py'
-
-
-def digest(workdir) -> str:
-    """Returns the sha256 of the final parameters and statistics."""
-    params, stats, _ = load_weights(str(workdir / 'checkpoints' / str(newest(workdir))))
-    sha = hashlib.sha256()
-    import jax
-
-    for leaf in jax.tree.leaves((params, stats)):
-        sha.update(np.ascontiguousarray(leaf).tobytes())
-    return sha.hexdigest()
-
-
-def newest(workdir) -> int:
-    found = (workdir / 'checkpoints').iterdir()
-    return max(int(path.name) for path in found if path.name.isdigit())
-
-
-def start(workdir, *arguments):
-    named = any(argument.startswith('--config=') for argument in arguments)
-    config = [] if named else [f'--config={CONFIG}']
-    command = [sys.executable, '-m', 'mmjax.main', *config, f'--workdir={workdir}', *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-
-
-def finish(workdir, *arguments):
-    process = start(workdir, *arguments)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return errors
 
 
 @pytest.fixture(scope='module')
@@ -59,33 +22,6 @@ def unbroken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('unbroken') / 'run'
     finish(workdir)
     return workdir
-
-
-def kill_at_random_moments(workdir, unbroken, kills, rng, arguments=()):
-    """Kills and restarts a run; then everything must equal the unbroken one."""
-    done = 0
-    while done < kills:
-        process = start(workdir, *arguments)
-        metrics = workdir / 'metrics.jsonl'
-        size = metrics.stat().st_size if metrics.exists() else 0
-        limit = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < limit:
-            if metrics.exists() and metrics.stat().st_size != size:  # it has begun to train
-                break
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.6))
-        if process.poll() is not None:
-            assert process.returncode == 0, process.stderr.read()
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        done += 1
-    finish(workdir, *arguments)
-    assert lines(workdir) == lines(unbroken)
-    assert digest(workdir) == digest(unbroken)
-    mine, wanted = (json.loads((w / 'results.json').read_text()) for w in (workdir, unbroken))
-    assert mine == wanted
-    return done
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -102,62 +38,6 @@ def test_kill_9_at_twenty_moments(tmp_path, unbroken, workers):
     rng = random.Random(100 + workers)
     arguments = [f'--config.data.workers={workers}']
     assert kill_at_random_moments(tmp_path / 'run', unbroken, 20, rng, arguments) >= 10
-
-
-@pytest.mark.slow
-def test_kill_9_changes_nothing_in_the_retrieval_recipe(tmp_path, monkeypatch):
-    """Two stages, PK batches, batch statistics; the cache spares compiling after every kill."""
-    monkeypatch.setenv('MMJAX_COMPILATION_CACHE', str(tmp_path / 'compiled'))
-    arguments = ('--config=configs/clip_retrieval.py:smoke', f'--config.data.cache={tmp_path}/data')
-    finish(tmp_path / 'unbroken', *arguments)
-    rng = random.Random(7)
-    kills = kill_at_random_moments(tmp_path / 'run', tmp_path / 'unbroken', 3, rng, arguments)
-    assert kills > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('words', ['smoke', 'smoke,distill'])
-def test_kill_9_changes_nothing_in_the_sign_recipe(tmp_path, monkeypatch, words):
-    """Two stages, buckets, random augmentation; of the second case also a teacher that freezes."""
-    monkeypatch.setenv('MMJAX_COMPILATION_CACHE', str(tmp_path / 'compiled'))
-    arguments = (f'--config=configs/sign_ctc.py:{words}', f'--config.data.cache={tmp_path}/data')
-    finish(tmp_path / 'unbroken', *arguments)
-    rng = random.Random(11)
-    kills = kill_at_random_moments(tmp_path / 'run', tmp_path / 'unbroken', 3, rng, arguments)
-    assert kills > 0
-
-
-@pytest.mark.slow
-def test_kill_9_in_the_second_stage_changes_nothing_in_the_receipts_recipe(tmp_path, monkeypatch):
-    monkeypatch.setenv('MMJAX_COMPILATION_CACHE', str(tmp_path / 'compiled'))
-    monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # compiling is most of its time
-    arguments = ('--config=configs/receipts.py:smoke', f'--config.data.cache={tmp_path}/data',
-                 '--config.stage.all.steps=60')  # fmt: skip
-    finish(tmp_path / 'unbroken', *arguments)
-    workdir, limit = tmp_path / 'run', time.monotonic() + 240
-    process, saved = start(workdir, *arguments), 0
-    while process.poll() is None and time.monotonic() < limit and saved <= 4:  # steps of the first
-        time.sleep(0.02)
-        found = (path.name for path in workdir.glob('checkpoints/*'))
-        saved = max([0, *(int(name) for name in found if name.isdigit())])
-    assert process.poll() is None and 4 < saved < 64
-    process.kill()
-    process.wait()
-    assert {line['stage'] for line in lines(workdir)} == {'top', 'all'}
-    finish(workdir, *arguments)
-    assert lines(workdir) == lines(tmp_path / 'unbroken')
-    assert digest(workdir) == digest(tmp_path / 'unbroken')
-
-
-@pytest.mark.slow
-def test_kill_9_changes_nothing_in_the_contrabin_recipe(tmp_path, monkeypatch):
-    """Four stages, of which three keep what the frozen anchor makes, and two interpolations."""
-    monkeypatch.setenv('MMJAX_COMPILATION_CACHE', str(tmp_path / 'compiled'))
-    arguments = ('--config=configs/contrabin.py:smoke', f'--config.data.cache={tmp_path}/data')
-    finish(tmp_path / 'unbroken', *arguments)
-    rng = random.Random(13)
-    kills = kill_at_random_moments(tmp_path / 'run', tmp_path / 'unbroken', 3, rng, arguments)
-    assert kills > 0
 
 
 def test_a_flipped_bit_in_any_file_is_detected_and_the_run_goes_on(tmp_path, unbroken, caplog):
