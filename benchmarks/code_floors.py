@@ -1,9 +1,10 @@
 """How far source ↔ binary retrieval gets with bags of tokens and lengths: floors of ContraBin.
 
-    python benchmarks/code_floors.py [--root=FOLDER] [--seed=0] [--pool=256]
+    python benchmarks/code_floors.py [--root=FOLDER] [--registers=keep] [--seed=0] [--pool=256]
 
-Built-in functions as configs/contrabin.py draws them, or the JSONL rows of --root. Each floor is
-fitted on the training functions, one binary each, and asked in pools of test functions:
+Built-in functions as configs/contrabin.py draws them, registers told by name (keep) or by kind
+(class), or the JSONL rows of --root. Each floor is fitted on the training functions, one binary
+each, and asked in pools of test functions:
 
   length     a line from tokens of the query to tokens of the answer: nearest prediction
   bag        ridge regression from logarithmic token counts of the query to those of the answer;
@@ -94,12 +95,13 @@ def floors(train: tuple[list, list], test: tuple[list, list], pool: int) -> dict
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--root')
+    parser.add_argument('--registers', choices=('keep', 'class'), default='keep')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--pool', type=int, default=256)
     given = parser.parse_args()
     prepared = code.prepare_code(
         given.root, builders.cache_dir(None), splits=('train', 'val', 'test'), seed=given.seed,
-        synthetic_sizes=SIZES, max_fault_share=0.01,
+        synthetic_sizes=SIZES, registers=given.registers, max_fault_share=0.01,
     )  # fmt: skip
     texts = {}
     for name in ('train', 'test'):
@@ -115,9 +117,10 @@ def main():
         pairs = [(texts[name][a], texts[name][b]) for name in ('train', 'test')]
         found[f'{a}_{b}_r1'] = floors(*pairs, pool)
         print(f'{a} → {b}', {k: round(v, 3) for k, v in found[f'{a}_{b}_r1'].items()}, flush=True)
-    folder = pathlib.Path(__file__).parent / 'results'
-    name = 'code_floors_folder.json' if given.root else 'code_floors.json'
-    (folder / name).write_text(json.dumps(found, indent=1) + '\n')
+    path = pathlib.Path(__file__).parent / 'results' / 'code_floors.json'
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known['folder' if given.root else f'built-in, registers {given.registers}'] = found
+    path.write_text(json.dumps(known, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,71 @@
+"""Does interpolation help? ContraBin's naive stage alone, then linear, then nonlinear, over seeds.
+
+    python benchmarks/code_curriculum.py [--seeds=3] [--workdir=runs/curriculum] [--config.…=…]
+
+For every seed the anchor is trained once; three runs start from it. All have the stages naive,
+linear and nonlinear of configs/contrabin.py with the same updates, batches and rates, and differ in
+what acts in the last two: nothing, the linear interpolation in both, or each its own. Further
+arguments go to every run. A run that is done is not made again. Writes
+benchmarks/results/code_curriculum.json.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+VARIANTS = {
+    'naive': (
+        '--config.stage.linear.options.interpolation=naive',
+        '--config.stage.nonlinear.options.interpolation=naive',
+    ),
+    'linear': (
+        '--config.stage.nonlinear.options.interpolation=linear',
+        '--config.stage.nonlinear.learning_rates.linear=1.0',
+    ),
+    'nonlinear': (),
+}
+SCORES = ('source_binary_r1', 'source_binary_r10', 'comment_binary_r1', 'binary_o0_o2_map')
+
+
+def train(workdir: pathlib.Path, *arguments: str) -> dict:
+    """Trains a run in another process unless it is done; returns its results."""
+    done = workdir / 'results.json'
+    if not done.is_file():
+        command = [sys.executable, '-m', 'mmjax.main', '--config=configs/contrabin.py',
+                   f'--workdir={workdir}', '--config.log.tensorboard=False']  # fmt: skip
+        subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(done.read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs' / 'curriculum')
+    told, others = parser.parse_known_args()
+    found = {name: {score: [] for score in SCORES} for name in VARIANTS}
+    for seed in range(told.seeds):
+        shared = (f'--config.seed={seed}', *others)
+        anchor = told.workdir.absolute() / f'anchor-{seed}'
+        train(anchor, *shared, "--config.stages=('anchor', 'near')", '--config.best.metric=')
+        for name, options in VARIANTS.items():
+            results = train(
+                told.workdir.absolute() / f'{name}-{seed}', *shared, *options,
+                f'--init_from={anchor}', "--config.stages=('naive', 'linear', 'nonlinear')",
+            )  # fmt: skip
+            for score in SCORES:
+                found[name][score].append(results['final']['test'][score])
+            print(seed, name, {s: round(found[name][s][-1], 3) for s in SCORES}, flush=True)
+    for name, scores in found.items():
+        told_mean = (f'{s} {np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}' for s, x in scores.items())
+        print(f'{name:10s}', ', '.join(told_mean))
+    path = ROOT / 'benchmarks' / 'results' / 'code_curriculum.json'
+    path.write_text(json.dumps({'arguments': others, 'scores': found}, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
