@@ -1,0 +1,80 @@
+"""How far a nearest neighbour gets with signs cut out for it: floors of the sign-language recipe.
+
+    python benchmarks/sign_floors.py [--seed=0]
+
+The built-in sentences as configs/sign_ctc.py draws them, each sign cut out by its true span and
+taken at ten times; the nearest training sign by squared distance names a test sign, whose signer is
+in no training sentence. A recogniser of sentences has no spans. Landmarks are told as they come, or
+around the middle of the shoulders in units of their distance; then every number is brought to mean
+0 and deviation 1 of training, missing ones to 0. Writes benchmarks/results/sign_floors.json.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from mmjax.data import sign_skeleton, sign_synthetic
+
+SIZES = {'train': 1500, 'dev': 100, 'test': 200, 'signers': 16, 'held_out_signers': 4}
+TIMES = 10
+SHOULDERS = (0, 1)  # the first two points of the pose
+
+
+def signs(split: str, plan, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the signs [signs, TIMES, points, 2] of a split, NaN where missing, and glosses."""
+    cut, names = [], []
+    for signer, index in plan[split]:
+        made = sign_synthetic.sentence(seed, split, signer, index)
+        features = made.features.astype(np.float32)
+        for start, end, *_ in sign_skeleton.STREAMS.values():
+            features[(features[:, start:end] == 0).all(1), start:end] = np.nan
+        for gloss, (start, end) in zip(made.glosses, made.spans, strict=True):
+            at = np.round(np.linspace(start, end - 1, TIMES)).astype(int)
+            cut.append(features[at].reshape(TIMES, -1, 2))
+            names.append(sign_synthetic.GLOSSES.index(gloss))
+    return np.array(cut), np.array(names)
+
+
+def around_shoulders(points: np.ndarray) -> np.ndarray:
+    one, two = (points[..., [place], :] for place in SHOULDERS)
+    return (points - (one + two) / 2) / np.linalg.norm(one - two, axis=-1, keepdims=True)
+
+
+def error(train, names, test, wanted) -> float:
+    """Returns the share of test signs that their nearest training sign names wrongly."""
+    columns = train.reshape(-1, train.shape[-2] * train.shape[-1])
+    mean, deviation = np.nanmean(columns, 0), np.nanstd(columns, 0)
+    deviation = np.where(deviation < 1e-4, 1, deviation)
+    flat = lambda x: x.reshape(len(x), TIMES, -1)
+    one, two = (
+        np.nan_to_num((flat(x) - mean) / deviation).reshape(len(x), -1) for x in (train, test)
+    )
+    nearest = ((one**2).sum(1) - 2 * two @ one.T).argmin(1)
+    return float(np.mean(names[nearest] != wanted))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--seed', type=int, default=0)
+    seed = parser.parse_args().seed
+    plan = sign_synthetic.catalogue(seed, SIZES)
+    (train, names), (test, wanted) = (signs(split, plan, seed) for split in ('train', 'test'))
+    found = {
+        'training signs': len(train), 'test signs': len(test),
+        'chance': 1 - 1 / len(sign_synthetic.GLOSSES),
+        'error as they come': error(train, names, test, wanted),
+        'error around shoulders': error(
+            around_shoulders(train), names, around_shoulders(test), wanted
+        ),
+    }  # fmt: skip
+    print('\n'.join(f'{name:24s} {value:.4g}' for name, value in found.items()))
+    path = pathlib.Path(__file__).parent / 'results' / 'sign_floors.json'
+    path.write_text(json.dumps(found, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
