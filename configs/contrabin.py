@@ -9,11 +9,10 @@ its weights with --config.model.pretrained.anchor=FOLDER and .binary=FOLDER). Th
 its encoder rate is the group `encoder`, max_grad_norm `optimizer.clip`, save_every_n_steps
 `checkpoint.every_steps`, mixed precision `precision`, accumulation `accumulation`.
 
-Measured on the built-in functions (6,000 for training; one pool of 256 unseen ones, with all that
-share a plan; 752 updates, stopped and resumed once): source→binary R@1 .551, R@10 .984, MRR .705;
-comment→binary .484, .988, .668; source→comment R@1 .594; mAP from O0 to O2 .702; probe of the
-labels .805 (majority .062). Floors of `benchmarks/code_floors.py`, source→binary R@1: length .004,
-bag of tokens .340, scaled .387, whitened .535.
+The whole default run is not measured yet; nor is what the interpolations add, which
+`benchmarks/code_curriculum.py` compares over seeds. Floors of `benchmarks/code_floors.py` for
+source→binary R@1 among 256 unseen functions, with all that share a plan: length .004, bag of tokens
+.340, scaled .387, whitened .535 where listings name registers.
 """
 
 from ml_collections import config_dict
