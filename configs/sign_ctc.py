@@ -7,9 +7,11 @@
 Words after the colon: `smoke`, `distill` (a teacher with two LSTM layers, then a student that
 follows it), `published` (the original's sizes, for its streams pose, hands, face, temporal).
 
-Measured on the built-in signing (1,500 sentences of 16 signers, 2,850 updates; 200 test sentences
-of 905 glosses, signers unseen): WER .149 greedily and .146 by a beam of 16, SER .49; on dev .185
-and .177. 14 minutes on 2 CPU cores that another training shared.
+Measured on the built-in signing (1,500 sentences of 16 signers, 2,850 updates, 18 minutes on 2 CPU
+cores of which other trainings used one; 200 test sentences of 905 glosses, signers unseen): WER
+.148 greedily and .147 by a beam of 16, SER .51; on dev .204 and .204. A nearest neighbour that is
+given the signs cut out errs in .508 of them, around the shoulders in .418
+(`benchmarks/sign_floors.py`).
 """
 
 from mmjax import config as mmjax_config
