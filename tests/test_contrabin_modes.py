@@ -133,9 +133,12 @@ def test_precision_accumulation_and_clip_reach_the_step(cache, folder, fresh):
 def test_no_function_is_twice_in_a_batch(bare):
     identity = bare.data.index['identity']
     for stage in bare.stages:
-        plan = bare.sampler(stage).plan(0)
-        assert all(len(set(identity[rows])) == 16 for rows in plan.rows)
-        assert set(plan.rows.ravel()) == set(range(len(bare.data)))  # an epoch shows every level
+        sampler, shown = bare.sampler(stage), set()
+        for epoch in range(60):
+            rows = sampler.plan(epoch).rows
+            assert all(len(set(identity[batch])) == 16 for batch in rows)
+            shown |= set(rows.ravel())
+        assert shown == set(range(len(bare.data)))  # every level, in time
 
 
 # Modes --------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_what_closes_texts_is_read_from_the_folder(folder, named, numbers, closi
         (dict(model__thaw_blocks=3), 'thaw_blocks is 3, the vision tower has 2 blocks'),
         (dict(model__thaw_blocks=0), 'thaw_blocks is 0, .* leave the stage out of config.stages'),
         (
-            dict(data__image_size=36),
+            dict(data__image_size=36, model__shuffle=2),
             'data.image_size=36 is no multiple of 8, the product',
         ),
         (dict(data__image_size=0), 'data.image_size=0 is no multiple'),

@@ -279,7 +279,7 @@ def test_bucketed_batches_have_one_bucket_that_fits_tightly(case):
 @pytest.mark.parametrize(
     'spec, message',
     [
-        ({'name': 'pkk'}, "no sampler 'pkk'; there are sequential, shuffle, stratified, pk, buck"),
+        ({'name': 'pkk'}, "no sampler 'pkk'; there are sequential, shuffle, stratified, pk, neigh"),
         ({}, "no sampler 'None'"),
         ({'name': 'shuffle', 'remain': 1}, "no option 'remain'; its options: remainder"),
         ({'name': 'sequential', 'k': 1}, "no option 'k'; its options: by"),
