@@ -18,11 +18,10 @@ def test_kill_9_changes_nothing_in_the_retrieval_recipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('words', ['smoke', 'smoke,distill'])
-def test_kill_9_changes_nothing_in_the_sign_recipe(tmp_path, monkeypatch, words):
-    """Two stages, buckets, random augmentation; of the second case also a teacher that freezes."""
+def test_kill_9_changes_nothing_in_the_sign_recipe(tmp_path, monkeypatch):
+    """Two stages, buckets, random augmentation."""
     monkeypatch.setenv('MMJAX_COMPILATION_CACHE', str(tmp_path / 'compiled'))
-    arguments = (f'--config=configs/sign_ctc.py:{words}', f'--config.data.cache={tmp_path}/data')
+    arguments = ('--config=configs/sign_ctc.py:smoke', f'--config.data.cache={tmp_path}/data')
     finish(tmp_path / 'unbroken', *arguments)
     rng = random.Random(11)
     kills = kill_at_random_moments(tmp_path / 'run', tmp_path / 'unbroken', 3, rng, arguments)
