@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -72,3 +73,12 @@ def kill_at_random_moments(workdir, unbroken, kills, rng, arguments=()):
     mine, wanted = (json.loads((w / 'results.json').read_text()) for w in (workdir, unbroken))
     assert mine == wanted
     return done
+
+
+def survives(recipe, seed, tmp_path, monkeypatch):
+    """Kills a recipe's run up to three times; the cache spares compiling after every kill."""
+    monkeypatch.setenv('MMJAX_COMPILATION_CACHE', str(tmp_path / 'compiled'))
+    arguments = (f'--config=configs/{recipe}.py:smoke', f'--config.data.cache={tmp_path}/data')
+    finish(tmp_path / 'unbroken', *arguments)
+    rng = random.Random(seed)
+    return kill_at_random_moments(tmp_path / 'run', tmp_path / 'unbroken', 3, rng, arguments)

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from mmjax.data import code, code_build, code_prepare, tokenizers
+from mmjax.data import builders, code, code_build, code_prepare, tokenizers
 from mmjax.data.dataset import DataError
 from mmjax.tasks import contrabin_data, contrabin_output
 
@@ -253,19 +253,19 @@ def test_another_compiler_or_code_compiles_anew_and_workers_do_not(tmp_path, pre
     monkeypatch.setattr(code_build, 'find_compiler', lambda choice: newer)
     made.append(make())
     asked = []
-    monkeypatch.setattr(code, 'sources_digest', lambda *names: asked.extend(names) or 'other')
+    monkeypatch.setattr(builders, 'source_digest', lambda *names: asked.extend(names) or 'other')
     made.append(make())
     assert len(set(made)) == 3 == len(prepared)
-    assert {'build', 'canonical', 'parse', 'prepare'} < set(asked)
+    assert {f'code_{n}.py' for n in ('build', 'canonical', 'parse', 'prepare')} < set(asked)
 
 
 def test_a_digest_of_sources_is_that_of_their_text(monkeypatch, tmp_path):
     (tmp_path / 'code_a.py').write_text('1')
-    monkeypatch.setattr(code, '__file__', str(tmp_path / 'code.py'))
-    before = code.sources_digest('a')
-    assert code.sources_digest('a') == before
+    monkeypatch.setattr(builders, '__file__', str(tmp_path / 'builders.py'))
+    before = builders.source_digest('code_*.py')
+    assert builders.source_digest('code_*.py') == before
     (tmp_path / 'code_a.py').write_text('2')
-    assert code.sources_digest('a') != before
+    assert builders.source_digest('code_*.py') != before
 
 
 def test_progress_is_told_now_and_then(tmp_path, prepared, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.data import pictures, receipts, receipts_synthetic, tokenizers
+from mmjax.data import builders, pictures, receipts, receipts_synthetic, tokenizers
 from mmjax.data.dataset import DataError
 from tests.test_receipts_folder import Folder
 
@@ -154,7 +154,7 @@ def test_built_in_pictures_are_found_again_by_seed_size_side_and_code(built_in, 
     assert receipts.prepare(None, cache, **options).prepared == built_in.prepared
     for change in ({'seed': 3}, {'synthetic_sizes': SIZES | {'val': 1}}, {'synthetic_side': 80}):
         receipts.prepare(None, cache, **(options | change))
-    monkeypatch.setattr(receipts_synthetic, 'code_digest', lambda: 'other code')
+    monkeypatch.setattr(builders, 'source_digest', lambda *patterns: 'other code')
     receipts.prepare(None, cache, **options)
     assert len(os.listdir(cache)) == 5
     with pytest.raises(DataError, match=r'data\.built_in\.train is missing'):

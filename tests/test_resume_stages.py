@@ -1,10 +1,9 @@
 """Killed runs of the receipts and the ContraBin recipe end as unbroken ones."""
 
-import random
 import time
 
 import pytest
-from kills import digest, finish, kill_at_random_moments, start
+from kills import digest, finish, start, survives
 from runs import lines
 
 
@@ -33,9 +32,4 @@ def test_kill_9_in_the_second_stage_changes_nothing_in_the_receipts_recipe(tmp_p
 @pytest.mark.slow
 def test_kill_9_changes_nothing_in_the_contrabin_recipe(tmp_path, monkeypatch):
     """Four stages, of which three keep what the frozen anchor makes, and two interpolations."""
-    monkeypatch.setenv('MMJAX_COMPILATION_CACHE', str(tmp_path / 'compiled'))
-    arguments = ('--config=configs/contrabin.py:smoke', f'--config.data.cache={tmp_path}/data')
-    finish(tmp_path / 'unbroken', *arguments)
-    rng = random.Random(13)
-    kills = kill_at_random_moments(tmp_path / 'run', tmp_path / 'unbroken', 3, rng, arguments)
-    assert kills > 0
+    assert survives('contrabin', 13, tmp_path, monkeypatch) > 0

@@ -53,6 +53,14 @@ def cache_dir(given: str | None) -> pathlib.Path:
     return pathlib.Path(given or os.environ.get('MMJAX_CACHE', '~/.cache/mmjax')).expanduser()
 
 
+def source_digest(*patterns: str) -> str:
+    """Digests the modules of this folder that the patterns match: of the code that makes data, so
+    that a change of it is a change of the data."""
+    folder = pathlib.Path(__file__).parent
+    sources = [source for pattern in patterns for source in sorted(folder.glob(pattern))]
+    return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
+
+
 def prepare(
     directory: str | os.PathLike,
     *,

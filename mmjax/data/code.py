@@ -60,7 +60,8 @@ def prepare_code(
 
         sizes = dict(synthetic_sizes or {})
         kind, plan = 'synthetic', code_programs.catalogue(seed, sizes)
-        made_by = sources_digest('compiler', 'optimizer', 'programs')
+        makers = (f'code_{name}.py' for name in ('compiler', 'optimizer', 'programs'))
+        made_by = builders.source_digest(*makers)
         settings += [kind, seed, registers, sorted(sizes.items()), made_by]
         made = functools.partial(_generated, seed, registers)
         sources = {name: functools.partial(made, plan[name]) for name in splits}
@@ -132,12 +133,6 @@ def _generated(
             binary = _REGISTER.sub('q', binary) if registers == 'class' else binary
             yield {**shared, 'binary': binary, 'opt_level': name}
             ledger.tick()
-
-
-def sources_digest(*names: str) -> str:
-    """Returns a digest of the modules `code_<name>`, whose code decides what is prepared."""
-    sources = [pathlib.Path(__file__).parent / f'code_{name}.py' for name in names]
-    return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def sample(count: int, most: int, seed: int = 0) -> np.ndarray:

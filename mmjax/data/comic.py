@@ -76,7 +76,7 @@ def prepare_pages(
         if not synthetic_sizes or not all(synthetic_sizes.get(split, 0) > 0 for split in splits):
             raise DataError(f'the built-in pages need a size for each of the splits {splits}')
         sizes = {split: int(synthetic_sizes[split]) for split in splits}
-        settings += ['synthetic', seed, sorted(sizes.items()), _generator_digest()]
+        settings += ['synthetic', seed, sorted(sizes.items()), builders.source_digest('comic_*.py')]
         source = functools.partial(
             _drawn, seed=seed, sizes=sizes, page_types=page_types, max_panels=max_panels
         )
@@ -141,12 +141,6 @@ def _drawn(
             else:
                 ledger.skip('no_panels')
         ledger.tick()
-
-
-def _generator_digest() -> str:
-    """Of the code that draws the pages, so that a change of it is a change of the data."""
-    sources = sorted(pathlib.Path(__file__).parent.glob('comic_*.py'))
-    return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
 
 
 class ComicPages(Dataset):

@@ -68,7 +68,7 @@ def prepare(
 
         sizes = receipts_synthetic.catalogue(synthetic_sizes or {}, splits)
         settings += ['synthetic', seed, sorted(sizes.items()), synthetic_side]
-        settings.append(receipts_synthetic.code_digest())
+        settings.append(builders.source_digest('comic_figures.py', 'receipts_[dst]*.py'))
         drawn = functools.partial(receipts_synthetic.records, seed, side=synthetic_side)
         sources = {s: functools.partial(drawn, s, sizes[s]) for s in splits}
         where, blobs = None, ('image',)

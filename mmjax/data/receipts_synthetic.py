@@ -16,7 +16,6 @@ the right one.
 import dataclasses
 import hashlib
 import io
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -212,13 +211,6 @@ def records(seed: int, split: str, size: int, ledger: Ledger, *, side: int) -> I
             record['image_path'] = f'{split}_{number:05d}.jpg'
             yield record | {'image': b'' if pair else image}
         ledger.tick()
-
-
-def code_digest() -> str:
-    """Of the code that draws the pictures, so that a change of it is a change of the data."""
-    folder = pathlib.Path(__file__).parent
-    sources = [folder / 'comic_figures.py', *sorted(folder.glob('receipts_[dst]*.py'))]
-    return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _light(rng: np.random.Generator, shown: Image.Image) -> Image.Image:

@@ -70,7 +70,8 @@ def prepare_items(
         names = sorted({identity for rows in plan.values() for identity, _ in rows})
         described = [retrieval_synthetic.item(seed, identity) for identity in names]
         items = tuple(entry['item'] for entry in described)
-        settings += ['synthetic', seed, sorted(sizes.items()), _generator_digest()]
+        made_by = builders.source_digest('comic_figures.py', 'retrieval_[sd]*.py')
+        settings += ['synthetic', seed, sorted(sizes.items()), made_by]
         sources = {s: functools.partial(_drawn, s, seed, plan[s]) for s in splits}
         where, blobs = None, ('image',)
     else:
@@ -103,12 +104,6 @@ def _drawn(split: str, seed: int, rows: list[tuple[int, int]], ledger: Ledger) -
         path = f'{names[identity]}/{split}_{shot:03d}.jpg'
         yield {'item': names[identity], 'image_path': path, 'line': line, 'image': image}
         ledger.tick()
-
-
-def _generator_digest() -> str:
-    folder = pathlib.Path(__file__).parent
-    sources = [folder / 'comic_figures.py', *sorted(folder.glob('retrieval_[sd]*.py'))]
-    return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
 
 
 class ItemPictures(Dataset):

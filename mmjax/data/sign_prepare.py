@@ -112,7 +112,7 @@ def prepare_sequences(
         sizes = dict(synthetic_sizes or {})
         plan = sign_synthetic.catalogue(seed, sizes)
         splits = tuple(plan) if splits is None else tuple(splits)
-        settings += ['synthetic', seed, sorted(sizes.items()), _generator_digest()]
+        settings += ['synthetic', seed, sorted(sizes.items()), builders.source_digest(*GENERATOR)]
         sources = {s: functools.partial(_performed, s, seed, plan[s]) for s in splits}
     else:
         folder = sign_folder.open_folder(root, splits, streams)
@@ -169,9 +169,3 @@ def _performed(
             'features': records.pack(signing.features),
         }
         ledger.tick()
-
-
-def _generator_digest() -> str:
-    """Of the code that performs, so that a change of it is a change of the data."""
-    sources = [pathlib.Path(__file__).with_name(name) for name in GENERATOR]
-    return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()

@@ -80,8 +80,8 @@ def _compile(
         raise DataError(f'the folder of C code {root} is not a folder')
     files = sorted(path for path in root.rglob('*') if path.suffix in ('.c', '.h'))
     stamps = [[str(path.relative_to(root)), *file_stamp(path)] for path in files]
-    by = [code_build.find_compiler(compiler).identity,
-          code.sources_digest('books', 'build', 'canonical', 'parse', 'prepare')]  # fmt: skip
+    makers = (f'code_{name}.py' for name in ('books', 'build', 'canonical', 'parse', 'prepare'))
+    by = [code_build.find_compiler(compiler).identity, builders.source_digest(*makers)]
     settings = json.dumps([code.VERSION, sorted(options.items()), stamps, by])
     made = cache / f'code-c-{hashlib.sha256(settings.encode()).hexdigest()[:16]}'
     report, beat = made / 'report.json', cache / f'.{made.name}.heartbeat'
