@@ -1,11 +1,14 @@
 """What each --mode does with a built run: train, evaluate, predict, prepare, embed, export."""
 
+import atexit
 import importlib.metadata
 import inspect
 import json
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -34,6 +37,9 @@ def run(
     built = build.run(config, assets=None if fresh else workdir, init_from=init_from)
     first = parallel.is_first()
     target = epath.Path(output) if output else workdir / mode
+    if not first:  # every host computes, one writes
+        target = epath.Path(tempfile.mkdtemp(prefix=f'mmjax-{mode}-'))
+        atexit.register(shutil.rmtree, target, ignore_errors=True)
     if mode == 'prepare':
         if first:
             told = built.task.prepare(target)
@@ -58,7 +64,7 @@ def run(
         else:
             if not input:
                 raise DataError('--mode=predict needs --input')
-            asked = {'question': question} if question else {}
+            asked = {} if question is None else {'question': question}
             if asked and 'question' not in inspect.signature(built.task.predict).parameters:
                 raise DataError(f"config.task '{config.task}' takes no --question")
             text = built.task.predict(apply, input, target, **asked)

@@ -170,14 +170,12 @@ def test_posteriorgram_of_nothing_decoded_or_nothing_expected():
 
 
 def test_confusions_are_drawn_most_frequent_first():
-    counts = {(1, 2): 3, (4, 5): 7, (3, 1): 3, (2, 1): 1}
-    axis = rendered(posteriorgram.confusions(counts, NAMES, most=3)).axes[0]
+    counts = {('SUN', 'RAIN'): 3, ('WIND', 'MUCH'): 7, ('RAIN', 'NORTH'): 3, ('RAIN', 'SUN'): 1}
+    axis = rendered(posteriorgram.confusions(counts, most=3)).axes[0]
     labels = [label.get_text() for label in axis.get_yticklabels()]
     assert labels == ['WIND → MUCH', 'RAIN → NORTH', 'SUN → RAIN']
     assert [bar.get_width() for bar in axis.patches] == [7, 3, 3]
     assert axis.yaxis_inverted()
-    words = rendered(posteriorgram.confusions({('a', 'b'): 1})).axes[0]
-    assert words.get_yticklabels()[0].get_text() == 'a → b'
     assert not rendered(posteriorgram.confusions({})).axes[0].patches
 
 

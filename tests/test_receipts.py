@@ -284,6 +284,8 @@ def test_predict_answers_the_question_about_the_picture(trained, tmp_path, capsy
     assert found['answer'] in told
     with Image.open(tmp_path / 'out/attention.png') as drawn:
         assert drawn.size[0] > 200
+    with pytest.raises(DataError, match='the question is empty'):
+        call('predict', config, workdir, question='', **options)
 
 
 def test_predict_names_a_missing_picture(model, tmp_path):

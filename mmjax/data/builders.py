@@ -86,7 +86,8 @@ def prepare(
       splits: split → function that takes the split's Ledger and yields its records in order.
       blobs: keys whose values are bytes, stored as they are (encoded pictures, packed arrays).
       index: record → scalars kept as arrays in `index-<split>.npz`.
-      max_fault_share: share of a split's rows that may be faulty; ends with DataError above it.
+      max_fault_share: share of a split's rows that may be faulty; ends with DataError above it,
+        also where an earlier call that allowed more has made the folder.
       timeout: seconds without a sign of life after which a waiting process gives up.
 
     Raises:
@@ -94,10 +95,15 @@ def prepare(
         attempt is left on disk.
     """
     directory = pathlib.Path(directory).absolute()
+    prepared = Prepared(directory)
     if (directory / _SUMMARY).is_file():
-        return Prepared(directory)
+        _check_faults(prepared, max_fault_share)
+        return prepared
     if wait:
-        return _await(directory, timeout)
+        partial = _partial(directory)
+        what = f'{directory}: the process that prepares it'
+        await_file(directory / _SUMMARY, partial / 'heartbeat', what, timeout, partial)
+        return prepared
     made = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -124,7 +130,17 @@ def prepare(
             for parent in made:  # innermost first; one that is not empty ends it
                 parent.rmdir()
         raise
-    return Prepared(directory)
+    _check_faults(prepared, max_fault_share)
+    return prepared
+
+
+def _check_faults(prepared: Prepared, share: float) -> None:
+    for split, books in prepared.summary['splits'].items():
+        if books['faults'] > share * books['rows']:
+            raise DataError(
+                f'{books["faults"]} of the {books["rows"]} rows of split {split} are faulty, more '
+                f'than the allowed share of {share:g}: see {prepared.directory / "skipped.jsonl"}'
+            )
 
 
 def _partial(directory: pathlib.Path) -> pathlib.Path:
@@ -147,20 +163,31 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
         file.close()
 
 
-def _await(directory: pathlib.Path, timeout: float) -> Prepared:
-    beat = _partial(directory) / 'heartbeat'
+def await_file(
+    done: pathlib.Path, beat: pathlib.Path, what: str, timeout: float, place: pathlib.Path
+) -> None:
+    """Waits for a file that another process makes.
+
+    Args:
+      beat: a file that this process touches while it lives.
+      what: the process, for the error.
+      timeout: seconds without a touch after which it is given up.
+      place: what it removes when it ends: gone without the file, it has failed.
+
+    Raises:
+      DataError: the process has ended or gives no sign of life.
+    """
     seen, last, since = False, None, time.monotonic()
-    while not (directory / _SUMMARY).is_file():
+    while not done.is_file():
         alive = beat.stat().st_mtime_ns if beat.exists() else None
         if alive is not None and alive != last:
             seen, last, since = True, alive, time.monotonic()
         idle = time.monotonic() - since
-        gone = seen and alive is None and not _partial(directory).exists() and idle > 2
-        if (gone and not (directory / _SUMMARY).is_file()) or idle > timeout:
+        gone = seen and alive is None and not place.exists() and idle > 2
+        if (gone and not done.is_file()) or idle > timeout:
             why = 'ended without finishing' if gone else f'gave no sign of life for {timeout:g} s'
-            raise DataError(f'{directory}: the process that prepares it {why}')
+            raise DataError(f'{what} {why}')
         time.sleep(0.2)
-    return Prepared(directory)
 
 
 def _build(root, name, version, splits, blobs, index, ledgers) -> pathlib.Path:

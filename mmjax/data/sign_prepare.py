@@ -126,18 +126,7 @@ def prepare_sequences(
         name=f'sign_{kind}', version=VERSION, splits=sources, blobs=('features',), index=_index,
         max_fault_share=max_fault_share, progress=progress, wait=wait,
     )  # fmt: skip
-    _check_faults(prepared, max_fault_share)
     return PreparedSequences(prepared, splits, streams)
-
-
-def _check_faults(prepared: builders.Prepared, share: float) -> None:
-    """Raises where records that were prepared under a larger share have too many faults."""
-    for split, books in prepared.summary['splits'].items():
-        if books['faults'] > share * books['rows']:
-            raise DataError(
-                f'{books["faults"]} of the {books["rows"]} rows of split {split} are faulty, more '
-                f'than the allowed share of {share:g}: see {prepared.directory / "skipped.jsonl"}'
-            )
 
 
 def _index(record: Mapping[str, Any]) -> dict[str, Any]:

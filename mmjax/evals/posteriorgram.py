@@ -62,20 +62,15 @@ def posteriorgram(
     return drawn
 
 
-def confusions(
-    counts: Mapping[tuple[str, str], int], names: Sequence[str] | None = None, most: int = 20
-) -> Figure:
+def confusions(counts: Mapping[tuple[str, str], int], most: int = 20) -> Figure:
     """Draws the most frequent substitutions as bars, 'reference → hypothesis'.
 
     Args:
       counts: {(reference, hypothesis): how often}, as `alignment.Errors.confusions`.
-      names: of the symbols, if the pairs are numbers.
       most: bars at most.
     """
     # Equal counts in an order of their own, so that the picture does not depend on the data's.
     pairs = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
-    if names is not None:
-        pairs = [((names[a], names[b]), count) for (a, b), count in pairs]
     drawn = Figure(figsize=(7, 1.0 + 0.24 * max(len(pairs), 1)), layout='constrained')
     drawn.set_label('The most frequent substitutions: reference → what was decoded instead.')
     axis = drawn.subplots()

@@ -86,15 +86,7 @@ def _compile(
     made = cache / f'code-c-{hashlib.sha256(settings.encode()).hexdigest()[:16]}'
     report, beat = made / 'report.json', cache / f'.{made.name}.heartbeat'
     if wait:
-        last, since = file_stamp(beat), time.monotonic()
-        while not report.is_file():
-            if file_stamp(beat) != last:
-                last, since = file_stamp(beat), time.monotonic()
-            if time.monotonic() - since > timeout:
-                raise DataError(
-                    f'{made}: the process that compiles it gave no sign of life for {timeout:g} s'
-                )
-            time.sleep(0.2)
+        builders.await_file(report, beat, f'{made}: the process that compiles it', timeout, beat)
     elif not report.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         tell = _teller('compiling', 'files')
