@@ -92,6 +92,7 @@ def get_config(argument: str = ''):
         config.best.metric = ''  # val shows pictures of items that are learnt from
         epochs = 12.0
     if 'smoke' in words:
+        config.quick_compile = True
         config.batch_size = 16
         config.data.image_size = 32
         config.data.built_in = dict(train_items=12, val_items=4, test_items=4, shots=4,

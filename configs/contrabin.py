@@ -107,6 +107,7 @@ def get_config(argument: str = ''):
     config.best = dict(metric='val/source_binary_mrr', mode='max')
 
     if 'smoke' in words:
+        config.quick_compile = True
         config.batch_size, config.evaluate_pool = 16, 16
         config.data.update(max_source=64, max_comment=24, max_binary=48, vocabulary=400,
                            binary_vocabulary=400)  # fmt: skip

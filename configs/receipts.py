@@ -108,6 +108,7 @@ def get_config(argument: str = ''):
                 metric='val/loss', mode='min', patience=5, min_delta=0.01
             )
     if 'smoke' in words:
+        config.quick_compile = True
         config.batch_size = 8
         config.data.update(image_size=32, built_in_side=32, buckets=(24,))
         config.data.built_in = dict(train=16, val=8, test=8)

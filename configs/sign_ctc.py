@@ -99,6 +99,7 @@ def get_config(argument: str = ''):
             config.stage[name].early_stop = dict(metric=metric, mode='min', patience=15)
         config.evaluate.every_epochs = 1.0
     if 'smoke' in words:  # after the others: its sizes win
+        config.quick_compile = True
         config.batch_size = 4
         config.data.buckets = 1
         config.data.built_in = dict(train=16, dev=4, test=4, signers=4, held_out_signers=2)

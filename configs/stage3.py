@@ -72,6 +72,7 @@ def get_config(argument: str = ''):
     config.best = dict(metric='val/loss', mode='min')
 
     if 'smoke' in words:
+        config.quick_compile = True
         config.batch_size = 8
         config.data.image_size = 32
         config.data.built_in = dict(train=48, val=16)

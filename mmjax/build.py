@@ -142,6 +142,7 @@ def run(config_dict: Mapping, *, assets=None, init_from: str | None = None) -> R
     loader = {'workers': config.data.workers, 'threads': config.data.threads}
     batch_size, rules = config.batch_size, tuple(config.rules)
     config.data.ignore('root', 'cache')
+    config.ignore('quick_compile')  # see `modes.run`
 
     task = make_task(config, assets)
     data, evaluators = task.dataset('train'), task.evaluators()
@@ -188,14 +189,14 @@ def check_metrics(parsed, best: EarlyStop, evaluators: Mapping) -> None:
 
 def check_terms(run: Run) -> None:
     """Traces every distinct stage's step once without compiling; a wrong loss name ends here."""
-    for stage in dict.fromkeys(run.stages):
+    for stage in {stage.program: stage for stage in run.stages}.values():
         state = run.abstract_state(stage)
         weights = {name: np.float32(1) for name in stage.losses}
         rates = optim.rates(stage, run.groups.names, 0)
         try:
             jax.eval_shape(
                 lambda s, b, r, w: step.train_step(
-                    s, b, r, w, task=run.task, stage=stage, groups=run.groups,
+                    s, b, r, w, task=run.task, stage=stage.program, groups=run.groups,
                     settings=run.settings),
                 state, run.batch, rates, weights,
             )  # fmt: skip

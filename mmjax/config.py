@@ -19,6 +19,7 @@ def default() -> ml_collections.ConfigDict:
     config.precision = 'float32'  # of the computation: float32 | bfloat16 | float16
     config.batch_size = 32  # examples an update, over all devices and hosts
     config.accumulation = 1  # micro-batches an update; contrastive terms stay exact
+    config.quick_compile = False  # XLA optimises little: for runs of a few updates
     config.mesh = dict(data=-1, fsdp=1)  # devices along each axis; -1 takes what is left
     config.rules = ()  # (group, regex) pairs put before the task's own
     config.loss_weights = dict()  # term → number or dict(start=, end=, schedule=, fraction=)

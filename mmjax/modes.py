@@ -22,11 +22,23 @@ from mmjax.preemption import EXIT_CODE, Preempted
 from mmjax.train import train, weights_from
 
 
-def run(
-    mode: str, config, plain: dict, workdir: epath.Path, *, argv, existing, overwrite, input,
-    question, output, init_from, allow_data_change, processes,
+def run(mode: str, config, plain: dict, workdir: epath.Path, **options) -> int:
+    """Builds the run and carries out `mode`; returns the exit code.
+
+    options: as `mmjax.main` has them from its flags.
+    """
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update('jax_disable_most_optimizations', config.quick_compile or before)
+    try:
+        return _run(mode, config, plain, workdir, **options)
+    finally:
+        jax.config.update('jax_disable_most_optimizations', before)
+
+
+def _run(
+    mode, config, plain, workdir, *, argv, existing, overwrite, input, question, output, init_from,
+    allow_data_change, processes,
 ) -> int:  # fmt: skip
-    """Builds the run and carries out `mode`; returns the exit code."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     cache = os.environ.get('MMJAX_COMPILATION_CACHE')
     if cache:

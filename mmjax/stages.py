@@ -99,11 +99,9 @@ class EarlyStop:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a run. Hashable: static under jit, equal when it traces to the same program.
+    """One stage of a run. Hashable; its position (index, start, steps) takes no part in equality.
 
-    Position (index, start, steps) and numbers that arrive as arguments of the step take no part
-    in equality, so that an early stop or a longer stage does not recompile. Nothing traced may
-    read those fields.
+    What is traced gets its `program` in its place.
     """
 
     name: str
@@ -128,6 +126,25 @@ class Stage:
 
     def option(self, name: str, default: Any = None) -> Any:
         return dict(self.options).get(name, default)
+
+    @property
+    def program(self) -> 'Stage':
+        """What a compiled step depends on: stages whose programs are equal share one.
+
+        It has no name, sampler, position and early stop; rates and weights, which arrive as
+        arguments of the step, are 0 or 1.
+        """
+        spec = self.optimizer
+        traced = {name: getattr(spec, name) for name in ('weight_decay', 'clip', 'b1', 'b2', 'eps')}
+        frozen = sorted(group for group, _ in self.learning_rates if not self.trains(group))
+        return Stage(
+            name='',
+            learning_rates=tuple((group, 0.0) for group in frozen),
+            loss_weights=tuple((name, float(weight != 0)) for name, weight in self.loss_weights),
+            optimizer=Optimizer(learning_rate=1.0, **traced),
+            sampler=(),
+            options=self.options,
+        )
 
     @property
     def losses(self) -> tuple[str, ...]:

@@ -91,7 +91,11 @@ class Task(abc.ABC):
     def forward(
         self, variables: Variables, batch: Batch, stage: Stage, *, train: bool, key: jax.Array
     ) -> tuple[Any, Any]:
-        """Maps rows to a pytree of small per-row outputs [batch, …] and new batch statistics."""
+        """Maps rows to a pytree of small per-row outputs [batch, …] and new batch statistics.
+
+        stage: the `program` of a stage, which has no name: what differs between stages that learn
+        the same from the same losses belongs in their options.
+        """
 
     @abc.abstractmethod
     def terms(

@@ -138,14 +138,15 @@ class Trainer:
         self.log.message(optim.table(self.run.abstract['params'], self.run.groups, stage))
 
     def _step(self, stage: Stage):
-        if stage not in self._compiled:
+        if stage.program not in self._compiled:
             shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
             call = functools.partial(
-                step.train_step, task=self.run.task, stage=stage, groups=self.run.groups,
+                step.train_step, task=self.run.task, stage=stage.program, groups=self.run.groups,
                 settings=self.run.settings,
             )  # fmt: skip
-            self._compiled[stage] = jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
-        return self._compiled[stage]
+            made = jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
+            self._compiled[stage.program] = made
+        return self._compiled[stage.program]
 
     def _stage(self, state: step.State, stage: Stage) -> step.State:
         run, first = self.run, int(state['stage_step'])

@@ -1,5 +1,6 @@
 """The plan of a run: lengths, weights, errors that name the key."""
 
+import dataclasses
 import math
 
 import ml_collections
@@ -60,11 +61,33 @@ def test_position_takes_no_part_in_equality_so_an_early_stop_does_not_recompile(
     config.stage.a = dict(steps=3, learning_rates=dict(tower=0.0))
     a, b = planned(config)
     assert a.start != b.start and a.steps != b.steps
-    import dataclasses
+    b = dataclasses.replace(b, name='a')
+    assert b == a and hash(b) == hash(a)
 
-    assert dataclasses.replace(b, name='a') == a and hash(dataclasses.replace(b, name='a')) == hash(
-        a
-    )
+
+@pytest.mark.parametrize(
+    ('changes', 'same'),
+    [
+        (dict(learning_rates=dict(tower=0.0, head=0.3)), True),
+        (dict(learning_rates=dict(head=0.0)), False),
+        (dict(learning_rates=dict(tower=0.1)), False),
+        (dict(loss_weights=dict(x=0.2)), True),
+        (dict(loss_weights=dict(x=dict(start=0.0, end=1.0))), True),
+        (dict(loss_weights=dict(x=0.0)), False),
+        (dict(optimizer=dict(learning_rate=1.0, schedule='constant', warmup_steps=2)), True),
+        (dict(optimizer=dict(clip=0.0)), False),
+        (dict(optimizer=dict(weight_decay=0.5)), False),
+        (dict(options=dict(kind='linear')), False),
+        (dict(early_stop=dict(metric='val/loss', patience=1)), True),
+    ],
+)
+def test_stages_share_a_program_unless_what_is_traced_differs(changes, same):
+    config = make()
+    config.stage.a = dict(steps=3, learning_rates=dict(tower=0.0))
+    config.stage.b = dict(steps=9, **dict(dict(learning_rates=dict(tower=0.0)), **changes))
+    a, b = planned(config)
+    assert (a.program == b.program) is same
+    assert (hash(a.program) == hash(b.program)) is same
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,23 @@ def test_a_thaw_keeps_frozen_statistics_and_then_learns(tmp_path):
     assert set(results['stages']) == {'head', 'all'}
 
 
+def test_stages_that_learn_the_same_share_a_compiled_step(tmp_path, monkeypatch):
+    config = thaw()
+    config.stage.head.steps = 3
+    config.stage.slower = dict(
+        steps=3, learning_rates=dict(tower=0.0), optimizer=dict(learning_rate=1e-4)
+    )
+    config.stages = ('head', 'slower')
+    traced, original = [], step.train_step
+    monkeypatch.setattr(
+        step, 'train_step', lambda *a, **k: traced.append(k['stage']) or original(*a, **k)
+    )
+    run(config, tmp_path)
+    first, *_, last = lines(tmp_path)
+    assert [first['stage'], last['stage']] == ['head', 'slower']
+    assert len(traced) == 1
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
