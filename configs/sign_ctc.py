@@ -21,14 +21,14 @@ def get_config(argument: str = ''):
     words = mmjax_config.words(argument, ('smoke', 'distill', 'published'))
     config = mmjax_config.default()
     config.task = 'sign'
-    config.batch_size = 16  # sentences
+    config.batch_size = 32  # sentences: what a loop over frames costs hardly grows with it
 
     # (name, start, end) columns or (name, start, end, numbers of a landmark); (): streams.json
     config.data.streams = ()
     config.data.missing = 'zero'  # 'zero': a stream that is all zeros in a frame was not seen
     config.data.differences = True  # adds each feature's change since the frame before
     config.data.around = True  # tells the landmarks of a stream around their mean point
-    config.data.buckets = 2  # lengths that batches are padded to, at most
+    config.data.buckets = 3  # lengths that batches are padded to, at most
     config.data.frame_rate = 25.0  # frames a second, for the times that predict prints
     config.data.max_fault_share = 0.01
     config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.03, stream_dropout=0.05,
@@ -59,14 +59,14 @@ def get_config(argument: str = ''):
     )
 
     config.sampler = dict(name='bucketed', by='length', stretch=1.1)
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip = 1.0
     config.optimizer.warmup_epochs = 2.0
     config.optimizer.warmup_init = 0.1
     config.stages = ('train',)
-    config.stage.train = dict(epochs=30.0)
-    config.evaluate.every_epochs = 5.0
+    config.stage.train = dict(epochs=34.0)
+    config.evaluate.every_epochs = 8.5
     config.best = dict(metric='dev/wer', mode='min')
 
     if 'distill' in words:

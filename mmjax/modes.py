@@ -27,7 +27,7 @@ def run(mode: str, config, plain: dict, workdir: epath.Path, **options) -> int:
 
     options: as `mmjax.main` has them from its flags.
     """
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read('jax_disable_most_optimizations')
     jax.config.update('jax_disable_most_optimizations', config.quick_compile or before)
     try:
         return _run(mode, config, plain, workdir, **options)
