@@ -73,7 +73,7 @@ def get_config(argument: str = ''):
     # No function twice in a batch. Once random ones are told apart, functions of one file are put
     # into a batch together: what tells these apart is not learnt from random ones.
     config.sampler = dict(name='pk', by='identity', k=1)
-    near = dict(name='neighbours', by='identity', near='path', k=4)
+    near = dict(name='neighbours', by='identity', near='path', k=8)
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 1e-3
     config.optimizer.warmup_steps = 50
@@ -83,15 +83,15 @@ def get_config(argument: str = ''):
         loss_weights=dict(anchor=1.0, source_binary=0.0, comment_binary=0.0, intermediate=0.0),
     )
     # An epoch of pk shows every binary, one of neighbours every function once.
-    config.stage.anchor = dict(anchor, epochs=1.0)
-    config.stage.near = dict(anchor, epochs=2.0, sampler=near)
+    config.stage.anchor = dict(anchor, epochs=0.4)
+    config.stage.near = dict(anchor, epochs=6.0, sampler=near)
     config.stage.naive = dict(
-        epochs=1.0,
+        epochs=0.3,
         learning_rates=dict(anchor=0.0, linear=0.0, nonlinear=0.0),
         options=dict(interpolation='naive', keep_anchor=True),
     )
     config.stage.linear = dict(
-        epochs=2.0,
+        epochs=3.0,
         sampler=near,
         learning_rates=dict(anchor=0.0, nonlinear=0.0),
         options=dict(interpolation='linear', keep_anchor=True),
