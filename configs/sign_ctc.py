@@ -34,7 +34,7 @@ def get_config(argument: str = ''):
     config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.03, stream_dropout=0.05,
                                     feature_dropout=0.05, time_masks=2,
                                     time_mask_share=0.1)  # fmt: skip
-    config.data.built_in = dict(train=1500, dev=100, test=200, signers=16, held_out_signers=4)
+    config.data.built_in = dict(train=3000, dev=100, test=200, signers=32, held_out_signers=4)
 
     model = dict(
         stream_width=64,
@@ -62,11 +62,11 @@ def get_config(argument: str = ''):
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip = 1.0
-    config.optimizer.warmup_epochs = 2.0
+    config.optimizer.warmup_epochs = 1.0
     config.optimizer.warmup_init = 0.1
     config.stages = ('train',)
-    config.stage.train = dict(epochs=34.0)
-    config.evaluate.every_epochs = 8.5
+    config.stage.train = dict(epochs=17.0)
+    config.evaluate.every_epochs = 4.25
     config.best = dict(metric='dev/wer', mode='min')
 
     if 'distill' in words:
@@ -74,11 +74,11 @@ def get_config(argument: str = ''):
         config.loss_weights = dict(ctc=0.3, distillation=0.7, teacher_ctc=0.0, smoothing=0.0)
         config.stages = ('teacher', 'student')
         config.stage.teacher = dict(
-            epochs=15.0,
+            epochs=8.0,
             learning_rates=dict(student=0.0),
             loss_weights=dict(ctc=0.0, distillation=0.0, teacher_ctc=1.0, smoothing=0.0),
         )
-        config.stage.student = dict(epochs=15.0, learning_rates=dict(teacher=0.0))
+        config.stage.student = dict(epochs=8.0, learning_rates=dict(teacher=0.0))
         del config.stage.train
     if 'published' in words:
         config.batch_size = 4

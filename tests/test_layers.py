@@ -91,7 +91,20 @@ def test_attention_matches_a_float64_softmax_and_survives_a_full_mask():
     for implementation in ('xla', 'auto'):
         found = attend(q, k, v, mask, implementation=implementation)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert np.isfinite(attend(q, k, v, np.zeros_like(mask))).all()
+    blind = attend(q, k, v, np.zeros_like(mask))
+    np.testing.assert_allclose(blind, np.broadcast_to(v.mean(1)[:, None], blind.shape), rtol=1e-5)
+
+
+def test_query_heads_share_key_heads_in_groups_and_gradients_are_those_of_jax():
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.float32(rng.normal(size=(2, n, h, 4))) for n, h in ((3, 6), (5, 2), (5, 2)))
+    mask = rng.random((2, 1, 1, 5)) > 0.3
+    mask[..., 0] = True
+    both = []
+    for function in (attend, lambda *x: jax.nn.dot_product_attention(*x[:3], mask=x[3])):
+        loss = lambda *x, function=function: (function(*x, mask) ** 3).sum()
+        both.append(jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v))
+    chex.assert_trees_all_close(*both, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_refuses_what_cudnn_cannot_do():

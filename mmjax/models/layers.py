@@ -123,11 +123,22 @@ def attend(
         raise ValueError(f"attention 'cudnn' needs {fault}; choose 'xla' or 'auto'")
     if implementation == 'auto':
         implementation = 'xla' if fault else 'cudnn'
-    if value.dtype == jnp.float16 and jax.default_backend() == 'cpu':
+    if value.dtype in (jnp.float16, jnp.float32) and jax.default_backend() == 'cpu':
         # XLA:CPU has no product of float16 that sums in float32.
         wide = (x.astype(jnp.float32) for x in (query, key, value))
-        return jax.nn.dot_product_attention(*wide, mask=mask).astype(value.dtype)
+        return _attend_by_products(*wide, mask).astype(value.dtype)
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+
+def _attend_by_products(query, key, value, mask) -> jax.Array:
+    """`attend` with heads before rows, in which order XLA:CPU has fast products."""
+    groups = query.shape[2] // key.shape[2]
+    if groups > 1:
+        key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    scores = (query * query.shape[-1] ** -0.5).transpose(0, 2, 1, 3) @ key.transpose(0, 2, 3, 1)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -0.7 * jnp.finfo(scores.dtype).max)
+    return (jax.nn.softmax(scores, -1) @ value.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
 
 
 def _cudnn_fault(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
