@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from mmjax.data import sign_skeleton, sign_synthetic
 
-SIZES = {'train': 1500, 'dev': 100, 'test': 200, 'signers': 16, 'held_out_signers': 4}
+SIZES = {'train': 3000, 'dev': 100, 'test': 200, 'signers': 32, 'held_out_signers': 4}
 TIMES = 10
 SHOULDERS = (0, 1)  # the first two points of the pose
 

@@ -7,10 +7,10 @@
 Words after the colon: `smoke`, `distill` (a teacher with two LSTM layers, then a student that
 follows it), `published` (the original's sizes, for its streams pose, hands, face, temporal).
 
-Measured on the built-in signing (1,500 sentences of 16 signers, 2,850 updates, 18 minutes on 2 CPU
-cores of which other trainings used one; 200 test sentences of 905 glosses, signers unseen): WER
-.148 greedily and .147 by a beam of 16, SER .51; on dev .204 and .204. A nearest neighbour that is
-given the signs cut out errs in .508 of them, around the shoulders in .418
+Measured on the built-in signing (3,000 sentences of 32 signers, 1,615 updates in three padded
+lengths, a compiled step each, 12 minutes on 2 CPU cores; 200 test sentences of 905 glosses, signers
+unseen): WER .140 greedily and .137 by a beam of 16, SER .515; on dev .200 and .198. A nearest
+neighbour that is given the signs cut out errs in .469 of them, around the shoulders in .356
 (`benchmarks/sign_floors.py`).
 """
 

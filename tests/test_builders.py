@@ -209,10 +209,11 @@ def test_faults_above_the_share_end_at_once_and_leave_nothing(tmp_path):
 
 def test_a_folder_made_under_a_larger_share_is_refused_under_a_smaller(tmp_path):
     splits = {'train': faulty(200, (3, 50, 60, 70))}
-    builders.prepare(tmp_path / 'd', name='numbers', splits=splits, max_fault_share=0.02)
+    options = dict(name='numbers', splits=splits, blobs=('blob',))
+    builders.prepare(tmp_path / 'd', max_fault_share=0.02, **options)
     before = everything(tmp_path)
     with pytest.raises(DataError, match=r'4 of the 200 rows of split train .* 0\.015: see'):
-        builders.prepare(tmp_path / 'd', name='numbers', splits=splits, max_fault_share=0.015)
+        builders.prepare(tmp_path / 'd', max_fault_share=0.015, **options)
     assert everything(tmp_path) == before
 
 
