@@ -83,21 +83,21 @@ def get_config(argument: str = ''):
         loss_weights=dict(anchor=1.0, source_binary=0.0, comment_binary=0.0, intermediate=0.0),
     )
     # An epoch of pk shows every binary, one of neighbours every function once.
-    config.stage.anchor = dict(anchor, epochs=0.4)
-    config.stage.near = dict(anchor, epochs=6.0, sampler=near)
+    config.stage.anchor = dict(anchor, epochs=0.6)
+    config.stage.near = dict(anchor, epochs=4.0, sampler=near)
     config.stage.naive = dict(
-        epochs=0.3,
+        epochs=0.4,
         learning_rates=dict(anchor=0.0, linear=0.0, nonlinear=0.0),
         options=dict(interpolation='naive', keep_anchor=True),
     )
     config.stage.linear = dict(
-        epochs=3.0,
+        epochs=4.0,
         sampler=near,
         learning_rates=dict(anchor=0.0, nonlinear=0.0),
         options=dict(interpolation='linear', keep_anchor=True),
     )
     config.stage.nonlinear = dict(
-        epochs=2.0,
+        epochs=3.0,
         sampler=near,
         learning_rates=dict(anchor=0.0, linear=0.0),
         options=dict(interpolation='nonlinear', keep_anchor=True),
