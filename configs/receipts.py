@@ -10,16 +10,16 @@ and three stages. The decoder's weights are named with --config.model.pretrained
 For the tower there are none to load: it comes from a run of these sizes, by --init_from=DIR, or is
 trained first, by --config.stages="('scratch', 'heads', 'top', 'all')".
 
-Measured on the built-in receipts (6,000 pictures with three questions each, 1,550 updates, 16
-minutes on 2 CPU cores beside other work; test: 600 pictures): counting accuracy .990 (.978 to .995;
-majority .365), BLEU-4 .880, ROUGE-L .880, exact match .779, perplexity 1.12. Who sees only the
-question (`benchmarks/receipts_floors.py`) has .365, .433 and .462; who sees only 16 × 16 pixels
-.505, .055 and .137. Right by content: counts .983, whether there is any .995, payment .386, items
-.248, totals .103, stores .017; the last four are near what the question alone gives (.315, .239,
-.129, .017): print of 112 pixels is too small to be read. A step takes .54 of the time and .36 of
-the memory where the tower is frozen (`benchmarks/stage_cost.py`). On pictures of one receipt the
-question's words look at it 3.1 times as much as its area would have; at least twice in 98 % of 200,
-and in 12 % where the receipt is taken from another picture (`benchmarks/receipts_attention.py`).
+Measured on the built-in receipts (6,000 pictures with three questions each, 1,550 updates, 12.7
+minutes on 2 CPU cores; test: 600 pictures): counting accuracy .993 (.983 to .997; majority .365),
+BLEU-4 .883, ROUGE-L .883, exact match .783, perplexity 1.12. Who sees only the question
+(`benchmarks/receipts_floors.py`) has .365, .433 and .462; who sees only 16 × 16 pixels .505, .055
+and .137. Right by content: counts .990, whether there is any .998, payment .378, items .229, totals
+.121, stores .025; the last four are near what the question alone gives (.315, .239, .129, .017):
+print of 112 pixels is too small to be read. A step takes .51 of the time and .37 of the memory
+where the tower is frozen (`benchmarks/stage_cost.py`). On pictures of one receipt the question's
+words look at it 3.3 times as much as its area would have; at least twice in all of 200, and in 12
+% where the receipt is taken from another picture (`benchmarks/receipts_attention.py`).
 
 Measured on a folder of collages of real receipts (420 pictures with 1,260 questions, 90 for
 validation; 1,189 updates, 23 minutes as above; --config.stage.scratch.epochs=20. .heads.epochs=2.
