@@ -22,11 +22,11 @@ words look at it 3.3 times as much as its area would have; at least twice in all
 % where the receipt is taken from another picture (`benchmarks/receipts_attention.py`).
 
 Measured on a folder of collages of real receipts (420 pictures with 1,260 questions, 90 for
-validation; 1,189 updates, 23 minutes beside other work; --config.stage.scratch.epochs=20. .heads.epochs=2.
-.top.epochs=2. .all.epochs=5. --config.evaluate.every_epochs=4.): accuracy on val .967 (.907 to
-.989; majority .411, 16 × 16 pixels .878), BLEU-4 .341, ROUGE-L .498, content .807; the question
-alone has .285, .445 and .422. The best epoch was picked on the same val. Names, dates and totals
-are never right.
+validation; 1,189 updates, 23 minutes beside other work; --config.stage.scratch.epochs=20.
+.heads.epochs=2. .top.epochs=2. .all.epochs=5. --config.evaluate.every_epochs=4.): accuracy on val
+.967 (.907 to .989; majority .411, 16 × 16 pixels .878), BLEU-4 .341, ROUGE-L .498, content .807;
+the question alone has .285, .445 and .422. The best epoch was picked on the same val. Names, dates
+and totals are never right.
 """
 
 from ml_collections import config_dict
