@@ -59,14 +59,14 @@ def summary(looked: np.ndarray, covered: np.ndarray) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--workdir', required=True)
+    parser.add_argument('--workdir', type=pathlib.Path, required=True)
     parser.add_argument('--pictures', type=int, default=200)
     told = parser.parse_args()
-    plain = json.loads((pathlib.Path(told.workdir) / 'config.json').read_text())['config']
+    plain = json.loads((told.workdir / 'config.json').read_text())['config']
     built = build.run(ml_collections.ConfigDict(plain), assets=told.workdir)
     task, seed, data = built.task, plain['seed'], plain['data']
     with jax.set_mesh(built.mesh):
-        variables, source = weights_from(built, told.workdir)
+        variables, _ = weights_from(built, str(told.workdir))
     questions = [
         receipts_text.pair('count', wording, '', 0)[0] for wording in range(receipts_text.WORDINGS)
     ]
@@ -98,7 +98,7 @@ def main():
     looked = np.concatenate(looked)
     covered = np.stack([coverage(one, round(looked.shape[1] ** 0.5)) for one in placed])
     out = {
-        'run': source, 'pictures': len(placed), 'cells': looked.shape[1],
+        'run': told.workdir.name, 'pictures': len(placed), 'cells': looked.shape[1],
         'area': float(covered.mean()), 'receipt': summary(looked, covered),
         'shuffled': summary(looked, np.roll(covered, -1, 0)),
     }  # fmt: skip

@@ -17,9 +17,10 @@ import sys
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from configs import sign_ctc
 from mmjax.data import sign_skeleton, sign_synthetic
 
-SIZES = {'train': 3000, 'dev': 100, 'test': 200, 'signers': 32, 'held_out_signers': 4}
+SIZES = sign_ctc.get_config().data.built_in.to_dict()
 TIMES = 10
 SHOULDERS = (0, 1)  # the first two points of the pose
 

@@ -21,7 +21,7 @@ def get_config(argument: str = ''):
     words = mmjax_config.words(argument, ('smoke', 'distill', 'published'))
     config = mmjax_config.default()
     config.task = 'sign'
-    config.batch_size = 32  # sentences: what a loop over frames costs hardly grows with it
+    config.batch_size = 32  # sentences
 
     # (name, start, end) columns or (name, start, end, numbers of a landmark); (): streams.json
     config.data.streams = ()

@@ -49,7 +49,7 @@ def _run(
     built = build.run(config, assets=None if fresh else workdir, init_from=init_from)
     first = parallel.is_first()
     target = epath.Path(output) if output else workdir / mode
-    if not first:  # every host computes, one writes
+    if not first and mode in ('predict', 'embed'):  # every host computes, one writes
         target = epath.Path(tempfile.mkdtemp(prefix=f'mmjax-{mode}-'))
         atexit.register(shutil.rmtree, target, ignore_errors=True)
     if mode == 'prepare':

@@ -11,7 +11,7 @@ import runs
 from etils import epath
 from PIL import Image
 
-from mmjax import build, evaluate, modes, optim, step
+from mmjax import build, evaluate, modes, optim, parallel, step
 from mmjax.checkpoint import load_weights
 from mmjax.data import pipeline
 from mmjax.data.dataset import DataError
@@ -286,6 +286,15 @@ def test_predict_answers_the_question_about_the_picture(trained, tmp_path, capsy
         assert drawn.size[0] > 200
     with pytest.raises(DataError, match='the question is empty'):
         call('predict', config, workdir, question='', **options)
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_one_host_writes_what_all_compute(trained, tmp_path, monkeypatch, capsys, first):
+    workdir, config, _ = trained
+    monkeypatch.setattr(parallel, 'is_first', lambda: first)
+    call('embed', config, workdir, output=str(tmp_path / 'out'))
+    assert (tmp_path / 'out/embeddings.npy').exists() is first
+    assert bool(capsys.readouterr().out) is first
 
 
 def test_predict_names_a_missing_picture(model, tmp_path):

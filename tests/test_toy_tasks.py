@@ -1,11 +1,12 @@
 """The unchanged engine serves four recipes of very different kinds, and they learn."""
 
 import chex
+import jax
 import numpy as np
 import pytest
 from runs import lines, run, toy
 
-from mmjax import build, step
+from mmjax import build, modes, step
 from mmjax.data.dataset import DataError
 
 
@@ -29,6 +30,16 @@ def test_ctc_in_buckets_compiles_one_program_a_bucket(tmp_path, monkeypatch):
 def test_greedy_generation_counts_up(tmp_path):
     results = run(toy('Generate', 80, optimizer__learning_rate=0.1), tmp_path)
     assert results['final']['val']['exact_match'] == 1.0
+
+
+@pytest.mark.parametrize('quick', [True, False])
+def test_a_quick_compile_lasts_as_long_as_its_run(tmp_path, monkeypatch, quick):
+    seen, of_now = [], lambda: jax.config.read('jax_disable_most_optimizations')
+    before = of_now()
+    monkeypatch.setattr(modes, '_run', lambda *_, **__: seen.append(of_now()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        modes.run('train', toy('PK', quick_compile=quick), {}, tmp_path)
+    assert seen == [quick or before] and of_now() == before
 
 
 def thaw(**changes):

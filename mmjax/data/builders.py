@@ -8,6 +8,7 @@ lets the next run continue) and removed after a fault. TensorFlow is never impor
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -95,43 +96,46 @@ def prepare(
         attempt is left on disk.
     """
     directory = pathlib.Path(directory).absolute()
-    prepared = Prepared(directory)
-    if (directory / _SUMMARY).is_file():
-        _check_faults(prepared, max_fault_share)
-        return prepared
-    if wait:
-        partial = _partial(directory)
+    partial = _partial(directory)
+    there = (directory / _SUMMARY).is_file()
+    if wait and not there:
         what = f'{directory}: the process that prepares it'
         await_file(directory / _SUMMARY, partial / 'heartbeat', what, timeout, partial)
-        return prepared
+    elif not there:
+        build = functools.partial(
+            _build, partial / 'tfds', name, version, splits, blobs, index, max_fault_share, progress
+        )
+        _make(directory, build)
+    prepared = Prepared(directory)
+    _check_faults(prepared, max_fault_share)
+    return prepared
+
+
+def _make(directory: pathlib.Path, build: Callable[[], pathlib.Path]) -> None:
+    """Makes the folder unless another process of this machine has made it meanwhile."""
+    partial = _partial(directory)
     made = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(directory.parent / f'.{directory.name}.lock'):
-            if not (directory / _SUMMARY).is_file():
-                if directory.exists():
-                    raise DataError(f'{directory} is in the way: it holds no {_SUMMARY}; move it')
-                partial = _partial(directory)
-                for stale in partial.glob('tfds*'):
-                    shutil.rmtree(stale)
-                partial.mkdir(exist_ok=True)
-                try:
-                    ledgers = {
-                        split: Ledger(split, partial, max_fault_share, progress) for split in splits
-                    }
-                    built = _build(partial / 'tfds', name, version, splits, blobs, index, ledgers)
-                    os.replace(built, directory)
-                except Exception:  # a kill or Ctrl-C keeps the journal for the next run
-                    shutil.rmtree(partial)
-                    raise
+            if (directory / _SUMMARY).is_file():
+                return
+            if directory.exists():
+                raise DataError(f'{directory} is in the way: it holds no {_SUMMARY}; move it')
+            for stale in partial.glob('tfds*'):
+                shutil.rmtree(stale)
+            partial.mkdir(exist_ok=True)
+            try:
+                os.replace(build(), directory)
+            except Exception:  # a kill or Ctrl-C keeps the journal for the next run
                 shutil.rmtree(partial)
+                raise
+            shutil.rmtree(partial)
     except Exception:
         with contextlib.suppress(OSError):
             for parent in made:  # innermost first; one that is not empty ends it
                 parent.rmdir()
         raise
-    _check_faults(prepared, max_fault_share)
-    return prepared
 
 
 def _check_faults(prepared: Prepared, share: float) -> None:
@@ -190,11 +194,12 @@ def await_file(
         time.sleep(0.2)
 
 
-def _build(root, name, version, splits, blobs, index, ledgers) -> pathlib.Path:
+def _build(root, name, version, splits, blobs, index, share, progress) -> pathlib.Path:
     """Runs the TFDS builder under `root`; returns the folder it made, with index and books."""
     import tensorflow_datasets as tfds
 
     summary = {'name': name, 'version': version, 'splits': {}}
+    ledgers = {split: Ledger(split, root.parent, share, progress) for split in splits}
     builder = _builder(name, version, blobs, root)
     for split, source in splits.items():
         builder.sources[split] = _observed(split, source, index, ledgers[split], summary, root)
