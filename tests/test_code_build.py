@@ -1,5 +1,6 @@
 """C of unknown origin compiles within limits, reads only what it may, and keeps its functions."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -77,6 +78,28 @@ def test_headers_of_the_project_are_found_and_hide_none_of_the_system(build):
     assert set(build(text, folders=('include', 'sub'))) == {'f'}
     message = refused(build, text, 'does_not_compile')
     assert message.startswith('a.c:2:10: fatal error: own.h: No such file')
+
+
+def test_headers_are_found_by_the_name_of_their_folder(tmp_path, compiler):
+    root = tmp_path / 'root'
+    for place, text in (
+        ('one/include/one/own.h', '#define OWN 7\n'),
+        ('one/library/a.c', '#include "one/own.h"\nint f(void) { return OWN; }'),
+        ('two/b.c', '#include "one/own.h"\nint f(void) { return OWN; }'),
+    ):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_text(text)
+    found = code_build.find_projects(root)
+    folders = ('one/include/one', 'one/include', 'one')
+    assert set(found.headers['one']) == {root / folder for folder in folders}
+    listed = {}
+    for project, (file,) in found.files.items():
+        headers, work = tuple(found.headers[project]), tmp_path / project
+        work.mkdir()
+        builder = code_build.Builder(compiler, root / project, headers)
+        with contextlib.suppress(RecordError):
+            listed[project] = builder.functions(file, 'O0', work)
+    assert set(listed) == {'one'} and '$0x7' in listed['one']['f']
 
 
 @pytest.mark.parametrize('kind', ['itself', 'macro'])

@@ -57,7 +57,8 @@ _TEXT = re.compile(
 class Projects:
     """What a folder holds, by top-level folder ('.' for files of the root itself).
 
-    files: its C files; headers: folders with headers; skipped: reason → files passed over.
+    files: its C files; headers: folders with headers, and those above them, whose headers are
+    included as "folder/name.h"; skipped: reason → files passed over.
     """
 
     files: dict[str, list[pathlib.Path]]
@@ -80,7 +81,8 @@ def find_projects(root: pathlib.Path) -> Projects:
         project = '.' if here == root else here.relative_to(root).parts[0]
         headers = found.headers.setdefault(project, [])
         if any(name.endswith('.h') for name in names):
-            headers.append(here)
+            above = (folder for folder in here.parents if folder.is_relative_to(root / project))
+            headers += [folder for folder in (here, *above) if folder not in headers]
         for name in sorted([*names, *folders]):
             path = here / name
             if path.is_symlink():  # one that stays inside leads to what is found by its own name
@@ -174,8 +176,8 @@ class Builder:
     """Compiles the files of one project.
 
     root: the project's folder, absolute and without links; header_folders: those within it that
-    hold headers; flags: of `check_flags`; time_limit: seconds a run of a program; base: where the
-    paths of messages begin, the root by default.
+    hold headers, or lie above some; flags: of `check_flags`; time_limit: seconds a run of a
+    program; base: where the paths of messages begin, the root by default.
     """
 
     compiler: Compiler
