@@ -197,6 +197,7 @@ def test_streams_features_and_spans_of_frames_are_dropped_as_often_as_asked(norm
 @pytest.mark.parametrize(
     ('wrong', 'message'),
     [
+        ({'stretch': (0.9, 1.1, 1.2)}, r'augmentation\.stretch=\(0\.9, 1\.1, 1\.2\) is not'),
         ({'stretch': (1.1, 1.2)}, r'augmentation\.stretch=\(1\.1, 1\.2\) is not'),
         ({'stretch': (0.0, 1.2)}, r'augmentation\.stretch=\(0\.0, 1\.2\) is not'),
         ({'stream_dropout': 1.0}, r'augmentation\.stream_dropout=1\.0 is not in \[0, 1\)'),

@@ -58,13 +58,13 @@ def prepare_code(
     if root is None:
         from mmjax.data import code_programs
 
-        sizes = dict(synthetic_sizes or {})
-        kind, plan = 'synthetic', code_programs.catalogue(seed, sizes)
+        kind, sizes = 'synthetic', dict(synthetic_sizes or {})
+        plan = functools.cache(lambda: code_programs.catalogue(seed, sizes))  # takes its time
         makers = (f'code_{name}.py' for name in ('compiler', 'optimizer', 'programs'))
         made_by = builders.source_digest(*makers)
         settings += [kind, seed, registers, sorted(sizes.items()), made_by]
-        made = functools.partial(_generated, seed, registers)
-        sources = {name: functools.partial(made, plan[name]) for name in splits}
+        made = lambda name, ledger: _generated(seed, registers, plan()[name], ledger)
+        sources = {name: functools.partial(made, name) for name in splits}
     else:
         kind, paths = 'folder', split_files(root)
         for name in splits:

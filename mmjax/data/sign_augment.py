@@ -221,8 +221,7 @@ class Augmentation:
     time_mask_share: float = 0.1
 
     def __post_init__(self):
-        low, high = self.stretch
-        if not 0 < low <= 1 <= high:
+        if len(self.stretch) != 2 or not 0 < self.stretch[0] <= 1 <= self.stretch[1]:
             raise DataError(f'augmentation.stretch={self.stretch} is not (at most 1, at least 1)')
         for name in ('stream_dropout', 'feature_dropout', 'time_mask_share'):
             if not 0 <= getattr(self, name) < 1:

@@ -21,7 +21,7 @@ class SignData:
     def __init__(self, config, assets=None):
         spec = config.data
         prepared = sign_prepare.prepare_sequences(
-            spec.root, builders.cache_dir(spec.cache), seed=config.seed,
+            spec.root, builders.cache_dir(spec.cache), seed=spec.seed,
             streams=sign_streams.told(spec.streams, 'data.streams'),
             synthetic_sizes=spec.built_in.to_dict(), max_fault_share=spec.max_fault_share,
             wait=jax.process_index() > 0,
