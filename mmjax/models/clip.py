@@ -56,7 +56,7 @@ class ClipBlock(nn.Module):
             raise ValueError(f"activation '{self.activation}' is not one of {known}")
         inward, residual = width**-0.5, (width * 2 * self.depth) ** -0.5
         norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
-        dense = lambda name, features, deviation: nn.Dense(
+        dense = lambda name, features, deviation: layers.Dense(
             features, dtype=self.dtype, kernel_init=_normal(deviation), name=name
         )
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
@@ -97,7 +97,7 @@ class ClipVision(nn.Module):
         `mask` and `train` change nothing: they are there so that both towers are called alike.
         """
         x = patches(images, self.image_size, self.patch_size).astype(self.dtype)
-        x = nn.Dense(
+        x = layers.Dense(
             self.width, use_bias=False, dtype=self.dtype, kernel_init=_patch_init,
             name='patch_embedding',
         )(x)  # fmt: skip
@@ -172,7 +172,9 @@ class ClipText(nn.Module):
 
 def _project(x: jax.Array, features: int, dtype: jnp.dtype) -> jax.Array:
     init = _normal(x.shape[-1] ** -0.5)
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name='projection')(x)
+    return layers.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name='projection')(
+        x
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.models.bert import Bert, masked_mean
-from mmjax.models.layers import MaskedBatchNorm, normalize_pixels
+from mmjax.models.layers import Dense, MaskedBatchNorm, normalize_pixels
 from mmjax.models.resnet import ResNet
 from mmjax.models.vit import ViT
 
@@ -31,10 +31,10 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = nn.Dense(self.hidden, dtype=self.dtype, name='hidden')(x)
+        x = Dense(self.hidden, dtype=self.dtype, name='hidden')(x)
         x = nn.LayerNorm(1e-5, dtype=self.dtype, name='norm')(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(nn.gelu(x, approximate=False))
-        return nn.Dense(self.features, dtype=self.dtype, name='out')(x)
+        return Dense(self.features, dtype=self.dtype, name='out')(x)
 
 
 class VisionHead(nn.Module):
@@ -69,7 +69,7 @@ class VisionHead(nn.Module):
         if len(views) == 1:
             return views[0]
         both = jnp.concatenate(views, -1)  # [rows, 2 features]
-        dense = lambda features, name: nn.Dense(features, dtype=self.dtype, name=name)
+        dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
         if self.fusion == 'concat':
             return dense(self.features, 'concat')(both)
         if self.fusion == 'gate':
@@ -91,10 +91,10 @@ class CompositionEncoder(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
         """Maps x [rows, 7] to [rows, features]; statistics over the rows that `mask` allows."""
         for index in range(2):
-            x = nn.Dense(self.hidden, dtype=self.dtype, name=f'hidden_{index}')(x)
+            x = Dense(self.hidden, dtype=self.dtype, name=f'hidden_{index}')(x)
             x = MaskedBatchNorm(dtype=self.dtype, name=f'norm_{index}')(x, mask, train=train)
             x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
-        return nn.Dense(self.features, dtype=self.dtype, name='out')(x)
+        return Dense(self.features, dtype=self.dtype, name='out')(x)
 
 
 class AdaptiveFusion(nn.Module):
@@ -124,10 +124,10 @@ class AdaptiveFusion(nn.Module):
         ]
         x = jnp.where(present[..., None], jnp.stack(normed, -2), 0)  # [rows, 3, D]
         seen = jnp.concatenate([x.reshape(x.shape[0], -1), present.astype(x.dtype)], -1)
-        gate = nn.Dense(self.hidden, dtype=self.dtype, name='gate_hidden')(seen)
+        gate = Dense(self.hidden, dtype=self.dtype, name='gate_hidden')(seen)
         # From zeros all modalities weigh the same at first: a random gate soon shuts all but the
         # one that learns fastest, and those it shuts get no gradient.
-        gate = nn.Dense(3, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='gate')(
+        gate = Dense(3, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='gate')(
             nn.gelu(gate, approximate=False)
         )
         gates = jax.nn.softmax(jnp.where(present, gate.astype(jnp.float32), -1e4))
@@ -148,9 +148,9 @@ class ReconstructionHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps x [rows, D] to float32 [rows, D]."""
-        y = nn.Dense(self.hidden, dtype=self.dtype, name='hidden')(x)
+        y = Dense(self.hidden, dtype=self.dtype, name='hidden')(x)
         y = nn.Dropout(self.dropout, deterministic=not train)(nn.gelu(y, approximate=False))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name='out')(y).astype(jnp.float32)
+        return Dense(x.shape[-1], dtype=self.dtype, name='out')(y).astype(jnp.float32)
 
 
 class ComicModel(nn.Module):
@@ -181,7 +181,7 @@ class ComicModel(nn.Module):
             self.features, self.siglip_hidden, self.resnet_hidden, self.visual_fusion,
             self.dropout, self.dtype,
         )  # fmt: skip
-        self.text_head = nn.Dense(self.features, dtype=self.dtype)
+        self.text_head = Dense(self.features, dtype=self.dtype)
         self.composition = CompositionEncoder(
             self.composition_hidden, self.features, self.dropout, self.dtype
         )

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models.bert import Bert, masked_mean
+from mmjax.models.layers import Dense
 
 MODALITIES = ('source', 'comment', 'binary')
 POOLINGS = ('first', 'mean')
@@ -37,7 +38,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps x [batch, width] to float32 [batch, features]."""
         _check('kind', self.kind, KINDS)
-        dense = lambda name: nn.Dense(self.features, dtype=self.dtype, name=name)
+        dense = lambda name: Dense(self.features, dtype=self.dtype, name=name)
         projected = y = dense('project')(x)
         for index in range(KINDS[self.kind]):
             y = dense(f'hidden_{index}')(nn.gelu(y, approximate=False))
@@ -61,7 +62,7 @@ class Simplex(nn.Module):
         """Maps a and b [batch, features] to λ, float32 [batch, 1] or [batch, features]."""
         features = a.shape[-1]
         head = Projection(features, self.kind, self.dropout, self.dtype, name='head')
-        gate = nn.Dense(1 if self.kind == 'linear' else features, dtype=self.dtype, name='gate')
+        gate = Dense(1 if self.kind == 'linear' else features, dtype=self.dtype, name='gate')
         return jax.nn.sigmoid(gate(head(a + b, train=train)).astype(jnp.float32))
 
 

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax.models.layers import product
+
 _he_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
@@ -51,7 +53,7 @@ def upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
     [batch, time · stride, features]; a product, as no frame is added to another.
     """
     batch, time, channels = x.shape
-    y = x @ kernel.reshape(channels, -1)
+    y = product(x, kernel.reshape(channels, -1))
     return y.reshape(batch, time * kernel.shape[1], kernel.shape[2])
 
 

@@ -65,7 +65,7 @@ class DecoderBlock(nn.Module):
     implementation: str = 'xla'
 
     def setup(self):
-        dense = lambda features, bias=False, deviation=0.02: nn.Dense(
+        dense = lambda features, bias=False, deviation=0.02: layers.Dense(
             features, use_bias=bias, dtype=self.dtype, kernel_init=_normal(deviation)
         )
         size, residual = self.width // self.heads, 0.02 / math.sqrt(2 * self.depth)

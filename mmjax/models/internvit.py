@@ -73,7 +73,7 @@ class InternViT(nn.Module):
             )
         if self.stem == 'patch':
             x = layers.patches(images, self.image_size, self.patch_size).astype(self.dtype)
-            embed = nn.Dense(
+            embed = layers.Dense(
                 self.width, dtype=self.dtype, kernel_init=layers.kernel_init, name='patch_embedding'
             )
             x = embed(x)
@@ -105,7 +105,7 @@ class InternViT(nn.Module):
                 features, (3, 3), 2, ((1, 1), (1, 1)), dtype=self.dtype, name=f'stem_{index}'
             )(x)  # fmt: skip
             x = nn.gelu(nn.LayerNorm(dtype=self.dtype, name=f'stem_norm_{index}')(x))
-        x = nn.Dense(self.width, dtype=self.dtype, name='patch_embedding')(x)
+        x = layers.Dense(self.width, dtype=self.dtype, name='patch_embedding')(x)
         return x.reshape(len(x), -1, self.width)
 
 

@@ -1,12 +1,31 @@
 """Layers that several towers share: masked batch norm, attention, the MLP and the pre-LN block."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 kernel_init = nn.initializers.xavier_uniform()
+
+
+def product(x: jax.Array, kernel: jax.Array, *_, **options) -> jax.Array:
+    """Multiplies x […, inputs] by kernel [inputs, features]: […, features].
+
+    As one product of rows: XLA:CPU takes up to three times as long for the gradient of a product
+    whose left side has more axes. Further arguments are as `jax.lax.dot_general` has them after
+    its dimension numbers; these themselves are not read.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    found = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    return found.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class Dense(nn.Dense):
+    """Flax's linear layer, computed by `product`."""
+
+    dot_general: Callable[..., jax.Array] = product
 
 
 def normalize_pixels(images: jax.Array, statistics) -> jax.Array:
@@ -173,7 +192,7 @@ class Attention(nn.Module):
         if width % self.heads:
             raise ValueError(f'width {width} is not a multiple of {self.heads} heads')
         context = x if context is None else context
-        project = lambda name, y: nn.Dense(
+        project = lambda name, y: Dense(
             width, dtype=self.dtype, kernel_init=kernel_init, name=name
         )(y)
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
@@ -196,8 +215,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        up = nn.Dense(self.width, dtype=self.dtype, kernel_init=kernel_init, name='up')
-        down = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=kernel_init, name='down')
+        up = Dense(self.width, dtype=self.dtype, kernel_init=kernel_init, name='up')
+        down = Dense(x.shape[-1], dtype=self.dtype, kernel_init=kernel_init, name='down')
         return down(nn.gelu(up(x), approximate=self.approximate))
 
 

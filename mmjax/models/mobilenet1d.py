@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models.convolutions import Conv, DepthwiseConv, clear
-from mmjax.models.layers import MaskedBatchNorm
+from mmjax.models.layers import Dense, MaskedBatchNorm
 
 
 class Row(NamedTuple):
@@ -48,8 +48,8 @@ class SqueezeExcitation(nn.Module):
         """Maps x [batch, time, channels], mask [batch, time] to the shape of x."""
         count = jnp.maximum(mask.sum(1, keepdims=True), 1)
         mean = clear(x.astype(jnp.float32), mask).sum(1) / count  # 0 for a row without frames
-        scale = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name='reduce')(mean))
-        scale = nn.hard_sigmoid(nn.Dense(x.shape[-1], dtype=self.dtype, name='expand')(scale))
+        scale = nn.relu(Dense(self.hidden, dtype=self.dtype, name='reduce')(mean))
+        scale = nn.hard_sigmoid(Dense(x.shape[-1], dtype=self.dtype, name='expand')(scale))
         return x * scale[:, None]
 
 

@@ -60,7 +60,7 @@ class AttentionPool(nn.Module):
         positions = self.param('positions', init, (1 + height * width, channels))
         x = x.reshape(batch, height * width, channels)
         x = jnp.concatenate([x.mean(1, keepdims=True), x], 1) + positions.astype(self.dtype)
-        dense = lambda name, features: nn.Dense(
+        dense = lambda name, features: layers.Dense(
             features, dtype=self.dtype, kernel_init=init, name=name
         )
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, channels // self.heads)
@@ -86,7 +86,7 @@ class StatisticsPool(nn.Module):
         """Maps images [batch, size, size, 3], maps [batch, h, w, c] each, to [batch, features]."""
         x = PictureStatistics(self.bins, self.share, CLIP_RANGE, name='statistics')(images, maps)
         init = nn.initializers.normal(self.features**-0.5)
-        return nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name='out')(x)
+        return layers.Dense(self.features, dtype=self.dtype, kernel_init=init, name='out')(x)
 
 
 class ModifiedResNet(nn.Module):

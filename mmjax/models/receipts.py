@@ -38,7 +38,7 @@ class CrossAttention(nn.Module):
         if width % self.heads:
             raise ValueError(f'width {width} is not a multiple of {self.heads} heads')
         norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
-        project = lambda name, x: nn.Dense(width, dtype=self.dtype, name=name)(x)
+        project = lambda name, x: layers.Dense(width, dtype=self.dtype, name=name)(x)
         split = lambda x: x.reshape(*x.shape[:-1], self.heads, width // self.heads)
         seen = norm('picture_norm')(picture)
         query = split(project('query', norm('question_norm')(question)))
@@ -62,10 +62,10 @@ class Classifier(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
         """Maps x [batch, width] to float32 logits [batch, classes]; `mask` [batch], real rows."""
         for index, (width, dropout) in enumerate(zip(self.widths, self.dropouts, strict=True)):
-            x = nn.Dense(width, dtype=self.dtype, name=f'linear_{index}')(x)
+            x = layers.Dense(width, dtype=self.dtype, name=f'linear_{index}')(x)
             x = layers.MaskedBatchNorm(dtype=self.dtype, name=f'norm_{index}')(x, mask, train=train)
             x = nn.Dropout(dropout, deterministic=not train)(nn.gelu(x))
-        return nn.Dense(self.classes, name='out')(x.astype(jnp.float32))
+        return layers.Dense(self.classes, name='out')(x.astype(jnp.float32))
 
 
 class Receipts(nn.Module):
@@ -86,8 +86,8 @@ class Receipts(nn.Module):
     def setup(self):
         width = self.language.width
         self.projector_norm = nn.LayerNorm(dtype=self.dtype)
-        self.projector_up = nn.Dense(width, dtype=self.dtype)
-        self.projector_down = nn.Dense(width, dtype=self.dtype)
+        self.projector_up = layers.Dense(width, dtype=self.dtype)
+        self.projector_down = layers.Dense(width, dtype=self.dtype)
         self.cross_attention = CrossAttention(self.cross_heads, self.cross_dropout, self.dtype)
         self.classifier = Classifier(self.classes, dtype=self.dtype)
 

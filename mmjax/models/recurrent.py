@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax.models.layers import product
+
 _init = nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform', batch_axis=0)
 
 
@@ -40,8 +42,8 @@ def bilstm(
     x = x.swapaxes(0, 1)
     valid = mask.T[:, :, None].astype(jnp.float32)
     forward, backward = _recur(
-        x @ kernel[0] + bias[0],
-        x[::-1] @ kernel[1] + bias[1],
+        product(x, kernel[0]) + bias[0],
+        product(x[::-1], kernel[1]) + bias[1],
         recurrent,
         jnp.stack([valid, valid[::-1]], 1),
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models.convolutions import Conv, Upsample, clear
-from mmjax.models.layers import Attention, MaskedBatchNorm, kernel_init
+from mmjax.models.layers import Attention, Dense, MaskedBatchNorm, kernel_init
 from mmjax.models.mobilenet1d import PUBLISHED, MobileNet1d, Row
 from mmjax.models.recurrent import BiLSTM
 
@@ -39,7 +39,7 @@ class StreamEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps x [batch, time, inputs] to [batch, time, width]."""
-        dense = lambda name, features: nn.Dense(
+        dense = lambda name, features: Dense(
             features, dtype=self.dtype, kernel_init=kernel_init, name=name
         )
         norm = lambda name: nn.LayerNorm(1e-5, dtype=self.dtype, name=name)
@@ -62,7 +62,7 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, streams: list[jax.Array]) -> list[jax.Array]:
         """Maps [batch, time, any width] each to the same shapes."""
-        dense = lambda name, features: nn.Dense(
+        dense = lambda name, features: Dense(
             features, dtype=self.dtype, kernel_init=kernel_init, name=name
         )
         batch, time = streams[0].shape[:2]
@@ -114,7 +114,7 @@ class Sign(nn.Module):
         self.refine_norm = MaskedBatchNorm(dtype=dtype)
         self.drop = nn.Dropout(self.dropout)
         self.lstm = [BiLSTM(self.lstm_features) for _ in range(self.lstm_layers)]
-        self.head = nn.Dense(self.vocabulary, kernel_init=kernel_init)
+        self.head = Dense(self.vocabulary, kernel_init=kernel_init)
 
     def __call__(self, features: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
         """Maps features [batch, time, columns] to logits [batch, time, vocabulary], float32.

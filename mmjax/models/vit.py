@@ -49,7 +49,7 @@ class ViT(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Maps normalised images [batch, image_size, image_size, 3] to [batch, width]."""
         x = layers.patches(images, self.image_size, self.patch_size).astype(self.dtype)
-        embed = nn.Dense(
+        embed = layers.Dense(
             self.width, dtype=self.dtype, kernel_init=layers.kernel_init, name='patch_embedding'
         )
         positions = self.param(
