@@ -32,8 +32,8 @@ def get_config(argument: str = ''):
     config.data.buckets = 3  # lengths that batches are padded to, at most
     config.data.frame_rate = 25.0  # frames a second, for the times that predict prints
     config.data.max_fault_share = 0.01
-    config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.03, stream_dropout=0.05,
-                                    feature_dropout=0.05, time_masks=2,
+    config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.03, gain=0.0, offset=0.0,
+                                    stream_dropout=0.05, feature_dropout=0.05, time_masks=2,
                                     time_mask_share=0.1)  # fmt: skip
     config.data.built_in = dict(train=3000, dev=100, test=200, signers=32, held_out_signers=4)
 

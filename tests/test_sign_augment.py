@@ -167,6 +167,26 @@ def test_time_is_resampled_linearly_and_the_ends_stay(normalised):
     np.testing.assert_array_equal(resampled(normalised[:1], 3), np.tile(normalised[:1], (3, 1)))
 
 
+def test_gain_and_offset_are_a_feature_s_own_in_all_frames(normalised):
+    changes = np.arange(7) >= 5
+    of = lambda **wanted: Augmentation(**OFF | wanted)
+    rng, known = np.random.default_rng(7), normalised != 0
+    one, two = ((known + 0.0).astype(np.float32), np.where(known, 2, 0).astype(np.float32))
+    drawn = []
+    for _ in range(2000):
+        found = of(gain=0.2, offset=0.5)(one, COMPACT, 1, rng, changes)
+        values = [np.unique(found[known[:, c], c]) for c in range(7)]
+        assert all(len(v) == 1 for v in values) and (found[~known] == 0).all()
+        drawn.append([v[0] for v in values])
+    both = np.hypot(0.2, 0.5)
+    np.testing.assert_allclose(np.mean(drawn, 0), 1, atol=0.05)
+    np.testing.assert_allclose(np.std(drawn, 0), np.where(changes, 0.2, both), rtol=0.1)
+    found = [of(gain=0.2)(x, COMPACT, 1, np.random.default_rng(1), changes) for x in (one, two)]
+    np.testing.assert_allclose(found[1], 2 * found[0], rtol=1e-6)
+    found = [of(offset=0.5)(x, COMPACT, 1, np.random.default_rng(1), changes) for x in (one, two)]
+    np.testing.assert_allclose(found[1], found[0] + known, rtol=1e-6)
+
+
 def test_streams_features_and_spans_of_frames_are_dropped_as_often_as_asked(normalised):
     rng, full = np.random.default_rng(4), np.ones((50, 7), np.float32)
     times = 2000
@@ -202,6 +222,7 @@ def test_streams_features_and_spans_of_frames_are_dropped_as_often_as_asked(norm
         ({'stretch': (0.0, 1.2)}, r'augmentation\.stretch=\(0\.0, 1\.2\) is not'),
         ({'stream_dropout': 1.0}, r'augmentation\.stream_dropout=1\.0 is not in \[0, 1\)'),
         ({'noise': -0.1}, r'augmentation\.noise=-0\.1 is negative'),
+        ({'gain': -0.1}, r'augmentation\.gain=-0\.1 is negative'),
         ({'time_masks': -1}, r'augmentation\.time_masks=-1 is negative'),
     ],
 )

@@ -207,6 +207,9 @@ class Augmentation:
     Args:
       stretch: the length is multiplied by a number drawn from this range (a tempo of .9-1.1).
       noise: deviation of normal noise on every value, in units of the features' own deviations.
+      gain: deviation about 1 of a factor that is drawn for each feature of a sequence.
+      offset: deviation of a number, likewise drawn, that is added to it where it is known; changes
+        have none. Both stand for other bodies, and cameras that stand elsewhere.
       stream_dropout: chance of each stream to be zero for the whole sequence; one always stays.
       feature_dropout: chance of each feature to be zero for the whole sequence.
       time_masks: most spans of frames that are zeroed; how many is drawn from 0 up to it.
@@ -215,6 +218,8 @@ class Augmentation:
 
     stretch: tuple[float, float] = (0.9, 1.1)
     noise: float = 0.1
+    gain: float = 0.0
+    offset: float = 0.0
     stream_dropout: float = 0.05
     feature_dropout: float = 0.05
     time_masks: int = 2
@@ -226,7 +231,7 @@ class Augmentation:
         for name in ('stream_dropout', 'feature_dropout', 'time_mask_share'):
             if not 0 <= getattr(self, name) < 1:
                 raise DataError(f'augmentation.{name}={getattr(self, name)} is not in [0, 1)')
-        for name in ('noise', 'time_masks'):
+        for name in ('noise', 'gain', 'offset', 'time_masks'):
             if getattr(self, name) < 0:
                 raise DataError(f'augmentation.{name}={getattr(self, name)} is negative')
 
@@ -249,6 +254,12 @@ class Augmentation:
         """
         features = resampled(features, self.length(len(features), needed, rng), changes)
         frames, width = features.shape
+        if self.gain or self.offset:
+            gain = 1 + self.gain * rng.standard_normal(width, np.float32)
+            offset = self.offset * rng.standard_normal(width, np.float32)
+            if changes is not None:
+                offset[changes] = 0
+            features = features * gain + offset * (features != 0)
         if self.noise:
             noise = rng.standard_normal(features.shape, np.float32)
             noise *= np.float32(self.noise)
