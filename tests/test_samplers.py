@@ -1,6 +1,7 @@
 """Plans of epochs, checked by counting over random configurations."""
 
 import collections
+import itertools
 import math
 import pickle
 import time
@@ -337,3 +338,18 @@ def test_a_million_rows_are_planned_within_seconds():
         start = time.process_time()
         sampler.plan(0)
         assert time.process_time() - start < 3, spec
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 4, 9])
+def test_bucket_lengths_pad_least(count):
+    """Against every choice there is."""
+    rng = np.random.default_rng(count)
+    for _ in range(10):
+        lengths = rng.geometric(0.05, 40)
+        padded = lambda ends, lengths=lengths: np.array(ends)[np.searchsorted(ends, lengths)].sum()
+        found = samplers.bucket_lengths(lengths, count)
+        edges = sorted({-(-int(length) // 8) * 8 for length in lengths})
+        assert len(found) == min(count, len(edges)) and found[-1] == edges[-1]
+        assert not any(length % 8 for length in found)
+        choices = itertools.combinations(edges[:-1], len(found) - 1)
+        assert padded(found) == min(padded((*choice, edges[-1])) for choice in choices)

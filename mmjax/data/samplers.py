@@ -64,6 +64,35 @@ def make(
     return SAMPLERS[name](data, **options)
 
 
+def bucket_lengths(lengths: np.ndarray, count: int, unit: int = 8) -> tuple[int, ...]:
+    """Chooses the lengths that batches are padded to, so that rows are padded least in all.
+
+    Args:
+      lengths: [rows], above 0.
+      count: at most so many are chosen.
+      unit: each is a multiple of it.
+
+    Returns:
+      Lengths in rising order, the last at least the longest row.
+    """
+    edges, rows = np.unique(np.ceil(lengths / unit).astype(int), return_counts=True)
+    upto = np.cumsum(rows)
+    # costs[j]: padded length of the rows up to edge j, where a bucket ends at j.
+    costs, ends = edges * upto, []
+    between = np.where(
+        np.tri(len(edges), dtype=bool), np.inf, edges * (upto - upto[:, None])
+    )  # [i, j]: of the rows after edge i up to j
+    for _ in range(min(count, len(edges)) - 1):
+        options = np.concatenate([costs[None], costs[:, None] + between])  # or one bucket less
+        ends.append(options.argmin(0) - 1)
+        costs = options.min(0)
+    chosen = [len(edges) - 1]
+    for before in reversed(ends):
+        if before[chosen[-1]] >= 0:
+            chosen.append(before[chosen[-1]])
+    return tuple(int(edges[place]) * unit for place in reversed(chosen))
+
+
 def _padded(rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts rows [n] into batches, the last filled with masked repeats of its first row."""
     steps = -(-len(rows) // batch_size)

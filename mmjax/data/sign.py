@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data import records
+from mmjax.data import records, samplers
 from mmjax.data.dataset import DataError, Dataset
 from mmjax.data.sign_augment import Augmentation, Normalization
 from mmjax.data.sign_folder import UNKNOWN_ID, Vocabulary
@@ -41,9 +41,9 @@ class SignSequences(Dataset):
         Args:
           vocabulary, normalization: of the training split, or of another run.
           augmentation: applied when training; None for none.
-          buckets: lengths that batches are padded to, or how many (at most) to choose: quantiles
-            of the training lengths, stretched as augmentation may, rounded up to multiples of 8.
-            A split for evaluation with longer sequences has one more.
+          buckets: lengths that batches are padded to, or how many (at most) to choose: those that
+            pad the training rows least, stretched as augmentation may. A split for evaluation with
+            longer sequences has one more.
 
         Raises:
           DataError: buckets that are no such numbers.
@@ -84,8 +84,7 @@ class SignSequences(Dataset):
         if isinstance(buckets, int):
             stretch = self.augmentation.stretch[1] if self.augmentation else 1.0
             longest = np.ceil(trained * stretch - 1e-6)
-            chosen = np.quantile(longest, np.arange(1, buckets + 1) / buckets)
-            buckets = (-(-chosen // 8) * 8).astype(int).tolist()
+            buckets = samplers.bucket_lengths(longest, buckets)
         own = int(self.index['length'].max())
         beyond = own > max(buckets) and self.split != 'train'
         return tuple(sorted({*buckets, *([-(-own // 8) * 8] if beyond else [])}))
