@@ -1,13 +1,16 @@
-"""Shared layers: batch statistics of valid rows only, and attention against float64 softmax."""
+"""Shared layers: batch statistics of valid rows, attention, products and GELU against oracles."""
 
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
+from mmjax.models import layers
 from mmjax.models.layers import MaskedBatchNorm, attend
 
 # ---------------------------------------------------------------- batch norm
@@ -128,3 +131,37 @@ def test_attention_in_float16_works_where_the_backend_has_no_such_product():
     found = jax.jit(attend)(*half, jnp.asarray(mask))
     assert found.dtype == jnp.float16
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=5e-3)
+
+
+@pytest.mark.parametrize('axes', [(), (5,), (2, 5)], ids=str)
+def test_a_linear_layer_is_flax_s_in_values_and_gradients(axes):
+    x = np.random.default_rng(0).normal(size=(*axes, 4)).astype(np.float32)
+    ours, theirs = layers.Dense(3), nn.Dense(3)
+    variables = theirs.init(jax.random.key(1), x)
+    chex.assert_trees_all_equal_shapes(variables, ours.init(jax.random.key(1), x))
+    run = lambda module: jax.value_and_grad(
+        lambda v, x: jnp.sum(jnp.sin(module.apply(v, x))), (0, 1)
+    )(variables, x)
+    chex.assert_trees_all_close(run(ours), run(theirs), rtol=1e-5)
+    assert ours.apply(variables, x).shape == (*axes, 3)
+
+
+@pytest.mark.parametrize('approximate', [False, True])
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_gelu_and_its_slope_are_those_of_float64(monkeypatch, backend, approximate):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    x = np.linspace(-6, 6, 241)
+    if approximate:
+        inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+        cdf = (1 + np.tanh(inner)) / 2
+        slope = (1 - np.tanh(inner) ** 2) / 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    else:
+        cdf = scipy.stats.norm.cdf(x)
+        slope = scipy.stats.norm.pdf(x)
+    run = jax.jit(lambda x: layers.gelu(x, approximate))
+    given = jnp.float32(x)
+    np.testing.assert_allclose(run(given), x * cdf, atol=1e-6)
+    found = jax.grad(lambda x: run(x).sum())(given)
+    np.testing.assert_allclose(found, cdf + x * slope, atol=3e-6)
+    rows = jax.vmap(jax.checkpoint(run))(given[1:].reshape(3, -1))
+    np.testing.assert_array_equal(rows.reshape(-1), run(given)[1:])

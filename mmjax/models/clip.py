@@ -26,7 +26,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {'quick_gelu': quick_gelu, 'gelu': functools.partial(nn.gelu, approximate=False)}
+ACTIVATIONS = {'quick_gelu': quick_gelu, 'gelu': layers.gelu}
 
 
 class ClipBlock(nn.Module):

@@ -1,5 +1,6 @@
 """Layers that several towers share: masked batch norm, attention, the MLP and the pre-LN block."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -26,6 +27,32 @@ class Dense(nn.Dense):
     """Flax's linear layer, computed by `product`."""
 
     dot_general: Callable[..., jax.Array] = product
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _once(function, x):
+    return jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(x)))
+
+
+def _once_backward(function, x, cotangent):
+    return jax.lax.optimization_barrier(jax.vjp(function, x)[1](cotangent))
+
+
+_once.defvjp(lambda function, x: (_once(function, x), x), _once_backward)
+
+
+def elementwise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Returns function(x), of any shape; for activations that cost more than reading x.
+
+    On CPU it is evaluated once forward and once backward: left to itself XLA:CPU fuses it into
+    every product and sum beside it, and evaluates it for each.
+    """
+    return _once(function, x) if jax.default_backend() == 'cpu' else function(x)
+
+
+def gelu(x: jax.Array, approximate: bool = False) -> jax.Array:
+    """GELU (Hendrycks & Gimpel 2016), exact or, as SigLIP has it, by tanh."""
+    return elementwise(functools.partial(jax.nn.gelu, approximate=approximate), x)
 
 
 def normalize_pixels(images: jax.Array, statistics) -> jax.Array:
@@ -217,7 +244,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         up = Dense(self.width, dtype=self.dtype, kernel_init=kernel_init, name='up')
         down = Dense(x.shape[-1], dtype=self.dtype, kernel_init=kernel_init, name='down')
-        return down(nn.gelu(up(x), approximate=self.approximate))
+        return down(gelu(up(x), self.approximate))
 
 
 class EncoderBlock(nn.Module):
