@@ -1,6 +1,6 @@
 """Does interpolation help? ContraBin's naive stage alone, then linear, then nonlinear, over seeds.
 
-    python benchmarks/code_curriculum.py [--seeds=3] [--workdir=runs/curriculum] [--config.…=…]
+    python benchmarks/code_curriculum.py [--seeds=0,1,2] [--workdir=runs/curriculum] [--config.…=…]
 
 For every seed the anchor is trained once; three runs start from it. All have the stages naive,
 linear and nonlinear of configs/contrabin.py with the same updates, batches and rates, and differ in
@@ -44,11 +44,11 @@ def train(workdir: pathlib.Path, *arguments: str) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--seeds', default='0,1,2')
     parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs' / 'curriculum')
     told, others = parser.parse_known_args()
     found = {name: {score: [] for score in SCORES} for name in VARIANTS}
-    for seed in range(told.seeds):
+    for seed in map(int, told.seeds.split(',')):
         shared = (f'--config.seed={seed}', *others)
         anchor = told.workdir.absolute() / f'anchor-{seed}'
         train(anchor, *shared, "--config.stages=('anchor', 'near')", '--config.best.metric=')
@@ -64,7 +64,8 @@ def main():
         told_mean = (f'{s} {np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}' for s, x in scores.items())
         print(f'{name:10s}', ', '.join(told_mean))
     path = ROOT / 'benchmarks' / 'results' / 'code_curriculum.json'
-    path.write_text(json.dumps({'arguments': others, 'scores': found}, indent=1) + '\n')
+    out = {'seeds': told.seeds, 'arguments': others, 'scores': found}
+    path.write_text(json.dumps(out, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -84,22 +84,24 @@ def get_config(argument: str = ''):
         learning_rates=dict(encoder=0.0, binary_head=0.0, linear=0.0, nonlinear=0.0),
         loss_weights=dict(anchor=1.0, source_binary=0.0, comment_binary=0.0, intermediate=0.0),
     )
-    # An epoch of pk shows every binary, one of neighbours every function once.
-    config.stage.anchor = dict(anchor, epochs=0.6)
+    # An epoch of pk shows every binary, one of neighbours every function once. What random batches
+    # teach goes on among neighbours: their rates do not fall.
+    config.stage.anchor = dict(anchor, epochs=0.6, optimizer=dict(schedule='constant'))
     config.stage.near = dict(anchor, epochs=4.0, sampler=near)
     config.stage.naive = dict(
-        epochs=0.4,
+        epochs=0.5,
+        optimizer=dict(schedule='constant'),
         learning_rates=dict(anchor=0.0, linear=0.0, nonlinear=0.0),
         options=dict(interpolation='naive', keep_anchor=True),
     )
     config.stage.linear = dict(
-        epochs=4.0,
+        epochs=6.0,
         sampler=near,
         learning_rates=dict(anchor=0.0, nonlinear=0.0),
         options=dict(interpolation='linear', keep_anchor=True),
     )
     config.stage.nonlinear = dict(
-        epochs=3.0,
+        epochs=4.0,
         sampler=near,
         learning_rates=dict(anchor=0.0, linear=0.0),
         options=dict(interpolation='nonlinear', keep_anchor=True),
@@ -127,6 +129,7 @@ def get_config(argument: str = ''):
         config.log.every_steps = 1
     if 'published' in words:
         config.batch_size = 32
+        del config.stage.naive.optimizer
         for name in ('linear', 'nonlinear'):
             del config.stage[name].sampler
         config.data.update(max_source=512, max_comment=128, max_binary=512)
