@@ -9,12 +9,12 @@ its weights with --config.model.pretrained.anchor=FOLDER and .binary=FOLDER). Th
 its encoder rate is the group `encoder`, max_grad_norm `optimizer.clip`, save_every_n_steps
 `checkpoint.every_steps`, mixed precision `precision`, accumulation `accumulation`.
 
-Measured on the built-in functions (1,398 updates, 14 minutes on 2 CPU cores beside other work):
-source→binary R@1 .770 among 256 unseen functions, R@10 .996, comment→binary R@1 .754, chance .004;
-O0→O2 mAP .886. On val .793 and .777. Floors of `benchmarks/code_floors.py` for source→binary R@1
-among functions that share a plan: length .004, bag of tokens .340, scaled .387, whitened .535 where
-listings name registers. What the interpolations add is not measured yet
-(`benchmarks/code_curriculum.py`).
+Measured on the built-in functions (1,715 updates, 12 min 24 s on 2 CPU cores of an AVX2 machine,
+data and compilation included): source→binary R@1 .773 among 256 unseen functions, R@10 .996,
+comment→binary R@1 .812, chance .004; O0→O2 mAP .914. On val .793, .996, .801 and .898. Floors of
+`benchmarks/code_floors.py` for source→binary R@1 among functions that share a plan: length .004,
+bag of tokens .340, scaled .387, whitened .535 where listings name registers. What the
+interpolations add is not measured yet (`benchmarks/code_curriculum.py`).
 """
 
 from ml_collections import config_dict

@@ -8,10 +8,10 @@ Words after the colon: `smoke`, `distill` (a teacher with two LSTM layers, then 
 follows it), `published` (the original's sizes, for its streams pose, hands, face, temporal).
 
 Measured on the built-in signing (3,000 sentences of 32 signers, 1,615 updates in three padded
-lengths, a compiled step each, 12 minutes on 2 CPU cores; 200 test sentences of 905 glosses, signers
-unseen): WER .140 greedily and .137 by a beam of 16, SER .515; on dev .200 and .198. A nearest
-neighbour that is given the signs cut out errs in .469 of them, around the shoulders in .356
-(`benchmarks/sign_floors.py`).
+lengths, a compiled step each, 8 min 26 s on 2 CPU cores of an AVX2 machine, data and compilation
+included; 200 test sentences of 905 glosses, signers unseen): WER .097 greedily and .095 by a beam
+of 16, SER .355; on dev .131 and .131. A nearest neighbour that is given the signs cut out errs in
+.469 of them, around the shoulders in .356 (`benchmarks/sign_floors.py`).
 """
 
 from mmjax import config as mmjax_config
@@ -67,7 +67,7 @@ def get_config(argument: str = ''):
     config.optimizer.warmup_init = 0.1
     config.stages = ('train',)
     config.stage.train = dict(epochs=17.0)
-    config.evaluate.every_epochs = 4.25
+    config.evaluate.every_epochs = 8.5
     config.best = dict(metric='dev/wer', mode='min')
 
     if 'distill' in words:
