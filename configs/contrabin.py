@@ -13,8 +13,20 @@ Measured on the built-in functions (1,715 updates, 12 min 24 s on 2 CPU cores of
 data and compilation included): source→binary R@1 .773 among 256 unseen functions, R@10 .996,
 comment→binary R@1 .812, chance .004; O0→O2 mAP .914. On val .793, .996, .801 and .898. Floors of
 `benchmarks/code_floors.py` for source→binary R@1 among functions that share a plan: length .004,
-bag of tokens .340, scaled .387, whitened .535 where listings name registers. What the
-interpolations add is not measured yet (`benchmarks/code_curriculum.py`).
+bag of tokens .340, scaled .387, whitened .535 where listings name registers, and .449, .434, .582
+where they tell their kind, as here. What the interpolations add is not measured yet
+(`benchmarks/code_curriculum.py`).
+
+Real C: 17 packages of Debian 12 (bzip2, cjson, expat, giflib, jansson, libjpeg-turbo, libpng1.6,
+libsodium, libtommath, libyaml, libzstd, lua5.4, lz4, mbedtls, tre, xz-utils, zlib), unpacked, three
+of them configured: 2,969 functions, gcc 12 at four levels. Trained from scratch on 2,182 of them,
+17 min 45 s with compiling: in pools of 256 functions of two projects that training has not seen,
+almost all Lua's, source→binary R@10 .090 and comment→binary .059 (chance .039). It remembers its
+training functions: that many teach little about another project's names.
+
+    --config.data.c_files=FOLDER --config.data.seed=7 --config.data.max_source=192
+    --config.data.max_binary=192 --config.stage.anchor.epochs=2. --config.stage.near.epochs=6.
+    --config.stage.naive.epochs=2.
 """
 
 from ml_collections import config_dict
