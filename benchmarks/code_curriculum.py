@@ -18,6 +18,7 @@ import sys
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIG = 'configs/contrabin.py'
 VARIANTS = {
     'naive': (
         '--config.stage.linear.options.interpolation=naive',
@@ -32,11 +33,11 @@ VARIANTS = {
 SCORES = ('source_binary_r1', 'source_binary_r10', 'comment_binary_r1', 'binary_o0_o2_map')
 
 
-def train(workdir: pathlib.Path, *arguments: str) -> dict:
+def train(config: str, workdir: pathlib.Path, *arguments: str) -> dict:
     """Trains a run in another process unless it is done; returns its results."""
     done = workdir / 'results.json'
     if not done.is_file():
-        command = [sys.executable, '-m', 'mmjax.main', '--config=configs/contrabin.py',
+        command = [sys.executable, '-m', 'mmjax.main', f'--config={config}',
                    f'--workdir={workdir}', '--config.log.tensorboard=False']  # fmt: skip
         subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads(done.read_text())
@@ -51,10 +52,12 @@ def main():
     for seed in map(int, told.seeds.split(',')):
         shared = (f'--config.seed={seed}', *others)
         anchor = told.workdir.absolute() / f'anchor-{seed}'
-        train(anchor, *shared, "--config.stages=('anchor', 'near')", '--config.best.metric=')
+        train(
+            CONFIG, anchor, *shared, "--config.stages=('anchor', 'near')", '--config.best.metric='
+        )
         for name, options in VARIANTS.items():
             results = train(
-                told.workdir.absolute() / f'{name}-{seed}', *shared, *options,
+                CONFIG, told.workdir.absolute() / f'{name}-{seed}', *shared, *options,
                 f'--init_from={anchor}', "--config.stages=('naive', 'linear', 'nonlinear')",
             )  # fmt: skip
             for score in SCORES:

@@ -4,32 +4,21 @@
 
 A seed has three trainings: `configs/sign_ctc.py:distill`, a teacher and then its student, and the
 default config for as many epochs as that student had, and for as many as both had together. They
-share data, sizes, rates and, for a seed, the order of examples within a stage. Further arguments go
-to every run. A run that is done is not made again. Writes benchmarks/results/sign_distillation.json
-once all seeds asked for are done.
+share data, sizes and rates; scores are those of the last weights on the test split. Further
+arguments go to every run. A run that is done is not made again. Writes
+benchmarks/results/sign_distillation.json once all seeds asked for are done.
 """
 
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
+from code_curriculum import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LAST = '--config.best.metric=', '--config.evaluate.every_epochs=0.'
 SCORES = ('wer', 'wer_beam', 'ctc_per_label')
-
-
-def train(config: str, workdir: pathlib.Path, *arguments: str) -> dict:
-    """Trains a run in another process unless it is done; returns the scores of its test split."""
-    done = workdir / 'results.json'
-    if not done.is_file():
-        command = [sys.executable, '-m', 'mmjax.main', f'--config={config}',
-                   f'--workdir={workdir}', '--config.log.tensorboard=False',
-                   '--config.best.metric=', '--config.evaluate.every_epochs=0.']  # fmt: skip
-        subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(done.read_text())['final']['test']
 
 
 def main():
@@ -41,14 +30,14 @@ def main():
     folder, config = told.workdir.absolute(), 'configs/sign_ctc.py'
     found = {}
     for seed in map(int, told.seeds.split(',')):
-        shared = (f'--config.seed={seed}', *others)
+        shared = (f'--config.seed={seed}', *LAST, *others)
         both = (f'--config.stage.{name}.epochs={told.epochs}' for name in ('teacher', 'student'))
-        runs = {
-            'with a teacher': train(f'{config}:distill', folder / f'taught-{seed}', *shared, *both)
-        }
+        taught = train(f'{config}:distill', folder / f'taught-{seed}', *shared, *both)
+        runs = {'with a teacher': taught['final']['test']}
         for times, name in ((1, 'alone'), (2, 'alone, twice as long')):
             epochs = f'--config.stage.train.epochs={times * told.epochs}'
-            runs[name] = train(config, folder / f'alone-{times}-{seed}', *shared, epochs)
+            alone = train(config, folder / f'alone-{times}-{seed}', *shared, epochs)
+            runs[name] = alone['final']['test']
         for name, scores in runs.items():
             for score in SCORES:
                 found.setdefault(name, {}).setdefault(score, []).append(scores[score])

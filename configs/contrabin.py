@@ -21,8 +21,7 @@ Real C: 17 packages of Debian 12 (bzip2, cjson, expat, giflib, jansson, libjpeg-
 libsodium, libtommath, libyaml, libzstd, lua5.4, lz4, mbedtls, tre, xz-utils, zlib), unpacked, three
 of them configured: 2,969 functions, gcc 12 at four levels. Trained from scratch on 2,182 of them,
 17 min 45 s with compiling: in pools of 256 functions of two projects that training has not seen,
-almost all Lua's, source→binary R@10 .090 and comment→binary .059 (chance .039). It remembers its
-training functions: that many teach little about another project's names.
+almost all Lua's, source→binary R@10 .090 and comment→binary .059 (chance .039).
 
     --config.data.c_files=FOLDER --config.data.seed=7 --config.data.max_source=192
     --config.data.max_binary=192 --config.stage.anchor.epochs=2. --config.stage.near.epochs=6.

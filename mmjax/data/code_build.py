@@ -62,7 +62,7 @@ class Projects:
     """
 
     files: dict[str, list[pathlib.Path]]
-    headers: dict[str, list[pathlib.Path]]
+    headers: dict[str, dict[pathlib.Path, None]]  # sets that keep their order
     skipped: Counter[str]
 
 
@@ -79,10 +79,10 @@ def find_projects(root: pathlib.Path) -> Projects:
         folders.sort()
         here = pathlib.Path(place)
         project = '.' if here == root else here.relative_to(root).parts[0]
-        headers = found.headers.setdefault(project, [])
+        headers = found.headers.setdefault(project, {})
         if any(name.endswith('.h') for name in names):
             above = (folder for folder in here.parents if folder.is_relative_to(root / project))
-            headers += [folder for folder in (here, *above) if folder not in headers]
+            headers |= dict.fromkeys((here, *above))
         for name in sorted([*names, *folders]):
             path = here / name
             if path.is_symlink():  # one that stays inside leads to what is found by its own name
