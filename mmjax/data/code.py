@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data import builders, code_jsonl
+from mmjax.data import builders, code_jsonl, processes
 from mmjax.data.dataset import DataError, Dataset
 from mmjax.data.folders import file_stamp
 from mmjax.data.ledger import Ledger, Progress
@@ -22,6 +22,7 @@ VERSION = '1.2.0'  # of the prepared records; raise it when their content change
 SPLITS = ('train', 'val', 'test')
 LEVELS = ('O0', 'O1', 'O2', 'O3')
 TEXTS = ('source', 'comment', 'binary')
+_CHUNK = 64  # functions that a process makes at a time
 _REGISTER = re.compile(r'\bq\d+\b')  # of the toy machine
 
 
@@ -118,21 +119,30 @@ def _entry(record: Mapping[str, Any]) -> dict[str, np.generic]:
 def _generated(
     seed: int, registers: str, identities: Sequence[int], ledger: Ledger
 ) -> Iterator[dict]:
+    ledger.rows = len(identities) * len(LEVELS)
+    make = functools.partial(_compiled, seed, registers)
+    for records in processes.ordered(make, identities, chunk=_CHUNK):
+        for record in records:
+            yield record
+            ledger.tick()
+
+
+def _compiled(seed: int, registers: str, identity: int) -> list[dict]:
+    """Returns the records of one built-in function, one a level."""
     from mmjax.data import code_compiler, code_programs
 
-    ledger.rows = len(identities) * len(LEVELS)
-    for identity in identities:
-        function = code_programs.function(seed, identity)
-        shared = {
-            'source': function.source, 'comment': function.comment, 'name': function.name,
-            'label': function.label, 'path': f'plan_{identity // code_programs.SIBLINGS}.c',
-            'compiler': 'toy', 'language': 'c',
-        }  # fmt: skip
-        for level, name in enumerate(LEVELS):
-            binary = code_compiler.compile_function(function.syntax, level, seed=identity)
-            binary = _REGISTER.sub('q', binary) if registers == 'class' else binary
-            yield {**shared, 'binary': binary, 'opt_level': name}
-            ledger.tick()
+    function = code_programs.function(seed, identity)
+    shared = {
+        'source': function.source, 'comment': function.comment, 'name': function.name,
+        'label': function.label, 'path': f'plan_{identity // code_programs.SIBLINGS}.c',
+        'compiler': 'toy', 'language': 'c',
+    }  # fmt: skip
+    records = []
+    for level, name in enumerate(LEVELS):
+        binary = code_compiler.compile_function(function.syntax, level, seed=identity)
+        binary = _REGISTER.sub('q', binary) if registers == 'class' else binary
+        records.append({**shared, 'binary': binary, 'opt_level': name})
+    return records
 
 
 def sample(count: int, most: int, seed: int = 0) -> np.ndarray:

@@ -12,11 +12,15 @@ call is one of the function itself. Numbers are few and small: what tells two fu
 where they stand. Most functions are a source of items w and a use of them; both make the label.
 """
 
+import contextlib
 import functools
 import hashlib
+import itertools
+import operator
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from mmjax.data import processes
 from mmjax.data.code_compiler import c_text, stream
 from mmjax.data.code_optimizer import interpreter, names
 from mmjax.data.dataset import DataError
@@ -25,6 +29,8 @@ KINDS = {'a': 'array', 'b': 'array', 's': 'text', 't': 'text', 'n': 'count', 'x'
 SIBLINGS = 8  # functions with the same plan
 NUMBERS = tuple(range(1, 11))
 LETTERS = tuple(map(ord, 'abcdexyzXYZ059'))
+_FEW = 500  # functions that one process lists sooner than several begin
+_CHUNK = 128  # functions that a process makes at a time
 TRIALS = 3  # sets of inputs; two functions of a catalogue differ on every one
 WORDS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
 COMPARE = {
@@ -381,21 +387,33 @@ def catalogue(seed: int, sizes: Mapping[str, int]) -> dict[str, list[int]]:
     Raises:
       DataError: a size is missing or below 1.
     """
-    splits, identity = {'test': [], 'val': [], 'train': []}, 0
-    seen = [set() for _ in range(TRIALS)]
-    for split, chosen in splits.items():
+    splits = {'test': [], 'val': [], 'train': []}
+    for split in splits:
         if sizes.get(split, 0) < 1:
             raise DataError(f'data.built_in.{split} must say how many functions, at least 1')
-        while len(chosen) < sizes[split]:
-            syntax, digests = _drawn(seed, identity)[1], []
-            for trial, known in enumerate(seen):
-                digest, values = behaviour(syntax, trial)
-                if digest in known or values < 4:
-                    break
-                digests.append(digest)
-            else:
-                chosen.append(identity)
-                for digest, known in zip(digests, seen, strict=True):
-                    known.add(digest)
-            identity += 1
+    seen = [set() for _ in range(TRIALS)]
+    behave = functools.partial(_behaviours, seed)
+    workers = 1 if sum(sizes.values()) < _FEW else None
+    with contextlib.closing(
+        processes.ordered(behave, itertools.count(), chunk=_CHUNK, workers=workers)
+    ) as behaviours:
+        drawn = enumerate(behaviours)
+        for split, chosen in splits.items():
+            while len(chosen) < sizes[split]:
+                identity, digests = next(drawn)
+                if digests and not any(map(operator.contains, seen, digests)):
+                    chosen.append(identity)
+                    for known, digest in zip(seen, digests, strict=True):
+                        known.add(digest)
     return splits
+
+
+def _behaviours(seed: int, identity: int) -> list[bytes]:
+    """Digests a function's behaviour on each set of inputs; [] where it returns too few values."""
+    digests = []
+    for trial in range(TRIALS):
+        digest, values = behaviour(_drawn(seed, identity)[1], trial)
+        if values < 4:
+            return []
+        digests.append(digest)
+    return digests

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmjax.data import builders, comic_folder, folders, pictures
+from mmjax.data import builders, comic_folder, folders, pictures, processes
 from mmjax.data.dataset import DataError, Dataset
 from mmjax.data.ledger import Ledger, Progress, RecordError
 from mmjax.data.tokenizers import Tokenizer
 
 VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
+_CHUNK = 32  # built-in pages that a process draws at a time
 MAX_PANELS = 16
 PAGE_TYPES = ('narrative', 'story')
 COMPOSITION = (
@@ -123,11 +124,10 @@ def _drawn(
     max_panels: int,
 ) -> Iterator[dict[str, Any]]:
     """Yields the built-in pages of a split as records."""
-    from mmjax.data import comic_synthetic
-
     ledger.rows = sizes[split]
-    for place in range(sizes[split]):
-        page = comic_synthetic.page(seed, split, place)
+    draw = functools.partial(_page, seed, split)
+    pages = processes.ordered(draw, range(sizes[split]), chunk=_CHUNK)
+    for place, page in enumerate(pages):
         name = page['canonical_id']
         if page['page_type'] not in page_types:
             ledger.skip(f'page_type:{page["page_type"]}')
@@ -141,6 +141,12 @@ def _drawn(
             else:
                 ledger.skip('no_panels')
         ledger.tick()
+
+
+def _page(seed: int, split: str, place: int) -> dict[str, Any]:
+    from mmjax.data import comic_synthetic
+
+    return comic_synthetic.page(seed, split, place)
 
 
 class ComicPages(Dataset):

@@ -8,8 +8,6 @@ import atexit
 import collections
 import functools
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
 import sys
 import threading
@@ -25,6 +23,7 @@ import numpy as np
 from absl import flags
 
 from mmjax.data.dataset import DataError, Dataset
+from mmjax.data.processes import follow_parent
 from mmjax.data.samplers import Plan, Sampler
 
 _ENDLESS = 1 << 40  # steps, where no stop is given
@@ -146,13 +145,7 @@ def _start_worker(index: int, count: int) -> None:
     """Runs first in a loader process: it outlives neither its parent nor takes an accelerator."""
     if 'jax' in sys.modules:  # Grain imports it; no backend is up yet
         sys.modules['jax'].config.update('jax_platforms', 'cpu')
-    sentinel = multiprocessing.parent_process().sentinel
-
-    def follow():
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, name='mmjax-follow-parent', daemon=True).start()
+    follow_parent()
 
 
 def _close(reference: weakref.ref) -> None:

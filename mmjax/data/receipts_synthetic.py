@@ -14,6 +14,7 @@ the right one.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
+from mmjax.data import processes
 from mmjax.data import receipts_drawing as drawing
 from mmjax.data import receipts_text as text
 from mmjax.data.comic_figures import COLOURS, pick
@@ -30,6 +32,7 @@ from mmjax.data.receipts_drawing import LAYOUTS, PAYMENTS, SIGNS, THINGS, Receip
 
 SPLITS = {'train': (0, 1, 2, 3), 'val': (4,), 'test': (5,)}  # split → sixths of the combinations
 UNITS = 112  # to a side of a picture
+_CHUNK = 128  # pictures that a process draws at a time
 MOST = 3  # receipts in a picture
 ITEMS, TOTALS = range(2, 6), range(2, 10)
 DETAILS = ('store', 'items', 'total', 'payment')
@@ -202,9 +205,9 @@ def picture(seed: int, split: str, index: int, *, side: int = 112) -> bytes:
 def records(seed: int, split: str, size: int, ledger: Ledger, *, side: int) -> Iterator[dict]:
     """Yields the records of a split, a row a question; the first of a picture carries it."""
     ledger.rows = size
-    for number in range(size):
+    draw = functools.partial(picture, seed, split, side=side)
+    for number, image in enumerate(processes.ordered(draw, range(size), chunk=_CHUNK)):
         count = len(receipts(scene(seed, split, number)))
-        image = picture(seed, split, number, side=side)
         for pair, asked in enumerate(questions(seed, split, number)):
             record = {'question': asked['question'], 'answer': asked['answer']}
             record |= {'count': count, 'pair': pair, 'line': number, 'picture': number}

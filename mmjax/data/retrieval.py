@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmjax.data import builders, photos, pictures, retrieval_folder
+from mmjax.data import builders, photos, pictures, processes, retrieval_folder
 from mmjax.data.dataset import DataError, Dataset
 from mmjax.data.ledger import Ledger, Progress, RecordError
 from mmjax.data.tokenizers import Tokenizer
 
 VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
+_CHUNK = 64  # built-in pictures that a process draws at a time
 SPLITS = ('train', 'val', 'query', 'gallery')
 
 
@@ -97,13 +98,19 @@ def _drawn(split: str, seed: int, rows: list[tuple[int, int]], ledger: Ledger) -
 
     ledger.rows = len(rows)
     names = {}
-    for line, (identity, shot) in enumerate(rows):
+    images = processes.ordered(functools.partial(_photograph, seed, split), rows, chunk=_CHUNK)
+    for line, ((identity, shot), image) in enumerate(zip(rows, images, strict=True)):
         if identity not in names:
             names[identity] = retrieval_synthetic.item(seed, identity)['item']
-        image = retrieval_synthetic.photograph(seed, split, identity, shot)
         path = f'{names[identity]}/{split}_{shot:03d}.jpg'
         yield {'item': names[identity], 'image_path': path, 'line': line, 'image': image}
         ledger.tick()
+
+
+def _photograph(seed: int, split: str, row: tuple[int, int]) -> bytes:
+    from mmjax.data import retrieval_synthetic
+
+    return retrieval_synthetic.photograph(seed, split, *row)
 
 
 class ItemPictures(Dataset):

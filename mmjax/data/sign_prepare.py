@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data import builders, records, sign_folder, sign_streams
+from mmjax.data import builders, processes, records, sign_folder, sign_streams
 from mmjax.data.dataset import DataError
 from mmjax.data.ledger import Ledger, Progress
 from mmjax.data.sign_augment import Normalization
@@ -21,6 +21,7 @@ from mmjax.data.sign_folder import Vocabulary
 from mmjax.data.sign_streams import Columns
 
 VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
+_CHUNK = 128  # built-in sentences that a process makes at a time
 GENERATOR = ('sign_skeleton.py', 'sign_synthetic.py')
 
 
@@ -145,11 +146,10 @@ def _performed(
     split: str, seed: int, rows: list[tuple[int, int]], ledger: Ledger
 ) -> Iterator[dict[str, Any]]:
     """Yields the built-in sentences of a split as records."""
-    from mmjax.data import sign_synthetic
-
     ledger.rows = len(rows)
-    for signer, index in rows:
-        signing = sign_synthetic.sentence(seed, split, signer, index)
+    perform = functools.partial(_perform, seed, split)
+    performed = processes.ordered(perform, rows, chunk=_CHUNK)
+    for (signer, index), signing in zip(rows, performed, strict=True):
         yield {
             'id': f'{split}_{index:05d}',
             'signer': f'signer_{signer:03d}',
@@ -158,3 +158,9 @@ def _performed(
             'features': records.pack(signing.features),
         }
         ledger.tick()
+
+
+def _perform(seed: int, split: str, row: tuple[int, int]):
+    from mmjax.data import sign_synthetic
+
+    return sign_synthetic.sentence(seed, split, *row)
