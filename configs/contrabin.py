@@ -73,6 +73,7 @@ def get_config(argument: str = ''):
         head='linear',  # of a modality: linear | nonlinear
         dropout=0.1,  # of the heads
         pooling='mean',  # first | mean
+        pack=True,  # run the encoders on the tokens that are there, where these are few enough
         pretrained=dict(anchor=config_dict.placeholder(str), binary=config_dict.placeholder(str)),
     )
     config.losses = dict(

@@ -22,7 +22,7 @@ def get_config(argument: str = ''):
     words = mmjax_config.words(argument, ('smoke', 'distill', 'published'))
     config = mmjax_config.default()
     config.task = 'sign'
-    config.batch_size = 32  # sentences
+    config.batch_size = 16  # sentences
 
     config.data.seed = 0  # of the built-in signing; `seed` is training's
     # (name, start, end) columns or (name, start, end, numbers of a landmark); (): streams.json
@@ -61,14 +61,14 @@ def get_config(argument: str = ''):
     )
 
     config.sampler = dict(name='bucketed', by='length', stretch=1.1)
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip = 1.0
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.warmup_init = 0.1
     config.stages = ('train',)
-    config.stage.train = dict(epochs=17.0)
-    config.evaluate.every_epochs = 8.5
+    config.stage.train = dict(epochs=15.0)
+    config.evaluate.every_epochs = 7.5
     config.best = dict(metric='dev/wer', mode='min')
 
     if 'distill' in words:

@@ -1,10 +1,12 @@
 """The BERT encoder, which is RoBERTa's too, in the sizes of MiniLM-L6; masked mean pooling."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.models import layers
+from mmjax.models import layers, packing
 
 
 class BertBlock(nn.Module):
@@ -18,12 +20,22 @@ class BertBlock(nn.Module):
     implementation: str = 'xla'
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
-        """Maps x [batch, length, width] to the same shape; `mask` as in `layers.attend`."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        *,
+        train: bool,
+        places: packing.Places | None = None,
+    ) -> jax.Array:
+        """Maps x [batch, length, width], or packed [room, width] with `places`, to the same shape.
+
+        `mask` is that of `layers.attend`.
+        """
         norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         attention = layers.Attention(self.heads, self.dtype, self.implementation, name='attention')
-        x = norm('norm_1')(x + drop(attention(x, mask=mask)))
+        x = norm('norm_1')(x + drop(attention(x, mask=mask, places=places)))
         mlp = layers.Mlp(self.mlp_width, dtype=self.dtype, name='mlp')
         return norm('norm_2')(x + drop(mlp(x)))
 
@@ -53,7 +65,13 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array, types: jax.Array | None = None, *, train: bool
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        types: jax.Array | None = None,
+        *,
+        train: bool,
+        room: float | None = None,
     ) -> jax.Array:
         """Encodes token ids.
 
@@ -63,6 +81,8 @@ class Bert(nn.Module):
             padding belongs behind the tokens.
           types: int [batch, length], segment of each token; None: all 0.
           train: whether dropout acts (rng 'dropout').
+          room: tokens a row, on average over a batch, that the blocks have room for. Batches that
+            need no more are computed without their padding, others as they are; None for all.
 
         Returns:
           [batch, length, width]; finite, without meaning, where the mask is False.
@@ -78,18 +98,40 @@ class Bert(nn.Module):
         embed = lambda count, name: nn.Embed(
             count, self.width, embedding_init=nn.initializers.normal(0.02), name=name
         )
-        types = jnp.zeros_like(tokens) if types is None else types
-        x = embed(self.vocabulary, 'words')(tokens) + embed(self.types, 'types')(types)
-        x = x + embed(self.max_length, 'positions')(jnp.arange(offset, offset + length))
-        x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        seen = mask.astype(bool)[:, None, None, :]  # [batch, heads, queries, keys]
-        for index in range(self.depth):
-            x = BertBlock(
+        words, segments = embed(self.vocabulary, 'words'), embed(self.types, 'types')
+        positions = embed(self.max_length, 'positions')
+        norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        blocks = [
+            BertBlock(
                 self.heads, self.mlp_width, self.dropout, self.epsilon, self.dtype,
                 self.implementation, name=f'block_{index}',
-            )(x, seen, train=train)  # fmt: skip
-        return x
+            ) for index in range(self.depth)
+        ]  # fmt: skip
+        types = jnp.zeros_like(tokens) if types is None else types
+        seen = mask.astype(bool)[:, None, None, :]  # [batch, heads, queries, keys]
+
+        def encode(tokens, types, place, places=None):
+            x = words(tokens) + segments(types)
+            x = drop(norm(x + positions(offset + place)))
+            for block in blocks:
+                x = block(x, seen, train=train, places=places)
+            return x
+
+        def plain(module, tokens, types):
+            return encode(tokens, types, jnp.arange(length))
+
+        def packed(module, tokens, types):
+            places = packing.places(mask, rows)
+            tokens, types = (x.reshape(-1)[places.order] for x in (tokens, types))
+            return packing.unpack(encode(tokens, types, places.order % length, places), places)
+
+        rows = mask.size if room is None else min(math.ceil(room * len(mask) / 8) * 8, mask.size)
+        if rows == mask.size or self.is_initializing():
+            return plain(self, tokens, types)
+        # What a branch keeps for its gradient, the other fills with zeros: the rare one keeps none.
+        fits, rare = mask.astype(bool).sum() <= rows, nn.remat(plain)
+        return nn.cond(fits, packed, rare, self, tokens, types)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

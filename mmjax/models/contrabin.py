@@ -119,26 +119,33 @@ class ContraBin(nn.Module):
         pair = embeddings['source'], embeddings['comment']
         return embeddings | {kind: self.interpolated(*pair, kind, train)[0] for kind in KINDS}
 
-    def encode_source(self, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+    def encode_source(
+        self, tokens: jax.Array, mask: jax.Array, train: bool, room: float | None = None
+    ) -> jax.Array:
         """Encodes source code.
 
         Args:
           tokens: int [batch, length].
           mask: [batch, length], true (or 1) on real tokens, which come before the padding.
           train: whether dropout acts (rng 'dropout'); False for a frozen encoder.
+          room: tokens a row that batches without their padding have room for, as `Bert` has it.
 
         Returns:
           float32 [batch, width], pooled; finite, without meaning, where a row has no tokens.
         """
-        return self._encode(self.anchor, tokens, mask, train)
+        return self._encode(self.anchor, tokens, mask, train, room)
 
-    def encode_comment(self, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+    def encode_comment(
+        self, tokens: jax.Array, mask: jax.Array, train: bool, room: float | None = None
+    ) -> jax.Array:
         """Encodes comments by the same encoder as source code; otherwise as `encode_source`."""
-        return self._encode(self.anchor, tokens, mask, train)
+        return self._encode(self.anchor, tokens, mask, train, room)
 
-    def encode_binary(self, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+    def encode_binary(
+        self, tokens: jax.Array, mask: jax.Array, train: bool, room: float | None = None
+    ) -> jax.Array:
         """Encodes binary code, as `encode_source`."""
-        return self._encode(self.binary, tokens, mask, train)
+        return self._encode(self.binary, tokens, mask, train, room)
 
     def project(self, hidden: jax.Array, modality: str, train: bool) -> jax.Array:
         """Maps what `encode_…` returned to embeddings, float32 [batch, features], of any length.
@@ -166,8 +173,8 @@ class ContraBin(nn.Module):
         weight = self.interpolation[kind](source, comment, train=train)
         return interpolate(source, comment, weight), weight
 
-    def _encode(self, encoder: Bert, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        states = encoder(tokens, mask, train=train)  # [batch, length, width]
+    def _encode(self, encoder, tokens, mask, train, room) -> jax.Array:
+        states = encoder(tokens, mask, train=train, room=room)  # [batch, length, width]
         pooled = states[:, 0] if self.pooling == 'first' else masked_mean(states, mask)
         return pooled.astype(jnp.float32)
 

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax.models import packing
+
 kernel_init = nn.initializers.xavier_uniform()
 
 
@@ -209,11 +211,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        places: packing.Places | None = None,
     ) -> jax.Array:
         """Lets x [batch, queries, width] attend to `context` [batch, keys, width], or to itself.
 
-        `mask`: as in `attend`. Returns [batch, queries, width].
+        `mask`: as in `attend`. Returns [batch, queries, width]. With `places` x is packed,
+        [room, width], and so is what is returned; there is no other context then.
         """
         width = x.shape[-1]
         if width % self.heads:
@@ -222,7 +229,8 @@ class Attention(nn.Module):
         project = lambda name, y: Dense(
             width, dtype=self.dtype, kernel_init=kernel_init, name=name
         )(y)
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+        apart = (lambda y: y) if places is None else lambda y: packing.unpack(y, places)
+        split = lambda y: apart(y.reshape(*y.shape[:-1], self.heads, width // self.heads))
         attended = attend(
             split(project('query', x)),
             split(project('key', context)),
@@ -230,6 +238,7 @@ class Attention(nn.Module):
             mask,
             implementation=self.implementation,
         )
+        attended = attended if places is None else packing.pack(attended, places)
         return project('out', attended.reshape(*attended.shape[:-2], width))
 
 

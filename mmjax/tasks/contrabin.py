@@ -44,6 +44,7 @@ class Recipe(Task):
             name: split.with_tokens(self.tokenizers, self.lengths)
             for name, split in self.splits.items()
         }
+        self.rooms = self.splits['train'].rooms() if config.model.pack else {}
         self.folders = config.model.pretrained.to_dict()
         self.model = build_model(config, self.tokenizers, self.lengths)
         losses = config.losses
@@ -90,10 +91,10 @@ class Recipe(Task):
         kind = stage.option('interpolation', 'naive')
         live['interpolation'] = train and stage.trains(kind)
         needed = tuple(name for name in LOSSES if name in stage.losses)
-        outputs = self._embed(variables, batch, key, kind, live, needed)
+        outputs = self._embed(variables, batch, key, kind, live, needed, self.rooms)
         return outputs, {}
 
-    def _embed(self, variables, batch, key, kind, live, needed):
+    def _embed(self, variables, batch, key, kind, live, needed, rooms):
         apply = lambda method, *args: self.model.apply(
             variables, *args, method=method, rngs={'dropout': key}
         )
@@ -102,7 +103,7 @@ class Recipe(Task):
             if f'kept_{text}' in batch:
                 return apply('project', batch[f'kept_{text}'], text, live[head])
             tokens = batch[text], batch[f'{text}_mask']
-            hidden = apply(f'encode_{text}', *tokens, live[group])
+            hidden = apply(f'encode_{text}', *tokens, live[group], rooms.get(text))
             # A frozen encoder is not run again where rows are rematerialised.
             hidden = hidden if live[group] else checkpoint_name(hidden, 'frozen')
             return apply('project', hidden, text, live[head])
@@ -185,7 +186,7 @@ class Recipe(Task):
         still = dict.fromkeys(groups, False)
         out = {}
         for kind in INTERPOLATIONS[1:]:
-            found = self._embed(variables, batch, jax.random.key(0), kind, still, LOSSES)
+            found = self._embed(variables, batch, jax.random.key(0), kind, still, LOSSES, {})
             out |= {name: found.pop(name) for name in ('source', 'comment', 'binary')}
             out |= {f'{name}_{kind}': value for name, value in found.items()}
         return {name: _unit(x) if self.normalize and x.ndim > 1 else x for name, x in out.items()}

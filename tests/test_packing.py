@@ -1,0 +1,92 @@
+"""Packed tokens: the same numbers and gradients as padded ones, and what too many tokens do."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.models import packing
+from mmjax.models.bert import Bert, masked_mean
+
+BATCH, LENGTH = 6, 10
+
+
+def _mask(counts):
+    return jnp.arange(LENGTH) < jnp.asarray(counts)[:, None]
+
+
+@pytest.mark.parametrize('counts', [(3, 10, 0, 1, 7, 2), (0,) * BATCH, (4,) * BATCH])
+def test_pack_and_unpack_are_each_other_s_transpose(counts):
+    mask, room = _mask(counts), 24
+    where = packing.places(mask, room)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((BATCH, LENGTH, 3)).astype(np.float32)
+    y = rng.standard_normal((room, 3)).astype(np.float32)
+    real = np.asarray(mask).reshape(-1)
+    packed = np.asarray(packing.pack(x, where))
+    np.testing.assert_array_equal(packed[: sum(counts)], x.reshape(-1, 3)[real])
+    expected = np.zeros((BATCH * LENGTH, 3), np.float32)
+    expected[real] = y[: sum(counts)]
+    np.testing.assert_array_equal(np.asarray(packing.unpack(y, where)).reshape(-1, 3), expected)
+    # <pack x, y> = <x, packᵀ y> on real rows; the transposes are what gradients use.
+    weights = jnp.where(jnp.arange(room) < sum(counts), 1.0, 0.0)[:, None] * y
+    change = jax.grad(lambda x: (packing.pack(x, where) * weights).sum())(x)
+    np.testing.assert_array_equal(np.asarray(change).reshape(-1, 3), expected)
+    change = jax.grad(lambda y: (packing.unpack(y, where) * x).sum())(y)
+    kept = np.concatenate([x.reshape(-1, 3)[real], np.zeros((room - sum(counts), 3), np.float32)])
+    np.testing.assert_array_equal(change, kept)
+
+
+def _bert(dropout=0.0):
+    return Bert(vocabulary=50, width=16, depth=2, heads=2, mlp_width=24, max_length=LENGTH + 2,
+                types=2, position_offset=2, dropout=dropout, epsilon=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize('counts', [(3, 10, 1, 1, 7, 2), (10, 10, 9, 10, 8, 10), (0,) * BATCH])
+def test_a_packed_bert_equals_a_padded_one(counts):
+    """Few tokens, more than there is room for, none; in float64: rounding is no part."""
+    with jax.enable_x64(True):
+        model, mask = _bert().clone(dtype=jnp.float64), _mask(counts)
+        rng = np.random.default_rng(1)
+        tokens, types = (jnp.asarray(rng.integers(0, n, mask.shape)) for n in (50, 2))
+        params = model.init(jax.random.key(0), tokens, mask, types, train=False)
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+
+        def run(room):
+            def pooled(params):
+                found = model.apply(params, tokens, mask, types, train=True, room=room)
+                return masked_mean(found, mask)
+
+            gradient = jax.grad(lambda params: (pooled(params)[:, :5] ** 3).sum())
+            return jax.jit(lambda params: (pooled(params), gradient(params)))(params)
+
+        packed, padded = run(4.0), run(None)
+        chex.assert_trees_all_close(packed, padded, atol=1e-10)
+        assert np.abs(packed[0]).sum() > 0 or not sum(counts)
+
+
+def test_one_trace_serves_batches_that_fit_and_that_do_not():
+    model = _bert()
+    tokens = jnp.zeros((BATCH, LENGTH), int)
+    params = model.init(jax.random.key(0), tokens, _mask((5,) * BATCH), train=False)
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def run(mask):
+        return model.apply(params, tokens, mask, train=False, room=4.0)
+
+    for counts in ((3, 2, 4, 1, 1, 1), (10,) * BATCH):
+        found, mask = run(_mask(counts)), _mask(counts)
+        expected = model.apply(params, tokens, mask, train=False)
+        np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
+
+
+def test_a_packed_bert_has_dropout():
+    model, mask = _bert(dropout=0.5), _mask((3, 2, 4, 1, 1, 1))
+    tokens = jnp.zeros(mask.shape, int)
+    params = model.init(jax.random.key(0), tokens, mask, train=False)
+    run = lambda seed: model.apply(
+        params, tokens, mask, train=True, room=4.0, rngs={'dropout': jax.random.key(seed)}
+    )
+    assert (run(0) == run(0)).all() and (run(0)[mask] != run(1)[mask]).any()
