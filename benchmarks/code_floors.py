@@ -3,11 +3,16 @@
     python benchmarks/code_floors.py [--root=FOLDER] [--registers=keep] [--seed=0] [--pool=256]
 
 Built-in functions as configs/contrabin.py draws them, registers told by name (keep) or by kind
-(class), or the JSONL rows of --root. Each floor is fitted on the training functions, one binary
-each, and asked in pools of test functions:
+(class), or the JSONL rows of --root. Floors are asked in pools of test functions. Two learn nothing
+or little of what stands for what:
 
   length     a line from tokens of the query to tokens of the answer: nearest prediction
-  bag        ridge regression from logarithmic token counts of the query to those of the answer;
+  bag        cosine of the tokens that both sides write alike (numbers, names), by their logarithmic
+             counts and how rare they are in training
+
+Three are linear models of whole bags, fitted on the training functions, one binary each:
+
+  linear     ridge regression from logarithmic token counts of the query to those of the answer;
              cosine to the prediction
   scaled     the same, each count divided by its deviation
   whitened   the same, each count divided by the deviation that the regression leaves
@@ -67,18 +72,28 @@ def recall(queries: np.ndarray, answers: np.ndarray, pool: int) -> float:
     return float(np.mean(found))
 
 
+def shared(train: tuple[list, list], test: tuple[list, list]) -> list[np.ndarray]:
+    """Returns both sides of test as bags of the tokens that both sides of train have."""
+    seen = [vocabulary(texts) for texts in train]
+    known = {token: place for place, token in enumerate(sorted(set(seen[0]) & set(seen[1])))}
+    rare = 0
+    for texts in train:
+        rare = rare + np.log(len(texts) / ((bags(texts, known)[:, :-1] > 0).sum(0) + 1)) / 2
+    return [bags(texts, known)[:, :-1] * rare for texts in test]
+
+
 def floors(train: tuple[list, list], test: tuple[list, list], pool: int) -> dict[str, float]:
     known = [vocabulary(texts) for texts in train]
     (a, b), (c, d) = ([bags(t, k) for t, k in zip(side, known, strict=True)]
                       for side in (train, test))  # fmt: skip
     mean, deviation = b.mean(0), b.std(0) + 1e-6
     gram, cross = a.T @ a, a.T @ (b - mean)
-    out = {'bag': 0.0, 'scaled': 0.0, 'whitened': 0.0}
+    out = {'linear': 0.0, 'scaled': 0.0, 'whitened': 0.0}
     for penalty in (1, 10, 100):
         weights = np.linalg.solve(gram + penalty * np.eye(len(gram)), cross)
         left = (b - mean - a @ weights).std(0) + 1e-3
         predicted, truth = c @ weights, d - mean
-        for name, scale in (('bag', 1), ('scaled', deviation), ('whitened', left)):
+        for name, scale in (('linear', 1), ('scaled', deviation), ('whitened', left)):
             out[name] = max(out[name], recall(predicted / scale, truth / scale, pool))
     counts = [np.array([len(tokens(text)) for text in side], float) for side in (*train, *test)]
     slope, start = np.polyfit(counts[0], counts[1], 1)
@@ -89,7 +104,8 @@ def floors(train: tuple[list, list], test: tuple[list, list], pool: int) -> dict
         own = np.diag(apart)[:, None]
         # A tie is broken at random.
         hits.append(np.mean((apart >= own).all(1) / (apart == own).sum(1)))
-    return {'length': float(np.mean(hits)), **out}
+    bag = recall(*shared(train, test), pool)
+    return {'length': float(np.mean(hits)), 'bag': bag, **out}
 
 
 def main():
