@@ -231,7 +231,7 @@ class CodeFunctions(Dataset):
         for text in TEXTS:
             counts = np.array([example[f'{text}_mask'].sum() for example in examples])
             room = float(counts.mean() + counts.std() / 2)
-            if room < 0.9 * self._lengths[text]:
+            if 0 < room < 0.9 * self._lengths[text]:
                 out[text] = room
         return out
 

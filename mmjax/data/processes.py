@@ -79,9 +79,9 @@ def ordered(
 
 
 def _begin() -> None:
-    # Ctrl-C and batch schedulers tell all processes of a run; it is the parent who decides.
+    # Ctrl-C tells all processes of a terminal; it is the parent who decides. SIGTERM must end them:
+    # it is how the pool stops the others once one has died.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     follow_parent()
 
 

@@ -82,7 +82,7 @@ class Bert(nn.Module):
           types: int [batch, length], segment of each token; None: all 0.
           train: whether dropout acts (rng 'dropout').
           room: tokens a row, on average over a batch, that the blocks have room for. Batches that
-            need no more are computed without their padding, others as they are; None for all.
+            need no more are computed without their padding, others as they are; None or 0 for all.
 
         Returns:
           [batch, length, width]; finite, without meaning, where the mask is False.
@@ -126,7 +126,7 @@ class Bert(nn.Module):
             tokens, types = (x.reshape(-1)[places.order] for x in (tokens, types))
             return packing.unpack(encode(tokens, types, places.order % length, places), places)
 
-        rows = mask.size if room is None else min(math.ceil(room * len(mask) / 8) * 8, mask.size)
+        rows = mask.size if not room else min(math.ceil(room * len(mask) / 8) * 8, mask.size)
         if rows == mask.size or self.is_initializing():
             return plain(self, tokens, types)
         # What a branch keeps for its gradient, the other fills with zeros: the rare one keeps none.

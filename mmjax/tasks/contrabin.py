@@ -44,7 +44,9 @@ class Recipe(Task):
             name: split.with_tokens(self.tokenizers, self.lengths)
             for name, split in self.splits.items()
         }
-        self.rooms = self.splits['train'].rooms() if config.model.pack else {}
+        # Over several devices packed tokens would be computed by each, all of them.
+        pack = config.model.pack and jax.device_count() == 1
+        self.rooms = self.splits['train'].rooms() if pack else {}
         self.folders = config.model.pretrained.to_dict()
         self.model = build_model(config, self.tokenizers, self.lengths)
         losses = config.losses
