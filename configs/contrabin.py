@@ -26,7 +26,8 @@ almost all Lua's, source→binary R@10 .090 and comment→binary .059 (chance .0
 
     --config.data.c_files=FOLDER --config.data.seed=7 --config.data.max_source=192
     --config.data.max_binary=192 --config.stage.anchor.epochs=2. --config.stage.near.epochs=6.
-    --config.stage.naive.epochs=2.
+    --config.stage.naive.epochs=2. --config.stage.linear.epochs=6.
+    --config.stage.nonlinear.epochs=4.
 """
 
 from ml_collections import config_dict

@@ -14,10 +14,10 @@ of 32 at 3e-3 gave .170 with that seed and .097 with seed 0, in 8 min 26 s on 2 
 machine. A nearest neighbour that is given the signs cut out errs in .469 of them, around the
 shoulders in .356 (`benchmarks/sign_floors.py`).
 
-Distillation did not help in short trainings (`benchmarks/sign_distillation.py`: students of 4 epochs,
-three seeds, the run above as teacher): WER .765 with it and .563 alone. The teacher's peaks say
-nothing in nearly all frames, so that most of what is followed is the blank; all of it weighs .7 and
-the labels .3.
+Distillation did not help in short trainings (`benchmarks/sign_distillation.py`: students of 4
+epochs, seeds 0 to 2, the run above as teacher): WER .765 with it and .563 alone. Why is not shown;
+likely because a teacher by CTC says blank in nearly all frames, and following it weighs .7, the
+labels .3.
 
 Measured on folders of real signing, each on one core:
 
