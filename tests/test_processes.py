@@ -29,7 +29,7 @@ def _faulty(x):
 def _fatal(x):
     if x == 11:
         os.kill(os.getpid(), signal.SIGKILL)
-    return x
+    return bytes(200_000)  # more than a pipe holds: the others are at writing when it dies
 
 
 def _listed(folder, x):
@@ -63,7 +63,7 @@ def test_a_fault_comes_through_and_a_dead_process_is_told():
     with pytest.raises(DataError, match='item 11 is no good'):
         list(processes.ordered(_faulty, range(40), chunk=2, workers=2))
     with pytest.raises(DataError, match='a process that makes data died'):
-        list(processes.ordered(_fatal, range(40), chunk=2, workers=2))
+        list(processes.ordered(_fatal, range(200), chunk=2, workers=3))
 
 
 _PARENT = """

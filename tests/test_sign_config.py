@@ -42,7 +42,7 @@ def test_all_words_build_on_the_built_in_data(tmp_path_factory, words, monkeypat
     hand = 16 if smoke else 128 if published else 64
     other = 16 if smoke else 64
     assert widths == dict(pose=other, left=hand, right=hand, face=other)
-    assert built.batch_size == (4 if published or smoke else 32)
+    assert built.batch_size == (4 if published or smoke else 16)
     steps = [stage.steps for stage in built.stages]
     assert steps == [6, 6 if 'distill' in words else 4] if smoke else min(steps) > 9
     # All but the published form has four mean points and the change of every number.
