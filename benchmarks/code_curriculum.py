@@ -12,6 +12,7 @@ benchmarks/results/code_curriculum.json.
 import argparse
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -36,10 +37,13 @@ SCORES = ('source_binary_r1', 'source_binary_r10', 'comment_binary_r1', 'binary_
 def train(config: str, workdir: pathlib.Path, *arguments: str) -> dict:
     """Trains a run in another process unless it is done; returns its results."""
     done = workdir / 'results.json'
+    command = ['-m', 'mmjax.main', f'--config={config}', f'--workdir={workdir}',
+               '--config.log.tensorboard=False', *arguments]  # fmt: skip
     if not done.is_file():
-        command = [sys.executable, '-m', 'mmjax.main', f'--config={config}',
-                   f'--workdir={workdir}', '--config.log.tensorboard=False']  # fmt: skip
-        subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    made_by = json.loads((workdir / 'config.json').read_text())['command']
+    if shlex.split(made_by)[1:] != command:
+        sys.exit(f'{workdir} is of other arguments: {made_by}')
     return json.loads(done.read_text())
 
 

@@ -7,8 +7,8 @@ Built-in functions as configs/contrabin.py draws them, registers told by name (k
 or little of what stands for what:
 
   length     a line from tokens of the query to tokens of the answer: nearest prediction
-  bag        cosine of the tokens that both sides write alike (numbers, names), by their logarithmic
-             counts and how rare they are in training
+  bag        cosine of the tokens that both sides have (numbers, however written, and names), by
+             their logarithmic counts and how rare they are in training
 
 Three are linear models of whole bags, fitted on the training functions, one binary each:
 
@@ -31,8 +31,9 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from mmjax.data import builders, code
+from mmjax.data.code_programs import WORDS
 
-SIZES = {'train': 6000, 'val': 256, 'test': 256}
+SIZES = {'train': 12000, 'val': 256, 'test': 256}
 PAIRS = (('source', 'binary'), ('comment', 'binary'), ('comment', 'source'))
 
 
@@ -72,8 +73,16 @@ def recall(queries: np.ndarray, answers: np.ndarray, pool: int) -> float:
     return float(np.mean(found))
 
 
+def alike(text: str) -> str:
+    """Writes the numbers of a text in decimals, hexadecimal ones and words."""
+    text = re.sub(r'\b0x[0-9a-f]+\b', lambda found: str(int(found[0], 16)), text)
+    words = rf'\b({"|".join(WORDS)})\b'
+    return re.sub(words, lambda found: str(WORDS.index(found[0].lower())), text, flags=re.I)
+
+
 def shared(train: tuple[list, list], test: tuple[list, list]) -> list[np.ndarray]:
     """Returns both sides of test as bags of the tokens that both sides of train have."""
+    train, test = ([[alike(text) for text in texts] for texts in side] for side in (train, test))
     seen = [vocabulary(texts) for texts in train]
     known = {token: place for place, token in enumerate(sorted(set(seen[0]) & set(seen[1])))}
     rare = 0

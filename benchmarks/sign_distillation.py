@@ -35,7 +35,11 @@ def main():
     told, others = parser.parse_known_args()
     folder, config = told.workdir.absolute(), 'configs/sign_ctc.py'
     teacher = told.teacher.absolute() if told.teacher else folder / 'teacher'
-    found = {'the teacher': _scores(train(config, teacher, *others))}
+    if told.teacher:
+        results = json.loads((teacher / 'results.json').read_text())
+    else:
+        results = train(config, teacher, *others)
+    found = {'the teacher': _scores(results)}
     taught = (
         f'--init_from={teacher}:student→teacher', "--config.init.allow_fresh=('.*student/.*',)",
         "--config.stages=('student',)",

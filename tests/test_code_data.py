@@ -113,6 +113,34 @@ def test_a_row_without_comment_has_no_tokens_of_one(functions):
         assert other[text].shape == other[f'{text}_mask'].shape == (length,)
 
 
+def test_rooms_are_what_batches_of_a_size_need(functions):
+    counts = {
+        text: [
+            functions.example(i, None, False)[f'{text}_mask'].sum() for i in range(len(functions))
+        ]
+        for text in code.TEXTS
+    }
+    for rows in (4, 64):
+        found = functions.rooms(rows)
+        assert set(found) <= set(code.TEXTS) and found
+        for text, room in found.items():
+            expected = np.mean(counts[text]) + 4 * np.std(counts[text]) / rows**0.5
+            assert room == pytest.approx(expected)
+    # Fewer rows vary more.
+    small, large = functions.rooms(4), functions.rooms(64)
+    assert set(small) <= set(large) and all(small[text] >= large[text] for text in small)
+
+
+def test_texts_that_are_always_empty_have_no_room(tmp_path):
+    for split in ('train', 'val'):
+        write(tmp_path / f'{split}.jsonl', [row(n, comment='') for n in range(6)])
+    split = opened(tmp_path)
+    lengths = dict.fromkeys(code.TEXTS, 64)
+    tokenizer = tokenizers.train_tokenizer(['int f ( ) { return 1 ; }'] * 9, 300)
+    rooms = split.with_tokens(dict.fromkeys(code.TEXTS, tokenizer), lengths).rooms(4)
+    assert 'comment' not in rooms
+
+
 def test_indentation_takes_no_tokens_and_a_listing_keeps_its_lines(functions):
     assert code.as_read('source', 'int f;\n\t  return  1;\n') == 'int f; return 1;'
     assert code.as_read('binary', 'add\n  ret') == 'add\n  ret'

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from mmjax.data import code_catalogue as catalogues
 from mmjax.data import code_programs as programs
 from mmjax.data.code_compiler import LEVELS, compile_function
 from mmjax.data.code_optimizer import interpreter
@@ -144,7 +145,7 @@ def reference(syntax, arguments) -> tuple[int, list]:
 
 @pytest.fixture(scope='module')
 def catalogue():
-    return programs.catalogue(7, SIZES)
+    return catalogues.catalogue(7, SIZES)
 
 
 @pytest.fixture(scope='module')
@@ -154,7 +155,7 @@ def functions(catalogue):
 
 def test_binaries_do_what_the_syntax_says(functions):
     for number, one in enumerate(functions):
-        cases = programs.inputs(one.syntax.parameters, 100)[number % 4 :: 4]
+        cases = catalogues.inputs(one.syntax.parameters, 100)[number % 4 :: 4]
         for level in LEVELS:
             binary = compile_function(one.syntax, level, seed=number)
             for arguments in cases:
@@ -210,7 +211,7 @@ def test_registers_say_nothing(functions):
 
 def test_no_two_mean_the_same_on_other_inputs(functions):
     digests = [
-        tuple(programs.behaviour(one.syntax, trial)[0] for trial in (51, 52, 53, 54))
+        tuple(catalogues.behaviour(one.syntax, trial)[0] for trial in (51, 52, 53, 54))
         for one in functions
     ]
     assert len(set(digests)) == len(functions)
@@ -244,7 +245,7 @@ def test_c_does_what_the_syntax_says(functions, tmp_path):
     calls = []
     for number, one in enumerate(functions):
         lines.append(one.source.replace(one.name + '(', f'f{number}('))
-        for arguments in programs.inputs(one.syntax.parameters, 200)[:6] if number < 80 else ():
+        for arguments in catalogues.inputs(one.syntax.parameters, 200)[:6] if number < 80 else ():
             names, prints = [], []
             for (name, kind), x in zip(one.syntax.parameters, arguments, strict=True):
                 if isinstance(x, list):
@@ -269,10 +270,10 @@ def test_c_does_what_the_syntax_says(functions, tmp_path):
 def test_everything_is_the_same_in_another_process(catalogue, functions):
     code = (
         'import hashlib, sys\n'
-        'from mmjax.data import code_programs as programs\n'
+        'from mmjax.data import code_catalogue as catalogues, code_programs as programs\n'
         'from mmjax.data.code_compiler import compile_function\n'
         'assert not {"jax", "tensorflow", "torch"} & set(sys.modules)\n'
-        f'catalogue = programs.catalogue(7, {SIZES})\n'
+        f'catalogue = catalogues.catalogue(7, {SIZES})\n'
         'functions = [programs.function(7, i) for i in catalogue["test"]]\n'
         'binaries = [compile_function(one.syntax, 3, 5) for one in functions]\n'
         'print(hashlib.sha256(repr((catalogue, functions, binaries)).encode()).hexdigest())'
@@ -290,9 +291,9 @@ def test_catalogue(catalogue):
     assert {split: len(chosen) for split, chosen in catalogue.items()} == SIZES
     everything = [i for chosen in catalogue.values() for i in chosen]
     assert len(set(everything)) == COUNT
-    more = programs.catalogue(7, SIZES | {'train': 210})
+    more = catalogues.catalogue(7, SIZES | {'train': 210})
     assert more['train'][:200] == catalogue['train'] and more['test'] == catalogue['test']
     with pytest.raises(DataError, match=r'built_in\.val'):
-        programs.catalogue(7, {'train': 1, 'test': 1})
+        catalogues.catalogue(7, {'train': 1, 'test': 1})
     with pytest.raises(ValueError, match='negative'):
         programs.function(0, -1)

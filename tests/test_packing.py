@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.models import packing
+from mmjax.models import layers, packing
 from mmjax.models.bert import Bert, masked_mean
 
 BATCH, LENGTH = 6, 10
@@ -82,6 +82,17 @@ def test_one_trace_serves_batches_that_fit_and_that_do_not():
         np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
         if sum(counts) <= 4 * BATCH:  # nothing was computed there
             assert (found[~mask] == 0).all()
+
+
+def test_no_room_is_no_packing_and_packed_rows_have_a_mask():
+    model, mask = _bert(), _mask((3, 2, 4, 1, 1, 1))
+    tokens = jnp.zeros(mask.shape, int)
+    params = model.init(jax.random.key(0), tokens, mask, train=False)
+    run = lambda room: model.apply(params, tokens, mask, train=False, room=room)
+    np.testing.assert_array_equal(run(0.0), run(None))
+    where = packing.places(mask, 16)
+    with pytest.raises(ValueError, match='packed rows attend to themselves'):
+        layers.Attention(2).init(jax.random.key(0), jnp.zeros((16, 8)), places=where)
 
 
 def test_a_packed_bert_has_dropout():

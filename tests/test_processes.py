@@ -94,6 +94,28 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
     assert not any(map(_alive, children))
 
 
+_UNGUARDED = """
+import pathlib, sys
+from mmjax.data import code, processes
+
+processes.cores = lambda: 2
+sizes = dict(train=500, val=8, test=8)
+code.prepare_code(None, pathlib.Path(sys.argv[1]), synthetic_sizes=sizes)
+"""
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    """Its processes do what it does: they would wait for a lock that it holds, and it for them."""
+    script = tmp_path / 'script.py'
+    script.write_text(_UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / 'cache')], timeout=60, capture_output=True,
+        text=True, env={**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "if __name__ == '__main__':" in done.stderr
+    assert 'a process that makes data died' in done.stderr.splitlines()[-1]
+
+
 def _alive(pid):
     try:
         stat = pathlib.Path(f'/proc/{pid}/stat').read_text()

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.data import processes
 from mmjax.data.dataset import DataError
 from mmjax.data.ledger import Ledger, Progress
 from mmjax.data.records import Record, Records
@@ -95,6 +96,7 @@ def prepare(
       DataError: too many faults, a split without records, or nobody to wait for. Nothing of the
         attempt is left on disk.
     """
+    processes.check_main()  # before the lock, which the parent holds
     directory = pathlib.Path(directory).absolute()
     partial = _partial(directory)
     there = (directory / _SUMMARY).is_file()

@@ -45,7 +45,7 @@ def prepare_code(
     Args:
       root: folder of <split>.jsonl or <split>.jsonl.gz, see `code_jsonl`; None generates
         functions and compiles each at four levels with `code_compiler`.
-      seed, synthetic_sizes: of the generated functions, as `code_programs.catalogue` has them.
+      seed, synthetic_sizes: of the generated functions, as `code_catalogue.catalogue` has them.
       registers: of the generated listings: 'keep' their names, or tell only their 'class'.
       max_fault_share: share of a split's rows that may be faulty; these are skipped and listed.
       wait: leave the preparation to another host, and poll until it is done.
@@ -57,11 +57,11 @@ def prepare_code(
         raise DataError(f"data.compile.registers '{registers}' is not keep or class")
     settings = [VERSION, list(splits), max_fault_share]
     if root is None:
-        from mmjax.data import code_programs
+        from mmjax.data import code_catalogue
 
         kind, sizes = 'synthetic', dict(synthetic_sizes or {})
-        plan = functools.cache(lambda: code_programs.catalogue(seed, sizes))  # takes its time
-        makers = (f'code_{name}.py' for name in ('compiler', 'optimizer', 'programs'))
+        plan = functools.cache(lambda: code_catalogue.catalogue(seed, sizes))  # takes its time
+        makers = (f'code_{name}.py' for name in ('catalogue', 'compiler', 'optimizer', 'programs'))
         made_by = builders.source_digest(*makers)
         settings += [kind, seed, registers, sorted(sizes.items()), made_by]
         made = lambda name, ledger: _generated(seed, registers, plan()[name], ledger)
@@ -219,18 +219,18 @@ class CodeFunctions(Dataset):
         _, first, place = np.unique(both, axis=0, return_index=True, return_inverse=True)
         return first, place.reshape(-1)
 
-    def rooms(self) -> dict[str, float]:
-        """Returns tokens a row that all but few batches of each text need, see `Bert`.
+    def rooms(self, rows: int) -> dict[str, float]:
+        """Returns tokens a row that nearly all batches of `rows` rows need, by text; see `Bert`.
 
-        Half a deviation above the mean of up to 1,000 rows: functions of one batch are alike, and
-        so are their lengths. A text that fills nine tenths of its length has none.
+        Four standard errors above the mean of up to 1,000 rows. A text that is always empty, or
+        that needs nine tenths of its length, has none.
         """
-        rows = sample(len(self), 1000)
-        examples = [self.example(row, np.random.default_rng(0), False) for row in rows]
+        chosen = sample(len(self), 1000)
+        examples = [self.example(row, np.random.default_rng(0), False) for row in chosen]
         out = {}
         for text in TEXTS:
             counts = np.array([example[f'{text}_mask'].sum() for example in examples])
-            room = float(counts.mean() + counts.std() / 2)
+            room = float(counts.mean() + 4 * counts.std() / np.sqrt(rows))
             if 0 < room < 0.9 * self._lengths[text]:
                 out[text] = room
         return out

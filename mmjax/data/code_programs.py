@@ -12,26 +12,16 @@ call is one of the function itself. Numbers are few and small: what tells two fu
 where they stand. Most functions are a source of items w and a use of them; both make the label.
 """
 
-import contextlib
 import functools
-import hashlib
-import itertools
-import operator
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from mmjax.data import processes
 from mmjax.data.code_compiler import c_text, stream
-from mmjax.data.code_optimizer import interpreter, names
-from mmjax.data.dataset import DataError
+from mmjax.data.code_optimizer import names
 
 KINDS = {'a': 'array', 'b': 'array', 's': 'text', 't': 'text', 'n': 'count', 'x': 'int', 'y': 'int'}
 SIBLINGS = 8  # functions with the same plan
 NUMBERS = tuple(range(1, 11))
 LETTERS = tuple(map(ord, 'abcdexyzXYZ059'))
-_FEW = 500  # functions that one process lists sooner than several begin
-_CHUNK = 128  # functions that a process makes at a time
-TRIALS = 3  # sets of inputs; two functions of a catalogue differ on every one
 WORDS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
 COMPARE = {
     '<': ('below', 'less than', 'smaller than'), '<=': ('at most', 'not above', 'no more than'),
@@ -331,6 +321,11 @@ def _drawn(seed: int, identity: int) -> tuple[str, Syntax, str]:
     return name, syntax, comment[0].upper() + comment[1:]
 
 
+def syntax(seed: int, identity: int) -> Syntax:
+    """Draws what `function` of the same numbers does."""
+    return _drawn(seed, identity)[1]
+
+
 def function(seed: int, identity: int) -> Function:
     """Draws a function; `seed` and `identity` are not negative."""
     if seed < 0 or identity < 0:
@@ -340,80 +335,3 @@ def function(seed: int, identity: int) -> Function:
     name = '_'.join(words[int(rng.integers(len(words)))] for words in (VERBS, NOUNS))
     name += str(rng.integers(10)) * int(rng.integers(2))
     return Function(c_text(syntax, name, rng), comment, name, label, syntax)
-
-
-@functools.lru_cache(maxsize=1024)
-def inputs(parameters: tuple, trial: int, count: int = 16) -> list[list]:
-    """Draws arguments, see `interpreter`: short and long, small numbers and some of all 32 bits."""
-    rng = stream('inputs', parameters, trial)
-
-    def number(sizes=(12, 40, 200, 1 << 30)):
-        size = sizes[int(rng.integers(len(sizes)))]
-        return int(rng.integers(-size, size + 1))
-
-    def argument(kind, length):
-        if kind == 'text':
-            return [*(int(x) for x in rng.choice(LETTERS, rng.integers(12))), 0]
-        if kind == 'array':  # some with equal elements
-            sizes = ((2,), (12,), (12, 40, 200, 1 << 30))[int(rng.integers(3))]
-            return [number(sizes) for _ in range(length)]
-        return length if kind == 'count' else number()
-
-    lengths = [0, 1, 2, *rng.integers(3, 13, count).tolist()][:count]
-    return [[argument(kind, length) for _, kind in parameters] for length in lengths]
-
-
-def behaviour(syntax: Syntax, trial: int) -> tuple[bytes, int]:
-    """A digest of what a function returns and leaves in memory; how many values it returns."""
-    run, outcomes = interpreter(syntax), []
-    for arguments in inputs(syntax.parameters, trial):
-        arguments = [x.copy() if isinstance(x, list) else x for x in arguments]
-        outcomes.append((run(*arguments), [x for x in arguments if isinstance(x, list)]))
-    digest = hashlib.sha256(repr((syntax.parameters, outcomes)).encode()).digest()
-    return digest, len({result for result, _ in outcomes})
-
-
-def catalogue(seed: int, sizes: Mapping[str, int]) -> dict[str, list[int]]:
-    """Lists the functions of each split.
-
-    Args:
-      seed: of the set.
-      sizes: how many functions `train`, `val` and `test` have, each at least 1.
-
-    Returns:
-      {'test', 'val', 'train': identities}. No two functions, of all splits, mean the same: they
-      differ on each of `TRIALS` sets of inputs. A larger train leaves the other splits as they are.
-
-    Raises:
-      DataError: a size is missing or below 1.
-    """
-    splits = {'test': [], 'val': [], 'train': []}
-    for split in splits:
-        if sizes.get(split, 0) < 1:
-            raise DataError(f'data.built_in.{split} must say how many functions, at least 1')
-    seen = [set() for _ in range(TRIALS)]
-    behave = functools.partial(_behaviours, seed)
-    workers = 1 if sum(sizes.values()) < _FEW else None
-    with contextlib.closing(
-        processes.ordered(behave, itertools.count(), chunk=_CHUNK, workers=workers)
-    ) as behaviours:
-        drawn = enumerate(behaviours)
-        for split, chosen in splits.items():
-            while len(chosen) < sizes[split]:
-                identity, digests = next(drawn)
-                if digests and not any(map(operator.contains, seen, digests)):
-                    chosen.append(identity)
-                    for known, digest in zip(seen, digests, strict=True):
-                        known.add(digest)
-    return splits
-
-
-def _behaviours(seed: int, identity: int) -> list[bytes]:
-    """Digests a function's behaviour on each set of inputs; [] where it returns too few values."""
-    digests = []
-    for trial in range(TRIALS):
-        digest, values = behaviour(_drawn(seed, identity)[1], trial)
-        if values < 4:
-            return []
-        digests.append(digest)
-    return digests

@@ -1,7 +1,6 @@
 """Maps a function over items in processes, in order: how built-in data are made on all cores."""
 
 import collections
-import functools
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -36,6 +35,18 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def check_main() -> None:
+    """Raises DataError in a process that is only just importing its parent's main module.
+
+    Such a process does what the script does, which is to wait for data that its parent makes.
+    """
+    if getattr(multiprocessing.current_process(), '_inheriting', False):  # as multiprocessing asks
+        raise DataError(
+            "a script that prepares data needs its calls under `if __name__ == '__main__':`: the "
+            'processes that make data import it'
+        )
+
+
 def ordered(
     function: Callable[[Item], Result],
     items: Iterable[Item],
@@ -50,12 +61,12 @@ def ordered(
       items: they may have no end; few are asked for beyond those yielded.
       chunk: items that a process takes at a time, worth half a second of work or so. Where there
         are fewer than two chunks to share, this process does the work.
-      workers: processes; None for one a core that this process may use.
+      workers: processes; None for one a core that this process may use, at most 16.
 
     Raises:
       DataError: a process died. What `function` raises comes through.
     """
-    items, workers = iter(items), cores() if workers is None else workers
+    items, workers = iter(items), min(16, cores()) if workers is None else workers
     first = list(itertools.islice(items, 2 * chunk))
     if workers < 2 or len(first) < 2 * chunk:
         yield from map(function, itertools.chain(first, items))
@@ -63,17 +74,18 @@ def ordered(
     pool = futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context('spawn'), initializer=_begin
     )
-    chunks = itertools.batched if hasattr(itertools, 'batched') else _batched
-    asked, pending = functools.partial(pool.submit, _apply, function), collections.deque()
+    items, pending = itertools.chain(first, items), collections.deque()
     try:
-        for some in chunks(itertools.chain(first, items), chunk):
-            pending.append(asked(some))
+        for some in iter(lambda: tuple(itertools.islice(items, chunk)), ()):
+            pending.append(pool.submit(_apply, function, some))
             if len(pending) >= _AHEAD * workers:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
     except futures.process.BrokenProcessPool as error:
-        raise DataError(f'a process that makes data died ({error}); is memory short?') from None
+        raise DataError(
+            f'a process that makes data died ({error}): is memory short, or did it print why?'
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -87,8 +99,3 @@ def _begin() -> None:
 
 def _apply(function, items):
     return [function(item) for item in items]
-
-
-def _batched(items, count):
-    while found := tuple(itertools.islice(items, count)):
-        yield found

@@ -98,24 +98,19 @@ class Bert(nn.Module):
         embed = lambda count, name: nn.Embed(
             count, self.width, embedding_init=nn.initializers.normal(0.02), name=name
         )
-        words, segments = embed(self.vocabulary, 'words'), embed(self.types, 'types')
-        positions = embed(self.max_length, 'positions')
-        norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        blocks = [
-            BertBlock(
-                self.heads, self.mlp_width, self.dropout, self.epsilon, self.dtype,
-                self.implementation, name=f'block_{index}',
-            ) for index in range(self.depth)
-        ]  # fmt: skip
         types = jnp.zeros_like(tokens) if types is None else types
         seen = mask.astype(bool)[:, None, None, :]  # [batch, heads, queries, keys]
 
         def encode(tokens, types, place, places=None):
-            x = words(tokens) + segments(types)
-            x = drop(norm(x + positions(offset + place)))
-            for block in blocks:
-                x = block(x, seen, train=train, places=places)
+            x = embed(self.vocabulary, 'words')(tokens) + embed(self.types, 'types')(types)
+            x = x + embed(self.max_length, 'positions')(offset + place)
+            x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            for index in range(self.depth):
+                x = BertBlock(
+                    self.heads, self.mlp_width, self.dropout, self.epsilon, self.dtype,
+                    self.implementation, name=f'block_{index}',
+                )(x, seen, train=train, places=places)  # fmt: skip
             return x
 
         def plain(module, tokens, types):

@@ -220,8 +220,10 @@ class Attention(nn.Module):
         """Lets x [batch, queries, width] attend to `context` [batch, keys, width], or to itself.
 
         `mask`: as in `attend`. Returns [batch, queries, width]. With `places` x is packed,
-        [room, width], and so is what is returned; there is no other context then.
+        [room, width], and so is what is returned; it attends to itself then, under `mask`.
         """
+        if places is not None and (mask is None or context is not None):
+            raise ValueError('packed rows attend to themselves, under the mask of their padding')
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f'width {width} is not a multiple of {self.heads} heads')

@@ -33,7 +33,7 @@ def places(mask: jax.Array, room: int) -> Places:
 # Each is the other's transpose. Told so, none is a scatter, which is slow on CPU.
 @jax.custom_vjp
 def pack(x: jax.Array, where: Places) -> jax.Array:
-    """Maps x [batch, length, …] to [room, …]; what the rows beyond the last token hold, stays."""
+    """Maps x [batch, length, …] to [room, …]; rows beyond the last token are those of padding."""
     return x.reshape(-1, *x.shape[2:])[where.order]
 
 

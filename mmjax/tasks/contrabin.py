@@ -46,7 +46,8 @@ class Recipe(Task):
         }
         # Over several devices packed tokens would be computed by each, all of them.
         pack = config.model.pack and jax.device_count() == 1
-        self.rooms = self.splits['train'].rooms() if pack else {}
+        rows = config.batch_size // config.accumulation
+        self.rooms = self.splits['train'].rooms(rows) if pack else {}
         self.folders = config.model.pretrained.to_dict()
         self.model = build_model(config, self.tokenizers, self.lengths)
         losses = config.losses
