@@ -165,7 +165,7 @@ def train_step(
     )
     label = groups.of(state['trainable'])
     norms = {
-        name: optax.tree.norm([g for p, g in optim.flatten(grads).items() if label[p] == name])
+        name: optim.norm([g for p, g in optim.flatten(grads).items() if label[p] == name])
         for name in sorted(set(label.values()))
     }
     updates, moments = optim.update(
@@ -175,7 +175,7 @@ def train_step(
     frozen_stats = {p: g for p, g in groups.of(stats).items() if not stage.trains(g)}
     flat, before = optim.flatten(stats), optim.flatten(state['batch_stats'])
     stats = optim.unflatten({p: before[p] if p in frozen_stats else x for p, x in flat.items()})
-    norm = optax.tree.norm(grads)
+    norm = optim.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm) & _finite(trained) & _finite(stats)
     new = {'trainable': trained, 'batch_stats': stats, 'moments': moments, 'ema': {}}
     if settings.ema:

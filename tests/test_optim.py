@@ -160,6 +160,14 @@ def test_updates_equal_optax_adamw_with_a_rate_and_decay_a_group():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), ours, theirs)
 
 
+def test_norm_is_that_of_all_leaves_together():
+    tree = {**params(), 'scale': jnp.float32(3.0), 'cube': jnp.ones((2, 3, 4))}
+    numbers = np.concatenate([np.float64(x).ravel() for x in jax.tree.leaves(tree)])
+    np.testing.assert_allclose(jax.jit(optim.norm)(tree), np.linalg.norm(numbers), rtol=1e-6)
+    assert optim.norm({}) == 0
+    assert not np.isfinite(optim.norm({**tree, 'bad': jnp.array([[jnp.nan]])}))
+
+
 def test_decay_skips_biases_norms_and_scalars():
     found = optim.flatten(optim.decays(params()))
     assert {path for path, yes in found.items() if not yes} == {
