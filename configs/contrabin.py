@@ -126,23 +126,6 @@ def get_config(argument: str = ''):
     # memory, 8 bytes a function and unit of its width.
     config.best = dict(metric='val/source_binary_mrr', mode='max')
 
-    if 'smoke' in words:
-        config.quick_compile = True
-        config.batch_size, config.evaluate_pool = 16, 16
-        config.data.update(max_source=64, max_comment=24, max_binary=48, vocabulary=400,
-                           binary_vocabulary=400)  # fmt: skip
-        config.data.built_in = dict(train=24, val=16, test=16)
-        for side in ('anchor', 'binary'):
-            config.model[side].update(width=16, depth=1, heads=2, mlp_width=32)
-        config.model.features = 16
-        config.optimizer.warmup_steps = 2
-        config.stages = ('anchor', 'naive', 'linear', 'nonlinear')
-        del config.stage.near
-        for name in config.stages:
-            del config.stage[name].epochs
-            config.stage[name].steps = 4
-        config.checkpoint.every_steps = 5
-        config.log.every_steps = 1
     if 'published' in words:
         config.batch_size = 32
         del config.stage.naive.optimizer
@@ -157,6 +140,7 @@ def get_config(argument: str = ''):
         config.losses.normalize = False
         config.optimizer.b2 = 0.999
         config.optimizer.warmup_steps = 500
+        config.optimizer.span = 'run'
         config.stages = ('naive', 'linear', 'nonlinear')
         for name, epochs in (('naive', 10.0), ('linear', 5.0), ('nonlinear', 5.0)):
             config.stage[name].epochs = epochs
@@ -164,4 +148,22 @@ def get_config(argument: str = ''):
         for name in ('anchor', 'near'):
             if name in config.stage:
                 del config.stage[name]
+    if 'smoke' in words:  # after `published`: its sizes win
+        config.quick_compile = True
+        config.batch_size, config.evaluate_pool = 16, 16
+        config.data.update(max_source=64, max_comment=24, max_binary=48, vocabulary=400,
+                           binary_vocabulary=400)  # fmt: skip
+        config.data.built_in = dict(train=24, val=16, test=16)
+        for side in ('anchor', 'binary'):
+            config.model[side].update(width=16, depth=1, heads=2, mlp_width=32)
+        config.model.features = 16
+        config.optimizer.warmup_steps = 2
+        config.stages = tuple(name for name in config.stages if name != 'near')
+        if 'near' in config.stage:
+            del config.stage.near
+        for name in config.stages:
+            del config.stage[name].epochs
+            config.stage[name].steps = 4
+        config.checkpoint.every_steps = 5
+        config.log.every_steps = 1
     return config.lock()

@@ -1,6 +1,7 @@
 """From a config to a run: task, plan, groups, mesh and settings, all built before step 0."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -105,13 +106,15 @@ def make_task(config: View, assets=None) -> Task:
     return cls(config, assets=assets)
 
 
-def run(config_dict: Mapping, *, assets=None, init_from: str | None = None) -> Run:
+def run(config_dict: Mapping, *, assets=None, init_from: str | None = None, data_only=False) -> Run:
     """Builds the run that a config describes, and refuses keys that nobody read.
 
     Args:
       assets: a workdir whose saved tokenizer and the like are used instead of fresh ones.
       init_from: whose weights the run will take; without `assets`, and unless init.assets is
         False, it uses what is saved there: weights mean nothing to another vocabulary.
+      data_only: stop at the task, which has prepared its data: batches and stages need not fit
+        them, and the fields of a plan and a model are empty.
     """
     config = View(config_dict)
     notes = [f'config.stage.{name} is not in config.stages' for name in stages.unused(config)]
@@ -150,6 +153,14 @@ def run(config_dict: Mapping, *, assets=None, init_from: str | None = None) -> R
     unread = config.unread()
     if unread:
         raise DataError(f'nothing reads the config key(s) {", ".join(unread)}')
+    fingerprint = {**data.fingerprint(), 'seed': settings.seed, 'batch_size': batch_size}
+    make = functools.partial(
+        Run, task=task, mesh=mesh, settings=settings, data=data, evaluators=evaluators,
+        batch_size=batch_size, cadence=cadence, best=best, not_finite=policy, init=init,
+        loader=loader, fingerprint=fingerprint, notes=notes,
+    )  # fmt: skip
+    if data_only:
+        return make(stages=(), groups=optim.Groups(()), abstract={}, batch={})
     check_metrics(parsed, best, evaluators)
 
     def sampler(stage):
@@ -165,9 +176,8 @@ def run(config_dict: Mapping, *, assets=None, init_from: str | None = None) -> R
         abstract['params'], abstract.get('batch_stats', {}), rules, rules_default
     )
     optim.check_groups(groups, plan)
-    fingerprint = {**data.fingerprint(), 'seed': settings.seed, 'batch_size': batch_size}
-    return Run(task, mesh, settings, plan, groups, data, evaluators, batch_size, cadence, best,
-               policy, init, loader, fingerprint, abstract, batch, notes)  # fmt: skip
+    notes += stages.doubts(plan, groups.names)
+    return make(stages=plan, groups=groups, abstract=abstract, batch=batch)
 
 
 def blank_batch(data: Dataset, sampler: samplers.Sampler, settings) -> dict[str, np.ndarray]:

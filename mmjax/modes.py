@@ -46,7 +46,9 @@ def _run(
     parallel.start(*processes)
     # A run killed before its first checkpoint has nothing to keep: its workdir is claimed again.
     fresh = not existing or overwrite or not (workdir / 'checkpoints').exists()
-    built = build.run(config, assets=None if fresh else workdir, init_from=init_from)
+    built = build.run(
+        config, assets=None if fresh else workdir, init_from=init_from, data_only=mode == 'prepare'
+    )
     first = parallel.is_first()
     target = epath.Path(output) if output else workdir / mode
     if not first and mode in ('predict', 'embed'):  # every host computes, one writes

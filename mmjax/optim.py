@@ -276,9 +276,11 @@ def decays(params: Tree) -> dict:
 
 def update(
     gradients: Tree, state: Tree, trainable: Tree, rate: Mapping[str, Any], stage: Stage,
-    groups: Groups,
+    groups: Groups, length: jax.Array | None = None,
 ) -> tuple[Tree, Tree]:  # fmt: skip
     """Returns (updates to add to `trainable`, new moments).
+
+    length: the norm of the gradients, where it is known already.
 
     clip by the global norm → Adam → per group decoupled decay and learning rate. All but Adam is
     without state, so that only moments are stored and carried.
@@ -287,7 +289,7 @@ def update(
     label = groups.of(trainable)
     labels = unflatten(label)
     if spec.clip > 0:
-        length = norm(gradients)
+        length = norm(gradients) if length is None else length
         factor = jnp.where(length < spec.clip, 1.0, spec.clip / length)
         gradients = jax.tree.map(lambda g: g * factor, gradients)
     direction, state = _scale_by_adam(spec, labels).update(gradients, state)

@@ -168,14 +168,14 @@ def train_step(
         name: optim.norm([g for p, g in optim.flatten(grads).items() if label[p] == name])
         for name in sorted(set(label.values()))
     }
+    norm = optim.norm(norms)
     updates, moments = optim.update(
-        grads, state['moments'], state['trainable'], rates, stage, groups
+        grads, state['moments'], state['trainable'], rates, stage, groups, norm
     )
     trained = optax.apply_updates(state['trainable'], updates)
     frozen_stats = {p: g for p, g in groups.of(stats).items() if not stage.trains(g)}
     flat, before = optim.flatten(stats), optim.flatten(state['batch_stats'])
     stats = optim.unflatten({p: before[p] if p in frozen_stats else x for p, x in flat.items()})
-    norm = optim.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm) & _finite(trained) & _finite(stats)
     new = {'trainable': trained, 'batch_stats': stats, 'moments': moments, 'ema': {}}
     if settings.ema:

@@ -226,3 +226,5 @@ def test_prepare_compiles_c_files(cache, tmp_path, capsys):
     config.data.compile.val = 0.0
     with pytest.raises(DataError, match='split val has no row'):
         run()
+    config.data.compile.val, config.batch_size = 0.5, 64  # more than there are functions
+    assert run() == 0

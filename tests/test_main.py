@@ -19,11 +19,11 @@ def folder(tmp_path_factory):
     return root
 
 
-def refuse(tmp_path, *arguments, cache=None):
+def refuse(tmp_path, *arguments, cache=None, config=SMOKE):
     """Runs a command that must fail and leave nothing; returns its one sentence."""
     before = sorted(tmp_path.rglob('*'))
     env = {'MMJAX_CACHE': str(cache or tmp_path / 'cache')}
-    done = command(SMOKE, f'--workdir={tmp_path / "run"}', *arguments, env=env)
+    done = command(config, f'--workdir={tmp_path / "run"}', *arguments, env=env)
     assert done.returncode == 1, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith('mmjax: ')]
     assert len(errors) == 1 and 'Traceback' not in done.stderr, done.stderr

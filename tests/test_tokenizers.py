@@ -110,6 +110,33 @@ def test_a_tokenizer_of_another_library_file_loads(tmp_path):
     np.testing.assert_array_equal(mask, ids != 1)
 
 
+def test_roberta_s_pair_of_files_gives_what_its_library_gives(tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+
+    special = ['<s>', '<pad>', '</s>', '<unk>', '<mask>']
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator(TEXTS, vocab_size=330, special_tokens=special, show_progress=False)
+    theirs.save_model(str(tmp_path))
+    ours = tokenizers.load_tokenizer(tmp_path)
+    assert ours.size == theirs.get_vocab_size() and ours.pad_id == 1
+    texts = [*TEXTS[:4], 'for (i = 0; i < n; i++) größer', '<mask> here']
+    ids, mask = ours.encode(texts, 64)
+    for text, row, seen in zip(texts[:-1], ids, mask, strict=False):
+        assert row[seen].tolist() == [0, *theirs.encode(text).ids, 2]
+        assert ours.decode(row[seen]) == text
+    assert ids[-1, 1] == special.index('<mask>')
+    ours.save(tmp_path / 'own')
+    np.testing.assert_array_equal(
+        tokenizers.load_tokenizer(tmp_path / 'own').encode(texts, 64)[0], ids
+    )
+    (tmp_path / 'merges.txt').write_text('one\n')
+    with pytest.raises(DataError, match=r'vocab\.json is not a tokenizer'):
+        tokenizers.load_tokenizer(tmp_path)
+    (tmp_path / 'merges.txt').unlink()
+    with pytest.raises(DataError, match=r'tokenizer\.json does not exist'):
+        tokenizers.load_tokenizer(tmp_path)
+
+
 def test_faults_are_named(tmp_path):
     with pytest.raises(DataError, match=r'tokenizer\.json does not exist'):
         tokenizers.load_tokenizer(tmp_path)

@@ -10,6 +10,7 @@ from mmjax.data.dataset import DataError
 
 SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
 FILE = 'tokenizer.json'
+_PAIR = 'vocab.json', 'merges.txt'  # RoBERTa's
 _PADS = ('[PAD]', '<pad>', '<|endoftext|>')
 
 
@@ -147,11 +148,35 @@ def train_tokenizer(
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """Loads `tokenizer.json` of a folder; raises DataError naming the file."""
-    path = pathlib.Path(folder) / FILE
+    """Loads `tokenizer.json` of a folder, or RoBERTa's `vocab.json` with `merges.txt`.
+
+    Raises:
+      DataError: naming the file that is not there or cannot be read.
+    """
+    path, pair = pathlib.Path(folder) / FILE, _PAIR
+    if not path.is_file() and all((path.parent / name).is_file() for name in pair):
+        path = path.parent / pair[0]
     try:
-        return Tokenizer(path.read_text())
+        text = _roberta(path.parent) if path.name == pair[0] else path.read_text()
+        return Tokenizer(text)
     except FileNotFoundError as error:
         raise DataError(f'{path} does not exist') from error
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f'{path} is not a tokenizer ({error})') from error
+
+
+def _roberta(folder: pathlib.Path) -> str:
+    """Returns as one JSON what RoBERTa (Liu 2019) and its kin are published as: a pair of files."""
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    model = Model(models.BPE.from_file(*(str(folder / name) for name in _PAIR), unk_token='<unk>'))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    start, end = ((token, model.token_to_id(token)) for token in ('<s>', '</s>'))
+    if None in (start[1], end[1]):
+        raise ValueError('it lacks <s> or </s>')
+    special = ('<s>', '<pad>', '</s>', '<unk>', '<mask>')
+    model.add_special_tokens([token for token in special if model.token_to_id(token) is not None])
+    model.post_processor = processors.RobertaProcessing(end, start, True, False)
+    return model.to_str()

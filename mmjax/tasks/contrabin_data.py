@@ -7,6 +7,7 @@ import sys
 import time
 
 import jax
+import tqdm
 
 from mmjax.data import builders, code, tokenizers
 from mmjax.data.dataset import DataError
@@ -51,12 +52,20 @@ def open_splits(config) -> tuple[dict[str, code.CodeFunctions], tuple[pathlib.Pa
 
 
 def _teller(what: str, unit: str):
-    """Returns a `ledger.Progress` that tells standard error how far it is, now and then."""
-    told = time.monotonic()
+    """Returns a `ledger.Progress` for standard error: a bar a split, lines where no one watches."""
+    told, bars = time.monotonic(), {}
 
     def tell(split: str, done: int, whole: int) -> None:
         nonlocal told
-        if time.monotonic() - told >= _EVERY:
+        if sys.stderr.isatty():
+            if split not in bars:
+                bars[split] = tqdm.tqdm(
+                    desc=f'{what} {split}', total=whole, unit=f' {unit}', file=sys.stderr
+                )
+            bars[split].update(done - bars[split].n)
+            if done >= whole:
+                bars[split].close()
+        elif time.monotonic() - told >= _EVERY:
             told = time.monotonic()
             print(f'{what} {split}: {done:,} of {whole:,} {unit}', file=sys.stderr, flush=True)
 
