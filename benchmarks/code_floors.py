@@ -1,6 +1,6 @@
 """How far source ↔ binary retrieval gets with bags of tokens and lengths: floors of ContraBin.
 
-    python benchmarks/code_floors.py [--root=FOLDER] [--registers=keep] [--seed=0] [--pool=256]
+    python benchmarks/code_floors.py [--root=FOLDER] [--registers=class] [--seed=0] [--pool=256]
 
 Built-in functions as configs/contrabin.py draws them, registers told by name (keep) or by kind
 (class), or the JSONL rows of --root. Floors are asked in pools of test functions. Two learn nothing
@@ -120,7 +120,7 @@ def floors(train: tuple[list, list], test: tuple[list, list], pool: int) -> dict
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--root')
-    parser.add_argument('--registers', choices=('keep', 'class'), default='keep')
+    parser.add_argument('--registers', choices=('keep', 'class'), default='class')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--pool', type=int, default=256)
     given = parser.parse_args()

@@ -105,7 +105,10 @@ def _number(*parts: str) -> np.int64:
 
 
 def _entry(record: Mapping[str, Any]) -> dict[str, np.generic]:
-    level, told = record['opt_level'], as_read('comment', record['comment'])
+    level, told = (
+        record['opt_level'].removeprefix('-').upper(),
+        as_read('comment', record['comment']),
+    )
     return {
         # One function compiled several times keeps one identity; so do copies of it elsewhere.
         'identity': _number(as_read('source', record['source'])),

@@ -3,8 +3,8 @@
     {"source": str, "binary": str, "comment": str,
      "metadata": {"path", "label", "compiler", "opt_level", "language", "name": all str}}
 
-label: the algorithm, '' where it is not known; opt_level: O0, O1, O2 or O3; comment: may be ''.
-Other keys are passed over.
+label: the algorithm, '' where it is not known; opt_level: O0, O1, O2 or O3, or
+as flags; comment: may be ''. Other keys are passed over.
 """
 
 import collections

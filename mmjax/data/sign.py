@@ -21,7 +21,8 @@ class SignSequences(Dataset):
     index: length (frames), n_labels, needed (frames that CTC needs: labels and repeats), signer
     (its place in `signers`, those of all splits). lengths: see `buckets`; streams: name → columns
     of an example's features. skipped: reason → rows left out; counts: unknown_words,
-    unalignable_rows (length < needed) and what was mended; unknown: word → how often.
+    unalignable_rows (length < needed, or an unknown word) and what was mended; unknown: word → how
+    often.
     """
 
     length_key = 'length'
@@ -74,10 +75,12 @@ class SignSequences(Dataset):
         rows = zip(self._words, self._labels, strict=True)
         pairs = (pair for words, ids in rows for pair in zip(words, ids.tolist(), strict=True))
         self.unknown = collections.Counter(word for word, i in pairs if i == UNKNOWN_ID)
+        strange = np.array([bool((ids == UNKNOWN_ID).any()) for ids in self._labels], bool)
+        short = own['length'] < own['needed']
         self.skipped = dict(books['skipped'])
         self.counts = dict(books['counts']) | {
             'unknown_words': self.unknown.total(),
-            'unalignable_rows': int((own['length'] < own['needed']).sum()),
+            'unalignable_rows': int((short | strange).sum()),
         }
 
     def _lengths(self, trained: np.ndarray, buckets: int | Sequence[int]) -> tuple[int, ...]:

@@ -23,8 +23,11 @@ def predict(task, apply, inputs, output):
     kind = SUFFIXES.get(path.suffix.lower(), 'comment')
     text = inputs
     if os.path.isfile(inputs):  # Path.is_file raises where a sentence is too long for a name
-        text = path.read_text('utf-8', errors='replace')
-    elif kind != 'comment':
+        try:
+            text = path.read_text('utf-8', errors='replace')
+        except OSError as error:
+            raise DataError(f'{inputs} cannot be read: {error.strerror}') from error
+    elif kind != 'comment' or (path.suffix and not any(map(str.isspace, inputs))):
         raise DataError(f'{inputs} does not exist')
     if not text.strip():
         raise DataError(f"--input='{inputs}' holds no text")
