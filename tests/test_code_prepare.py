@@ -93,7 +93,7 @@ def test_every_reason_is_counted(made):
     functions = dict(report['functions'])
     assert functions == {
         'found': 24, 'commented': 15, 'kept': 7, 'equal_source': 4, 'no_binary': 3,
-        'file_left_out': 1, 'no_comment': 1, 'comment_too_short': 2, 'comment_repeated': 3,
+        'file_does_not_compile': 1, 'no_comment': 1, 'comment_too_short': 2, 'comment_repeated': 3,
         'defined_twice': 2, 'parse_error': 1,
     }  # fmt: skip
     assert report['binaries'] == {'not_in_object': 2, 'too_short': 2, 'too_long': 2}
@@ -185,7 +185,7 @@ def test_a_level_that_takes_too_long_costs_no_level_before_it(tmp_path, monkeypa
         assert report['binaries']['time_limit'] == 4 and report['files']['compiled'] == 2
         assert report['examples']['time_limit'] == ['a.c: gcc took over 20 s, at O2']
     else:
-        assert report['files']['time_limit'] == 1 and report['functions']['file_left_out'] == 2
+        assert report['files']['time_limit'] == 1 and report['functions']['file_time_limit'] == 2
 
 
 def test_splits_follow_from_seed_and_name(tmp_path):
