@@ -113,8 +113,8 @@ def run(config_dict: Mapping, *, assets=None, init_from: str | None = None, data
       assets: a workdir whose saved tokenizer and the like are used instead of fresh ones.
       init_from: whose weights the run will take; without `assets`, and unless init.assets is
         False, it uses what is saved there: weights mean nothing to another vocabulary.
-      data_only: stop at the task, which has prepared its data: batches and stages need not fit
-        them, and the fields of a plan and a model are empty.
+      data_only: stop at the task, which has prepared its data: they need not fill a batch, and the
+        fields of a plan and a model are empty.
     """
     config = View(config_dict)
     notes = [f'config.stage.{name} is not in config.stages' for name in stages.unused(config)]
@@ -157,10 +157,10 @@ def run(config_dict: Mapping, *, assets=None, init_from: str | None = None, data
     make = functools.partial(
         Run, task=task, mesh=mesh, settings=settings, data=data, evaluators=evaluators,
         batch_size=batch_size, cadence=cadence, best=best, not_finite=policy, init=init,
-        loader=loader, fingerprint=fingerprint, notes=notes,
+        loader=loader, fingerprint=fingerprint,
     )  # fmt: skip
     if data_only:
-        return make(stages=(), groups=optim.Groups(()), abstract={}, batch={})
+        return make(stages=(), groups=optim.Groups(()), abstract={}, batch={}, notes=notes)
     check_metrics(parsed, best, evaluators)
 
     def sampler(stage):
@@ -176,8 +176,8 @@ def run(config_dict: Mapping, *, assets=None, init_from: str | None = None, data
         abstract['params'], abstract.get('batch_stats', {}), rules, rules_default
     )
     optim.check_groups(groups, plan)
-    notes += stages.doubts(plan, groups.names)
-    return make(stages=plan, groups=groups, abstract=abstract, batch=batch)
+    notes += optim.doubts(groups, plan)
+    return make(stages=plan, groups=groups, abstract=abstract, batch=batch, notes=notes)
 
 
 def blank_batch(data: Dataset, sampler: samplers.Sampler, settings) -> dict[str, np.ndarray]:

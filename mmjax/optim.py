@@ -118,6 +118,28 @@ def check_groups(groups: Groups, stages: Sequence[Stage]) -> None:
             raise DataError(f'stage.{stage.name} freezes every group: nothing would learn')
 
 
+def doubts(groups: Groups, stages: Sequence[Stage]) -> list[str]:
+    """Returns what may not be meant: groups that no stage trains, warm-ups that never end."""
+    found = [
+        f"no stage trains group '{name}': it stays as it is made or loaded"
+        for name in groups.names
+        if not any(stage.trains(name) for stage in stages)
+    ]
+    last = max((s.start + s.steps for s in stages if s.optimizer.span == 'run'), default=0)
+    late = {}
+    for stage in stages:
+        run = stage.optimizer.span == 'run'
+        total, reached = (stage.run_steps, last) if run else (stage.steps, stage.steps)
+        warmup = _steps(stage.optimizer, 'warmup', total, stage.steps_per_epoch)
+        if warmup and warmup >= reached:
+            name = 'the run' if run else f'stage.{stage.name}'
+            late[name] = (
+                f'{name} warms up for {warmup:g} updates and makes {reached} of them: '
+                'the full rate is never reached'
+            )
+    return found + list(late.values())
+
+
 def summary(params: Tree, groups: Groups, stage: Stage) -> list[dict[str, Any]]:
     """Returns a row a group: group, parameters, tensors, rate (absolute, 0 when frozen)."""
     label = groups.of(params)
@@ -257,12 +279,14 @@ def _scale_by_adam(spec: Optimizer, labels: Tree) -> optax.GradientTransformatio
 
 
 def norm(tree: Any) -> jax.Array:
-    """Returns the Euclidean norm of all leaves together; float32 scalar.
+    """Returns the Euclidean norm of all leaves together; float32 scalar, 0 of none.
 
-    Summed row by row first: left to itself XLA:CPU may sum the squares of a large matrix in windows
-    on one core, which takes a third of the time of the product that made it.
+    Summed row by row first, on any backend: left to itself XLA:CPU may sum the squares of a large
+    matrix in windows on one core, which takes a third of the time of the product that made it.
+    Where the last axis is sharded, a number a row crosses devices instead of one.
     """
-    rows = [jnp.square(x).sum(-1) if jnp.ndim(x) else jnp.square(x) for x in jax.tree.leaves(tree)]
+    squares = [jnp.square(jnp.asarray(x, jnp.float32)) for x in jax.tree.leaves(tree)]
+    rows = [x.sum(-1) if x.ndim else x for x in squares]
     rows = jax.lax.optimization_barrier(rows)
     return jnp.sqrt(sum((x.sum() for x in rows), jnp.float32(0)))
 
@@ -276,11 +300,9 @@ def decays(params: Tree) -> dict:
 
 def update(
     gradients: Tree, state: Tree, trainable: Tree, rate: Mapping[str, Any], stage: Stage,
-    groups: Groups, length: jax.Array | None = None,
+    groups: Groups, size: jax.Array,
 ) -> tuple[Tree, Tree]:  # fmt: skip
-    """Returns (updates to add to `trainable`, new moments).
-
-    length: the norm of the gradients, where it is known already.
+    """Returns (updates to add to `trainable`, new moments). size: the `norm` of the gradients.
 
     clip by the global norm → Adam → per group decoupled decay and learning rate. All but Adam is
     without state, so that only moments are stored and carried.
@@ -289,8 +311,7 @@ def update(
     label = groups.of(trainable)
     labels = unflatten(label)
     if spec.clip > 0:
-        length = norm(gradients) if length is None else length
-        factor = jnp.where(length < spec.clip, 1.0, spec.clip / length)
+        factor = jnp.where(size < spec.clip, 1.0, spec.clip / size)
         gradients = jax.tree.map(lambda g: g * factor, gradients)
     direction, state = _scale_by_adam(spec, labels).update(gradients, state)
     by_group = optax.multi_transform(

@@ -238,22 +238,6 @@ def unused(config: View) -> list[str]:
     return names
 
 
-def doubts(planned: Sequence[Stage], groups: Sequence[str]) -> list[str]:
-    """Returns what may not be meant: groups that no stage trains, warm-ups that never end."""
-    still = [name for name in groups if not any(stage.trains(name) for stage in planned)]
-    found = [f"no stage trains group '{name}': it stays as it is made or loaded" for name in still]
-    for stage in planned:
-        spec = stage.optimizer
-        span = stage.run_steps if spec.span == 'run' else stage.steps
-        warmup = spec.warmup_steps or spec.warmup_epochs * stage.steps_per_epoch
-        if warmup >= span > 0:
-            found.append(
-                f'stage.{stage.name}: its warm-up of {warmup:g} updates is as long as the {span} '
-                'that it belongs to; the full rate is never reached'
-            )
-    return found
-
-
 def plan(
     parsed: Sequence[tuple[Stage, dict]],
     steps_per_epoch: Callable[[Stage], int],

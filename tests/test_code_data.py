@@ -41,7 +41,7 @@ def root(tmp_path_factory):
     """Six functions at four levels; then one in other blanks, one without comment, one labelled."""
     root = tmp_path_factory.mktemp('code')
     rows = [row(n, level) for n in range(6) for level in LEVELS]
-    rows.append(row(3, '-o2', source=' '.join(row(3)['source'].split()), comment=' Adds\n 3. '))
+    rows.append(row(3, '-O2', source=' '.join(row(3)['source'].split()), comment=' Adds\n 3. '))
     rows.append(row(7, 'O9', comment=' \n'))
     rows.append(row(8, metadata={**row(8)['metadata'], 'label': 'sum'}))
     write(root / 'train.jsonl', rows)

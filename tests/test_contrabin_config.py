@@ -40,7 +40,7 @@ def test_all_words_build_on_the_built_in_functions(tmp_path_factory, words):
     # batches of 32.
     assert [stage.steps for stage in built.stages] == [120, 60, 60]
     assert built.task.softness == 1 and not built.task.normalize
-    assert any('its warm-up of 500 updates is as long as the 240' in note for note in built.notes)
+    assert 'the run warms up for 500 updates and makes 240 of them' in ' '.join(built.notes)
     stage, spec = built.stages[1], built.stages[1].optimizer
     assert (spec.warmup_steps, spec.span, spec.clip, spec.b2) == (500, 'run', 1.0, 0.999)
     rates = optim.rates(stage, built.groups.names, 30)
@@ -59,10 +59,10 @@ def test_bad_folders_end_the_command_with_one_sentence(tmp_path):
 
     lacking = lambda row: {key: value for key, value in row.items() if key != 'source'}
     for name, change, expected in (
-        ('column', lambda root: rows(root, lacking), 'source'),
-        ('type', lambda root: rows(root, lambda row: row | {'binary': 3}), 'binary'),
-        ('empty', lambda root: (root / 'val.jsonl').write_text(''), 'val'),
-        ('missing', lambda root: (root / 'val.jsonl').unlink(), 'val'),
+        ('column', lambda root: rows(root, lacking), "has no 'source'"),
+        ('type', lambda root: rows(root, lambda row: row | {'binary': 3}), "'binary' is 3"),
+        ('empty', lambda root: (root / 'val.jsonl').write_text(''), 'val.jsonl has no rows'),
+        ('missing', lambda root: (root / 'val.jsonl').unlink(), 'val.jsonl'),
         ('bytes', lambda root: (root / 'train.jsonl').write_bytes(b'\x1f\x8b\0'), 'train.jsonl'),
     ):
         (tmp_path / name / 'rows').mkdir(parents=True)
@@ -80,7 +80,11 @@ def test_the_making_of_rows_is_told_by_a_bar_on_a_terminal(monkeypatch):
 
     stream = Terminal()
     monkeypatch.setattr('sys.stderr', stream)
-    tell = contrabin_data._teller('compiling', 'files')
-    for done in (0, 3, 6):
-        tell('c', done, 6)
+    with contrabin_data._teller('compiling', 'files') as tell:
+        for done in (0, 3, 6):
+            tell('c', done, 6)
     assert 'compiling c: 100%' in stream.getvalue() and '6/6' in stream.getvalue()
+    with pytest.raises(ValueError), contrabin_data._teller('compiling', 'files') as tell:
+        tell('d', 3, 6)
+        raise ValueError
+    assert 'compiling d:  50%' in stream.getvalue() and stream.getvalue().endswith('\n')

@@ -198,6 +198,8 @@ def test_predict_takes_a_long_sentence_and_names_a_missing_file(bare, fresh, tmp
     assert told.startswith('nearest to this comment, by binary, in split val:')
     with pytest.raises(DataError, match=r'no/such\.c does not exist'):
         bare.task.predict(fresh, 'no/such.c', tmp_path / 'out')
+    told = bare.task.predict(fresh, 'Like strtok in lib.c', tmp_path / 'out')
+    assert told.startswith('nearest to this comment')
     with pytest.raises(DataError, match=r'absent\.txt does not exist'):
         bare.task.predict(fresh, 'absent.txt', tmp_path / 'out')
     (tmp_path / 'empty.s').write_text('\n')

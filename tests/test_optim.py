@@ -136,6 +136,29 @@ def test_a_schedule_over_the_run_reads_the_planned_start():
     assert optim.rates(late, ('g',), 10)['g'] == np.float32(1 - 0.7)
 
 
+def test_groups_that_never_learn_and_warm_ups_that_never_end_are_told():
+    def made(name, start, steps, rates=(), **options):
+        spec = Optimizer(1e-3, **options)
+        return Stage(name, rates, (), spec, (), start=start, steps=steps, run_steps=40)
+
+    known = groups()
+    frozen = tuple((name, 0.0) for name in known.names)
+    some = [made('one', 0, 10, frozen, warmup_steps=9), made('two', 10, 10, frozen[1:])]
+    assert optim.doubts(known, some) == [
+        f"no stage trains group '{name}': it stays as it is made or loaded"
+        for name in known.names[1:]
+    ]
+    late = [
+        made('two', 10, 20, warmup_fraction=1.0),
+        made('three', 0, 10, warmup_steps=10, span='run'),
+        made('four', 30, 5, warmup_steps=50, span='run'),
+    ]
+    stage, run = optim.doubts(known, late)
+    assert stage.startswith('stage.two warms up for 20 updates and makes 20 of them')
+    assert run.startswith('the run warms up for 50 updates and makes 35 of them')
+    assert optim.doubts(known, [*late[1:2], made('five', 10, 20, span='run')]) == []
+
+
 def test_updates_equal_optax_adamw_with_a_rate_and_decay_a_group():
     rates, wd = {'tower': 1e-3, 'last': 1e-4, 'head': 1e-2}, 0.1
     ours = theirs = params()
@@ -154,7 +177,13 @@ def test_updates_equal_optax_adamw_with_a_rate_and_decay_a_group():
         updates, state = oracle.update(grads, state, theirs)
         theirs = optax.apply_updates(theirs, updates)
         updates, moments = optim.update(
-            grads, moments, ours, optim.rates(this, groups().names, seed), this, groups()
+            grads,
+            moments,
+            ours,
+            optim.rates(this, groups().names, seed),
+            this,
+            groups(),
+            optim.norm(grads),
         )
         ours = optax.apply_updates(ours, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), ours, theirs)
@@ -184,7 +213,9 @@ def test_moments_are_carried_and_a_leaf_that_enters_starts_at_count_zero():
     for seed in range(50):
         grads, _ = groups().split(params(seed), first)
         rates = optim.rates(first, groups().names, seed)
-        _, moments = optim.update(grads, moments, trainable, rates, first, groups())
+        _, moments = optim.update(
+            grads, moments, trainable, rates, first, groups(), optim.norm(grads)
+        )
     trainable, _ = groups().split(params(), second)
     entered, carried = optim.enter(moments, optim.moments(trainable, groups()), groups())
     assert carried == ['head'] and int(entered['count']['head']) == 50
@@ -194,6 +225,6 @@ def test_moments_are_carried_and_a_leaf_that_enters_starts_at_count_zero():
     updates, _ = optim.update(
         grads, entered, trainable, optim.rates(second, groups().names, 0),
         Stage('x', second.learning_rates, second.loss_weights, Optimizer(1e-2, clip=0.0), ()),
-        groups(),
+        groups(), optim.norm(grads),
     )  # fmt: skip
     np.testing.assert_allclose(np.abs(updates['tower']['block_0']['kernel']), 1e-2, rtol=1e-4)

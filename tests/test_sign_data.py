@@ -108,6 +108,7 @@ def test_an_unknown_word_keeps_its_place_and_is_never_the_blank(prepared):
     assert data.vocabulary.encode(['<blank>', '<unknown>', '']).tolist() == [-1, -1, -1]
     train = split_of(prepared).counts
     # CTC can align no row with a word that has no number.
+    assert (data.index['length'] >= data.index['needed']).all()
     assert data.counts['unalignable_rows'] == 1
     assert train['unknown_words'] == 0 and train['unalignable_rows'] == 0
 

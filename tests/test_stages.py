@@ -151,19 +151,3 @@ def test_hashable_and_thaw_are_inverse():
     value = {'name': 'stratified', 'minimum': 2, 'rich': {'n_text': 2, 'n_panels': 2}}
     assert config_lib.thaw(config_lib.hashable(value)) == value
     hash(config_lib.hashable({'a': [1, [2, 3]]}))
-
-
-def test_groups_that_never_learn_and_warm_ups_that_never_end_are_told():
-    def made(name, steps, rates, **options):
-        spec = stages.Optimizer(1e-3, **options)
-        return stages.Stage(name, rates, (), spec, (), start=0, steps=steps, run_steps=30)
-
-    planned = [
-        made('one', 10, (('tower', 0.0),), warmup_steps=9),
-        made('two', 20, (('tower', 0.0), ('head', 0.0)), warmup_steps=20),
-        made('three', 10, (('tower', 0.0),), warmup_steps=20, span='run'),
-    ]
-    group, warm = stages.doubts(planned, ('head', 'tower'))
-    assert group == "no stage trains group 'tower': it stays as it is made or loaded"
-    assert warm.startswith('stage.two: its warm-up of 20 updates is as long as the 20')
-    assert stages.doubts(planned[:1], ('head',)) == []

@@ -1,5 +1,6 @@
 """Tokenizers: deterministic training, fixed-length output, counted truncation."""
 
+import json
 import os
 import pathlib
 import pickle
@@ -119,21 +120,26 @@ def test_roberta_s_pair_of_files_gives_what_its_library_gives(tmp_path):
     theirs.save_model(str(tmp_path))
     ours = tokenizers.load_tokenizer(tmp_path)
     assert ours.size == theirs.get_vocab_size() and ours.pad_id == 1
-    texts = [*TEXTS[:4], 'for (i = 0; i < n; i++) größer', '<mask> here']
+    texts = [*TEXTS[:4], 'for (i = 0; i < n; i++) größer', 'over <mask> here']
     ids, mask = ours.encode(texts, 64)
     for text, row, seen in zip(texts[:-1], ids, mask, strict=False):
         assert row[seen].tolist() == [0, *theirs.encode(text).ids, 2]
         assert ours.decode(row[seen]) == text
-    assert ids[-1, 1] == special.index('<mask>')
+    around = [theirs.encode(text).ids for text in ('over', ' here')]  # no blank before the mask
+    assert ids[-1][mask[-1]].tolist() == [0, *around[0], special.index('<mask>'), *around[1], 2]
     ours.save(tmp_path / 'own')
     np.testing.assert_array_equal(
         tokenizers.load_tokenizer(tmp_path / 'own').encode(texts, 64)[0], ids
     )
     (tmp_path / 'merges.txt').write_text('one\n')
-    with pytest.raises(DataError, match=r'vocab\.json is not a tokenizer'):
+    with pytest.raises(DataError, match=r'merges\.txt are no tokenizer'):
         tokenizers.load_tokenizer(tmp_path)
     (tmp_path / 'merges.txt').unlink()
-    with pytest.raises(DataError, match=r'tokenizer\.json does not exist'):
+    with pytest.raises(DataError, match=r'merges\.txt does not exist'):
+        tokenizers.load_tokenizer(tmp_path)
+    (tmp_path / 'merges.txt').write_text('#version: 0.2\n')
+    (tmp_path / 'vocab.json').write_text(json.dumps({'</s>': 0, '<pad>': 1, '<s>': 2, '<unk>': 3}))
+    with pytest.raises(DataError, match=r"vocab\.json is not RoBERTa's"):
         tokenizers.load_tokenizer(tmp_path)
 
 

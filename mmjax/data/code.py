@@ -18,7 +18,7 @@ from mmjax.data.folders import file_stamp
 from mmjax.data.ledger import Ledger, Progress
 from mmjax.data.tokenizers import Tokenizer
 
-VERSION = '1.2.0'  # of the prepared records; raise it when their content changes
+VERSION = '1.3.0'  # of the prepared records; raise it when their content changes
 SPLITS = ('train', 'val', 'test')
 LEVELS = ('O0', 'O1', 'O2', 'O3')
 TEXTS = ('source', 'comment', 'binary')
@@ -105,10 +105,8 @@ def _number(*parts: str) -> np.int64:
 
 
 def _entry(record: Mapping[str, Any]) -> dict[str, np.generic]:
-    level, told = (
-        record['opt_level'].removeprefix('-').upper(),
-        as_read('comment', record['comment']),
-    )
+    level = record['opt_level'].removeprefix('-').upper()
+    told = as_read('comment', record['comment'])
     return {
         # One function compiled several times keeps one identity; so do copies of it elsewhere.
         'identity': _number(as_read('source', record['source'])),

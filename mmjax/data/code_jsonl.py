@@ -4,7 +4,7 @@
      "metadata": {"path", "label", "compiler", "opt_level", "language", "name": all str}}
 
 label: the algorithm, '' where it is not known; opt_level: O0, O1, O2 or O3, or
-as flags; comment: may be ''. Other keys are passed over.
+'-O2' and so on; comment: may be ''. Other keys are passed over.
 """
 
 import collections

@@ -185,7 +185,8 @@ def _make(
         reason = error.reason if isinstance(error, RecordError) else 'unreadable'
         made.examples.append((reason, str(error)))
         made.files[reason] += 1
-        made.functions[f'file_{reason}'] += len(wanted)
+        if wanted:
+            made.functions[f'file_{reason}'] += len(wanted)
         return made
     made.files['compiled'] += 1
     if left := len(levels) - len(built):

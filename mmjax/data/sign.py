@@ -75,7 +75,7 @@ class SignSequences(Dataset):
         rows = zip(self._words, self._labels, strict=True)
         pairs = (pair for words, ids in rows for pair in zip(words, ids.tolist(), strict=True))
         self.unknown = collections.Counter(word for word, i in pairs if i == UNKNOWN_ID)
-        strange = np.array([bool((ids == UNKNOWN_ID).any()) for ids in self._labels], bool)
+        strange = np.array([UNKNOWN_ID in ids for ids in self._labels], bool)
         short = own['length'] < own['needed']
         self.skipped = dict(books['skipped'])
         self.counts = dict(books['counts']) | {

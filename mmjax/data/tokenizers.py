@@ -10,7 +10,8 @@ from mmjax.data.dataset import DataError
 
 SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
 FILE = 'tokenizer.json'
-_PAIR = 'vocab.json', 'merges.txt'  # RoBERTa's
+VOCABULARY, MERGES = 'vocab.json', 'merges.txt'  # RoBERTa's
+ROBERTA = ('<s>', '<pad>', '</s>', '<unk>', '<mask>')
 _PADS = ('[PAD]', '<pad>', '<|endoftext|>')
 
 
@@ -148,35 +149,46 @@ def train_tokenizer(
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """Loads `tokenizer.json` of a folder, or RoBERTa's `vocab.json` with `merges.txt`.
+    """Loads `tokenizer.json` of a folder, or where it has none RoBERTa's pair of files.
 
     Raises:
       DataError: naming the file that is not there or cannot be read.
     """
-    path, pair = pathlib.Path(folder) / FILE, _PAIR
-    if not path.is_file() and all((path.parent / name).is_file() for name in pair):
-        path = path.parent / pair[0]
+    folder = pathlib.Path(folder)
+    path = folder / FILE
+    if not path.exists() and (folder / VOCABULARY).exists():
+        return _roberta(folder / VOCABULARY, folder / MERGES)
     try:
-        text = _roberta(path.parent) if path.name == pair[0] else path.read_text()
-        return Tokenizer(text)
+        return Tokenizer(path.read_text())
     except FileNotFoundError as error:
         raise DataError(f'{path} does not exist') from error
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f'{path} is not a tokenizer ({error})') from error
 
 
-def _roberta(folder: pathlib.Path) -> str:
-    """Returns as one JSON what RoBERTa (Liu 2019) and its kin are published as: a pair of files."""
+def _roberta(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
+    """Reads what RoBERTa (Liu 2019) and its kin are published as: byte-level BPE in two files."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Model
-    from tokenizers import decoders, models, pre_tokenizers, processors
 
-    model = Model(models.BPE.from_file(*(str(folder / name) for name in _PAIR), unk_token='<unk>'))
+    if not merges.exists():
+        raise DataError(f'{merges} does not exist, which belongs to {vocabulary}')
+    try:
+        bpe = models.BPE.from_file(str(vocabulary), str(merges), unk_token='<unk>')
+    except Exception as error:
+        raise DataError(f'{vocabulary} and {merges} are no tokenizer ({error})') from error
+    model = Model(bpe)
+    ids = {token: model.token_to_id(token) for token in ROBERTA}
+    # Where RoBERTa's own come first, as in no other that has them.
+    if [ids[token] for token in ROBERTA[:4]] != [0, 1, 2, 3]:
+        raise DataError(
+            f"{vocabulary} is not RoBERTa's: it does not begin with <s> <pad> </s> <unk>"
+        )
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    start, end = ((token, model.token_to_id(token)) for token in ('<s>', '</s>'))
-    if None in (start[1], end[1]):
-        raise ValueError('it lacks <s> or </s>')
-    special = ('<s>', '<pad>', '</s>', '<unk>', '<mask>')
-    model.add_special_tokens([token for token in special if model.token_to_id(token) is not None])
-    model.post_processor = processors.RobertaProcessing(end, start, True, False)
-    return model.to_str()
+    model.add_special_tokens(
+        [AddedToken(t, lstrip=t == '<mask>') for t in ROBERTA if ids[t] is not None]
+    )
+    ends = ('</s>', ids['</s>']), ('<s>', ids['<s>'])
+    model.post_processor = processors.RobertaProcessing(*ends, True, False)
+    return Tokenizer(model.to_str())

@@ -1,5 +1,6 @@
 """What the ContraBin recipe learns from: splits of functions, and a tokenizer for each side."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -43,16 +44,18 @@ def open_splits(config) -> tuple[dict[str, code.CodeFunctions], tuple[pathlib.Pa
     elif root:
         there = code.split_files(root)
     names = tuple(name for name in code.SPLITS if name != 'test' or name in there)
-    prepared = code.prepare_code(
-        root, cache, splits=names, seed=spec.seed, synthetic_sizes=spec.built_in.to_dict(),
-        registers=options['registers'], max_fault_share=spec.max_fault_share,
-        wait=jax.process_index() > 0, progress=_teller('preparing', 'rows'),
-    )  # fmt: skip
+    with _teller('preparing', 'rows') as tell:
+        prepared = code.prepare_code(
+            root, cache, splits=names, seed=spec.seed, synthetic_sizes=spec.built_in.to_dict(),
+            registers=options['registers'], max_fault_share=spec.max_fault_share,
+            wait=jax.process_index() > 0, progress=tell,
+        )  # fmt: skip
     return {name: code.CodeFunctions(prepared, name) for name in names}, compiled
 
 
+@contextlib.contextmanager
 def _teller(what: str, unit: str):
-    """Returns a `ledger.Progress` for standard error: a bar a split, lines where no one watches."""
+    """Yields a `ledger.Progress` for standard error: a bar a split, lines where no one watches."""
     told, bars = time.monotonic(), {}
 
     def tell(split: str, done: int, whole: int) -> None:
@@ -69,7 +72,11 @@ def _teller(what: str, unit: str):
             told = time.monotonic()
             print(f'{what} {split}: {done:,} of {whole:,} {unit}', file=sys.stderr, flush=True)
 
-    return tell
+    try:
+        yield tell
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 def _compile(
@@ -98,17 +105,17 @@ def _compile(
         builders.await_file(report, beat, f'{made}: the process that compiles it', timeout, beat)
     elif not report.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        tell = _teller('compiling', 'files')
+        with _teller('compiling', 'files') as tell:
 
-        def progress(split: str, done: int, whole: int) -> None:
-            beat.touch()
-            tell(split, done, whole)
+            def progress(split: str, done: int, whole: int) -> None:
+                beat.touch()
+                tell(split, done, whole)
 
-        options |= {'workers': workers, 'compiler': compiler, 'progress': progress}
-        try:
-            code_prepare.prepare(root, made, **options)
-        finally:
-            beat.unlink(missing_ok=True)
+            options |= {'workers': workers, 'compiler': compiler, 'progress': progress}
+            try:
+                code_prepare.prepare(root, made, **options)
+            finally:
+                beat.unlink(missing_ok=True)
     return made, json.loads(report.read_text())
 
 

@@ -18,16 +18,22 @@ SUFFIXES = {'.c': 'source', '.h': 'source', '.s': 'binary', '.asm': 'binary', '.
 
 
 def predict(task, apply, inputs, output):
-    """Names the ten functions nearest to a listing, a C file (by its suffix) or a sentence."""
+    """Names the ten functions nearest to a listing, a C file (by its suffix) or a sentence.
+
+    inputs: a file; or a sentence, which names no file: with a blank in it, or without the suffix of
+    code or of a text.
+    """
     path = pathlib.Path(inputs)
-    kind = SUFFIXES.get(path.suffix.lower(), 'comment')
-    text = inputs
+    suffix = path.suffix.lower()
+    kind, text = SUFFIXES.get(suffix, 'comment'), inputs
     if os.path.isfile(inputs):  # Path.is_file raises where a sentence is too long for a name
         try:
             text = path.read_text('utf-8', errors='replace')
         except OSError as error:
             raise DataError(f'{inputs} cannot be read: {error.strerror}') from error
-    elif kind != 'comment' or (path.suffix and not any(map(str.isspace, inputs))):
+    elif any(map(str.isspace, inputs)):
+        kind = 'comment'
+    elif suffix in (*SUFFIXES, '.txt'):
         raise DataError(f'{inputs} does not exist')
     if not text.strip():
         raise DataError(f"--input='{inputs}' holds no text")
