@@ -17,9 +17,9 @@ of 16, SER .455; on dev .156 and .154. With --config.seed=1, evaluated every 5 e
 the shoulders in .356 (`benchmarks/sign_floors.py`).
 
 Distillation did not help in short trainings (`benchmarks/sign_distillation.py`: students of 4
-epochs, seeds 0 to 2, the run with seed 1 as teacher): WER .765 with it and .563 alone. Those with a
-teacher leave out more glosses, 395 of 905 against 251, and make no more other errors (299 against
-260): a teacher by CTC says blank in nearly all frames, and a student learns that first.
+epochs, seeds 0 to 2, the run with seed 1 as teacher): WER .765 with it and .563 alone. With it they
+leave out 395 of 905 glosses instead of 251 (other errors: 297, 259): a teacher by CTC says blank in
+nearly all frames, and a student in a hurry learns that first.
 
 Measured on folders of real signing, each on one core:
 
