@@ -177,14 +177,9 @@ def test_updates_equal_optax_adamw_with_a_rate_and_decay_a_group():
         updates, state = oracle.update(grads, state, theirs)
         theirs = optax.apply_updates(theirs, updates)
         updates, moments = optim.update(
-            grads,
-            moments,
-            ours,
-            optim.rates(this, groups().names, seed),
-            this,
-            groups(),
+            grads, moments, ours, optim.rates(this, groups().names, seed), this, groups(),
             optim.norm(grads),
-        )
+        )  # fmt: skip
         ours = optax.apply_updates(ours, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), ours, theirs)
 
