@@ -121,13 +121,13 @@ def get_config(argument: str = ''):
         options=dict(interpolation='naive', keep_anchor=True),
     )
     config.stage.linear = dict(
-        epochs=3.0,
+        epochs=2.0,
         sampler=near,
         learning_rates=dict(anchor=0.0, nonlinear=0.0),
         options=dict(interpolation='linear', keep_anchor=True),
     )
     config.stage.nonlinear = dict(
-        epochs=2.0,
+        epochs=1.0,
         sampler=near,
         learning_rates=dict(anchor=0.0, linear=0.0),
         options=dict(interpolation='nonlinear', keep_anchor=True),
