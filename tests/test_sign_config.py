@@ -47,6 +47,16 @@ def test_all_words_build_on_the_built_in_data(tmp_path_factory, words, monkeypat
     assert steps == [6, 6 if 'distill' in words else 4] if smoke else min(steps) > 9
     # All but the published form has four mean points and the change of every number.
     assert student.streams[-1].end == (92 if published else 2 * (92 + 4 * 2))
+    if words not in ('published', 'distill,published'):
+        return
+    for stage in built.stages:
+        spec, stop = stage.optimizer, stage.early_stop
+        assert (spec.learning_rate, spec.weight_decay, spec.clip) == (3e-4, 1e-4, 1.0)
+        assert (spec.warmup_epochs, spec.warmup_init, spec.schedule) == (5, 0.1, 'cosine_restarts')
+        metric = 'dev/teacher_wer' if stage.name == 'teacher' else 'dev/wer'
+        assert (stop.metric, stop.mode) == (metric, 'min')
+        assert stop.patience == 15
+    assert student.dropout == 0.3
 
 
 def test_smoothing_is_a_weight_of_the_command_line_and_costs_nothing_at_0(folder, small):

@@ -54,10 +54,12 @@ _PURE = {*OPERATORS, 'set', 'copy', 'load4', 'load1', 'slot', 'argument'}
 
 def walk(node):
     """Yields an expression, a statement or a block, and all that it consists of."""
-    yield node
-    if isinstance(node, (tuple, list)):
-        for part in node:
-            yield from walk(part)
+    ahead = [node]
+    while ahead:
+        node = ahead.pop()
+        yield node
+        if isinstance(node, (tuple, list)):
+            ahead.extend(reversed(node))
 
 
 def names(node) -> list[str]:
@@ -239,28 +241,37 @@ def thread(code: list[tuple]) -> list[tuple]:
 
 
 def _alive(code):
-    """The registers needed after each instruction."""
+    """Returns ({register: its bit}, for each instruction the bits of those needed after it)."""
     at = {x[1]: place for place, x in enumerate(code) if x[0] == 'label'}
-    after, changed = [frozenset()] * len(code), True
-    before = [frozenset()] * (len(code) + 1)
+    bits, rules = {}, []
+    for place, (op, into, *args) in enumerate(code):
+        read = 0
+        for name in args:
+            if isinstance(name, str):
+                read |= bits.setdefault(name, 1 << len(bits))
+        written = bits.setdefault(into, 1 << len(bits)) if isinstance(into, str) else 0
+        ways = () if op in ('jump', 'return') else (place + 1,)
+        rules.append((place, (*ways, at[into]) if op[0] == 'j' else ways, ~written, read))
+    rules.reverse()
+    after, before, changed = [0] * len(code), [0] * (len(code) + 1), True
     while changed:
         changed = False
-        for place in range(len(code) - 1, -1, -1):
-            op, into, *args = code[place]
-            out = frozenset() if op in ('jump', 'return') else before[place + 1]
-            if op[0] == 'j':
-                out |= before[at[into]]
-            need = (out - {into}) | {x for x in args if isinstance(x, str)}
+        for place, ways, kept, read in rules:
+            out = 0
+            for way in ways:
+                out |= before[way]
+            need = out & kept | read
             if need != before[place] or out != after[place]:
                 before[place], after[place], changed = need, out, True
-    return after
+    return bits, after
 
 
 def sweep(code: list[tuple]) -> list[tuple]:
     """Removes what computes a value that nobody needs."""
     while True:
-        needed = zip(code, _alive(code), strict=True)
-        kept = [x for x, out in needed if x[0] not in _PURE or x[1] in out]
+        bits, after = _alive(code)
+        needed = zip(code, after, strict=True)
+        kept = [x for x, out in needed if x[0] not in _PURE or bits[x[1]] & out]
         if len(kept) == len(code):
             return kept
         code = kept
@@ -271,13 +282,17 @@ def allocate(code: list[tuple]) -> list[tuple]:
 
     Two registers share a number unless one is written while the other is needed.
     """
-    clash = {}
-    for (op, into, *args), out in zip(code, _alive(code), strict=True):
+    clash, (bits, after) = {}, _alive(code)
+    registers = list(bits)
+    for (op, into, *args), out in zip(code, after, strict=True):
         for name in (into, *args):
             if isinstance(name, str):
                 clash.setdefault(name, set())
         if isinstance(into, str):
-            for other in out - {into} - ({args[0]} if op == 'copy' else set()):
+            others = out & ~bits[into] & ~(bits.get(args[0], 0) if op == 'copy' else 0)
+            while others:
+                other = registers[others.bit_length() - 1]
+                others ^= bits[other]
                 clash[into].add(other)
                 clash[other].add(into)
     friends = {into: args[0] for op, into, *args in code if op == 'copy'}

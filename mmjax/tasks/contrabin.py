@@ -1,7 +1,5 @@
 """ContraBin: embeddings of binary code, anchored by source and comment, in a curriculum."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -129,11 +127,12 @@ class Recipe(Task):
 
     def anchored(self, variables, batch):
         """Returns what the anchor makes of source and comment: float32 [batch, width] each."""
-        apply = functools.partial(self.model.apply, variables)
-        read = lambda text: apply(
-            batch[text], batch[f'{text}_mask'], False, method=f'encode_{text}'
-        )
-        return {text: read(text) for text in ('source', 'comment')}
+        return {text: self._read(text, variables, batch) for text in ('source', 'comment')}
+
+    def _read(self, text, variables, batch):
+        tokens = batch[text], batch[f'{text}_mask']
+        room = self.rooms.get(text)
+        return self.model.apply(variables, *tokens, False, room, method=f'encode_{text}')
 
     def terms(self, variables, outputs, batch, stage):
         both = batch['mask'] & batch['has_comment']
@@ -200,9 +199,8 @@ class Recipe(Task):
 
     def embed_text(self, text, variables, batch):
         """Embeds one of 'source', 'comment', 'binary', as `encode`: float32 [batch, features]."""
-        apply = functools.partial(self.model.apply, variables)
-        hidden = apply(batch[text], batch[f'{text}_mask'], False, method=f'encode_{text}')
-        found = apply(hidden, text, False, method='project')
+        hidden = self._read(text, variables, batch)
+        found = self.model.apply(variables, hidden, text, False, method='project')
         return _unit(found) if self.normalize else found
 
     def evaluators(self):
