@@ -12,15 +12,16 @@ first, stages are short and one rate serves all groups; naive 10, linear 5 and n
 `encoder`, max_grad_norm `optimizer.clip`, save_every_n_steps `checkpoint.every_steps`, mixed
 precision `precision`, accumulation `accumulation`.
 
-Measured on the built-in functions (12,000, 1,722 updates, 10 min 54 s on 2 CPU cores of an AVX2
-machine, data and compilation included): source→binary R@1 .855 among 256 unseen functions, R@10
-.996, comment→binary R@1 .844, chance .004; O0→O2 mAP .928. On val .855, 1, .879 and .937. On one
-core the same seed gave .848 and on val .844: rounding leads elsewhere.
+Measured on the built-in functions (12,000, 1,348 updates, 9 min 15 s on 2 CPU cores of an AVX2
+machine, data and compilation included): source→binary R@1 .816 among 256 unseen functions, R@10
+.996, comment→binary R@1 .824, chance .004; O0→O2 mAP .921. On val .836, 1, .875 and .937.
 
-What the interpolations add (`benchmarks/code_curriculum.py`: as many updates from one anchor, seeds
-0 to 2, on one core each): nothing that shows. Source→binary R@1 on test is .814 ± .030 of naive
-stages alone, .820 ± .010 with the linear one, .816 ± .010 with the linear, then the nonlinear one;
-comment→binary .842, .840, .837; O0→O2 mAP .930, .926, .927. By seed the last has .820, .824, .805.
+What the interpolations add, in stages of 3 and 2 epochs (`benchmarks/code_curriculum.py
+--config.stage.linear.epochs=3. --config.stage.nonlinear.epochs=2.`: as many updates from one
+anchor, seeds 0 to 2, on one core each): nothing that shows. Source→binary R@1 on test is .814 ±
+.030 of naive stages alone, .820 ± .010 with the linear one, .816 ± .010 with the linear, then the
+nonlinear one; comment→binary .842, .840, .837; O0→O2 mAP .930, .926, .927. By seed the last has
+.820, .824, .805.
 
 Floors of `benchmarks/code_floors.py` for source→binary R@1 among functions that share a plan:
 length .004, bag of tokens .062; linear models of bags, fitted on as many functions, .469, scaled
