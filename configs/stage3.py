@@ -11,11 +11,11 @@ pictures and texts, and in all that its review asked for: detached targets, a sy
 weights and temperature from the config.
 
 Measured on the built-in validation pages (119 narrative pages, 625 panels; 1,056 updates):
-image→text R@1 within the page .946, text→image .989 (chance .207). Floors of
+image→text R@1 within the page .959, text→image .984 (chance .207). Floors of
 `benchmarks/comic_floors.py` on 113 such pages: nearest neighbour in pixels .331, bag of words from
-colours .373, layout .201. The contrastive term falls to 4.423 between collapse 6.436 and floor
-1.523; mean cosine .876 inside a page, .463 between pages; verdict healthy. The README's first
-command took 527 s on 2 CPU cores, installation and drawing the pages included.
+colours .373, layout .201. The contrastive term falls to 4.435 between collapse 6.436 and floor
+1.523; mean cosine .871 inside a page, .459 between pages; verdict healthy. The README's first
+command took 537 s on 2 CPU cores, installation and drawing the pages included.
 
 Real pages, 119 of comic strips and manga to validate on, half of their panels from a book that
 training lacks: image→text R@1 within the page .420 (chance .285, standard error .024 by page),
