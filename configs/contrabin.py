@@ -14,7 +14,8 @@ precision `precision`, accumulation `accumulation`.
 
 Measured on the built-in functions (12,000, 1,348 updates, 9 min 15 s on 2 CPU cores of an AVX2
 machine, data and compilation included): source→binary R@1 .816 among 256 unseen functions, R@10
-.996, comment→binary R@1 .824, chance .004; O0→O2 mAP .921. On val .836, 1, .875 and .937.
+.996, comment→binary R@1 .824, chance .004; O0→O2 mAP .921. On val .836, 1, .875 and .921. Seeds 1
+and 2, on one core each: source→binary R@1 .816 and .824, comment→binary .816 and .816.
 
 What the interpolations add, in stages of 3 and 2 epochs (`benchmarks/code_curriculum.py
 --config.stage.linear.epochs=3. --config.stage.nonlinear.epochs=2.`: as many updates from one
