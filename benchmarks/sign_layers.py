@@ -25,8 +25,6 @@ from subprocess import PIPE, Popen
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from mmjax import memory
-
 BATCH, COLUMNS, GLOSSES, LABELS = 4, 6516, 1000, 10
 lengths = lambda frames: [frames, frames * 5 // 6, frames * 10 // 11, frames * 2 // 3]
 load = lambda: ' '.join(f'{value:.1f}' for value in os.getloadavg())
@@ -293,7 +291,6 @@ def main():
     parser.add_argument('--torch', metavar='PYTHON', help='an interpreter that has PyTorch')
     flags = parser.parse_args()
     if flags.step:
-        memory.keep()  # as the command does
         whole_step(flags.torch, flags.frames, flags.repeats)
     else:
         layers(flags.batch, flags.time, flags.channels, flags.repeats)

@@ -12,7 +12,6 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from mmjax import memory
 from mmjax.data.dataset import DataError
 
 MODES = ('train', 'evaluate', 'predict', 'prepare', 'embed', 'export')
@@ -128,7 +127,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    memory.keep()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
