@@ -9,17 +9,18 @@ follows it), `published` (the original's sizes, for its streams pose, hands, fac
 teacher from another run: :distill --init_from=RUN:student→teacher --config.stages="('student',)"
 --config.init.allow_fresh="('.*student/.*',)" --config.model.teacher.lstm_layers=1.
 
-Measured on the built-in signing (3,000 sentences of 32 signers, 3,213 updates in three padded
-lengths, a compiled step each, 7 min 59 s on 2 CPU cores of an AVX2 machine, data and compilation
-included; 200 test sentences of 905 glosses, signers unseen): WER .114 greedily and .113 by a beam
-of 16, SER .455; on dev .156 and .154. With --config.seed=1, evaluated every 5 epochs, .115 and
-.114, on dev .158. A nearest neighbour that is given the signs cut out errs in .469 of them, around
-the shoulders in .356 (`benchmarks/sign_floors.py`).
+Measured on the built-in signing (3,000 sentences of 64 signers, 2,835 updates in three padded
+lengths, a compiled step each, 8 min 33 s on 2 CPU cores of an AVX2 machine, data and compilation
+included; 200 test sentences of 905 glosses, signers unseen): WER .086 greedily and .082 by a beam
+of 16, SER .325; on dev .135 and .131. Seeds differ: 1 and 2, on one core each, have .155 and .101
+greedily, .151 and .101 by the beam; seed 1 after 17 epochs .118 and .117. A nearest neighbour that
+is given the signs cut out errs in .412 of them, around the shoulders in .346
+(`benchmarks/sign_floors.py`).
 
 Distillation did not help in short trainings (`benchmarks/sign_distillation.py`: students of 4
-epochs, seeds 0 to 2, the run with seed 1 as teacher): WER .765 with it and .563 alone. With it they
-leave out 395 of 905 glosses instead of 251 (other errors: 297, 259): a teacher by CTC says blank in
-nearly all frames, and a student in a hurry learns that first.
+epochs, seeds 0 to 2, 32 signers, dropout .3, a teacher of WER .115): WER .765 with it and .563
+alone. With it they leave out 395 of 905 glosses instead of 251 (other errors: 297, 259): a teacher
+by CTC says blank in nearly all frames, and a student in a hurry learns that first.
 
 Measured on folders of real signing, each on one core:
 
