@@ -19,8 +19,8 @@ is given the signs cut out errs in .412 of them, around the shoulders in .346
 
 Distillation did not help in short trainings (`benchmarks/sign_distillation.py`: students of 4
 epochs, seeds 0 to 2, 32 signers, dropout .3, a teacher of WER .115): WER .765 with it and .563
-alone. With it they leave out 395 of 905 glosses instead of 251 (other errors: 297, 259): a teacher
-by CTC says blank in nearly all frames, and a student in a hurry learns that first.
+alone. With it they leave out 395 of 905 glosses instead of 251 (other errors: 297, 259); likely
+because a teacher by CTC says blank in nearly all frames, which a student in a hurry learns first.
 
 Measured on folders of real signing, each on one core:
 
