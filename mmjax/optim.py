@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -289,6 +290,19 @@ def norm(tree: Any) -> jax.Array:
     rows = [x.sum(-1) if x.ndim else x for x in squares]
     rows = jax.lax.optimization_barrier(rows)
     return jnp.sqrt(sum((x.sum() for x in rows), jnp.float32(0)))
+
+
+def reach(size: jax.Array, rates: Mapping[str, Any], stage: Stage) -> jax.Array:
+    """Returns what no weight exceeds after an `update` by finite gradients; float32 scalar.
+
+    size: the `norm` of the weights before it; not finite if one of them is not. A norm of gradients
+    that float32 can hold means that none exceeds √max, now or when the moments were made, and so
+    Adam's direction no √max / (1 - b1) / eps. Infinite only of weights that no training can have.
+    """
+    spec, limit = stage.optimizer, jnp.finfo(jnp.float32).max
+    direction = np.float32(np.sqrt(limit) / (1 - spec.b1) / spec.eps)
+    bounds = [size + rate * (direction + spec.weight_decay * size) for rate in rates.values()]
+    return functools.reduce(jnp.maximum, bounds)
 
 
 def decays(params: Tree) -> dict:

@@ -156,9 +156,10 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:  # fmt: skip
     """Makes one update and returns (new state, scalars to log).
 
-    A loss, gradient, update or batch statistic that is not finite is never accepted: everything
+    A loss, gradient, weight or batch statistic that is not finite is never accepted: everything
     but the position stays as it was and `ok` is False. The position always moves, so that the
-    order of examples stays a function of it.
+    order of examples stays a function of it. New weights are not looked at but bounded from what
+    they are made of (`optim.reach`): so the update is one pass over memory, not three.
     """
     grads, loss, terms, stats = gradients(
         task, state, batch, weights, stage=stage, settings=settings
@@ -172,11 +173,12 @@ def train_step(
     updates, moments = optim.update(
         grads, state['moments'], state['trainable'], rates, stage, groups, norm
     )
+    reach = optim.reach(optim.norm(state['trainable']), rates, stage)
     trained = optax.apply_updates(state['trainable'], updates)
     frozen_stats = {p: g for p, g in groups.of(stats).items() if not stage.trains(g)}
     flat, before = optim.flatten(stats), optim.flatten(state['batch_stats'])
     stats = optim.unflatten({p: before[p] if p in frozen_stats else x for p, x in flat.items()})
-    ok = jnp.isfinite(loss) & jnp.isfinite(norm) & _finite(trained) & _finite(stats)
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(reach) & _finite(stats)
     new = {'trainable': trained, 'batch_stats': stats, 'moments': moments, 'ema': {}}
     if settings.ema:
         mix = lambda average, weight: settings.ema * average + (1 - settings.ema) * weight

@@ -192,6 +192,21 @@ def test_norm_is_that_of_all_leaves_together():
     assert not np.isfinite(optim.norm({**tree, 'bad': jnp.array([[jnp.nan]])}))
 
 
+def test_no_weight_leaves_the_reach_of_its_update():
+    this = stage([('last', 3.0)], weight_decay=0.1, clip=0.0, learning_rate=10.0, b1=0.5, eps=1e-3)
+    ours, moments = params(), optim.moments(params(), groups())
+    rates = optim.rates(this, groups().names, 0)
+    for seed, size in enumerate((1e18, 1.0, 1e-3, 1e18)):  # the largest a norm can hold: 1.8e19
+        grads = jax.tree.map(lambda g, size=size: g * size, params(seed))
+        norm = optim.norm(grads)
+        assert np.isfinite(norm)
+        bound = optim.reach(optim.norm(ours), rates, this)
+        updates, moments = optim.update(grads, moments, ours, rates, this, groups(), norm)
+        ours = optax.apply_updates(ours, updates)
+        assert max(float(abs(x).max()) for x in jax.tree.leaves(ours)) <= bound < np.inf
+    assert not np.isfinite(optim.reach(jnp.float32(jnp.nan), rates, this))
+
+
 def test_decay_skips_biases_norms_and_scalars():
     found = optim.flatten(optim.decays(params()))
     assert {path for path, yes in found.items() if not yes} == {

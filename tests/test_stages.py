@@ -114,6 +114,14 @@ def test_stages_share_a_program_unless_what_is_traced_differs(changes, same):
             dict(stages=('z',), stage=dict(z=dict(steps=1, optimizer=dict(schedule='cos')))),
             "unknown optimizer.schedule 'cos'",
         ),
+        (
+            dict(stages=('z',), stage=dict(z=dict(steps=1, optimizer=dict(eps=0.0)))),
+            'optimizer.eps is from 1e-12 to 1, not 0.0',
+        ),
+        (
+            dict(stages=('z',), stage=dict(z=dict(steps=1, optimizer=dict(b1=1.0)))),
+            'optimizer.b1 is from 0 to 0.9999, not 1.0',
+        ),
         (dict(early_stop=dict(metric='val/x', mode='min', patience=0, min_delta=0.0)), 'patience'),
     ],
 )

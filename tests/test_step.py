@@ -154,14 +154,16 @@ def test_a_frozen_tower_is_not_recomputed_under_accumulation():
     assert thawed >= 16 + heads_and_loss and frozen < 16
 
 
-@pytest.mark.parametrize('policy', ['loss', 'gradient'])
-def test_an_update_that_is_not_finite_is_never_accepted(policy):
+@pytest.mark.parametrize('fault', ['loss', 'gradient', 'rate', 'overflow'])
+def test_an_update_that_is_not_finite_is_never_accepted(fault):
     state, call, rates, weights, *_ = setup(stage())
     bad = batch()
-    if policy == 'loss':
+    if fault == 'loss':
         bad['image'][0, 0] = np.nan
-    else:
+    elif fault == 'gradient':
         weights = {'infonce': np.float32(np.inf)}
+    else:
+        rates = {**rates, 'head': np.float32(np.nan if fault == 'rate' else 3e38)}
     for _ in range(3):
         before = jax.tree.map(np.asarray, state)
         state, metrics = jax.jit(call)(state, bad, rates, weights)
