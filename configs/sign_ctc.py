@@ -71,8 +71,9 @@ def get_config(argument: str = ''):
     config.data.buckets = 3  # lengths that batches are padded to, at most
     config.data.frame_rate = 25.0  # frames a second, for the times that predict prints
     config.data.max_fault_share = 0.01
+    # A time mask may hide a sign whole, which CTC then has to read from nothing: off.
     config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.03, gain=0.0, offset=0.0,
-                                    stream_dropout=0.05, feature_dropout=0.05, time_masks=2,
+                                    stream_dropout=0.05, feature_dropout=0.0, time_masks=0,
                                     time_mask_share=0.1)  # fmt: skip
     config.data.built_in = dict(train=3000, dev=100, test=200, signers=64, held_out_signers=4)
 
@@ -90,7 +91,9 @@ def get_config(argument: str = ''):
         attention_heads=4,
     )
     config.model = dict(student=model, teacher=dict(model, lstm_layers=2), distill=False)
-    config.losses = dict(distillation_temperature=3.0, blank_penalty=0.0)
+    config.losses = dict(
+        distillation_temperature=3.0, distillation_blank_weight=1.0, blank_penalty=0.0
+    )
     config.loss_weights = dict(ctc=1.0, smoothing=0.0)
     config.decode = dict(
         beam=16,
@@ -124,6 +127,7 @@ def get_config(argument: str = ''):
         config.batch_size = 4
         config.data.differences = False
         config.data.around = False
+        config.data.augmentation.update(feature_dropout=0.05, time_masks=2)
         for model in (config.model.student, config.model.teacher):
             model.stream_width = 64
             model.dropout = 0.3

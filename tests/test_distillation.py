@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.losses.distillation import distillation
+from mmjax.losses.distillation import distillation, without_blanks
 
 B, T, V = 3, 5, 4
 MASK = np.arange(T) < np.array([5, 2, 0])[:, None]
@@ -35,6 +35,26 @@ def test_sums_are_the_definition(temperature):
     np.testing.assert_allclose(sums, expected, rtol=1e-5)
     np.testing.assert_array_equal(counts, [5, 2, 0])
     assert sums.dtype == counts.dtype == jnp.float32
+
+
+def test_frames_weigh_less_the_surer_the_teacher_is_of_the_blank():
+    student, teacher = data()
+    weights = np.zeros((B, T))
+    expected = np.zeros(B)
+    for row, frame in zip(*np.nonzero(MASK), strict=True):
+        weights[row, frame] = 1 - 0.9 * softmax(teacher[row, frame].astype(np.float64))[2]
+        p, q = (softmax(x[row, frame].astype(np.float64) / 2) for x in (student, teacher))
+        expected[row] += 4 * weights[row, frame] * np.sum(q * np.log(q / p))
+    given = without_blanks(teacher, 0.1, blank=2)
+    sums, counts = distillation(student, teacher, MASK, temperature=2.0, weights=given)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    np.testing.assert_allclose(counts, weights.sum(1), rtol=1e-5)
+    np.testing.assert_array_equal(without_blanks(teacher, 1.0)[MASK], 1)
+    through = lambda s, t: distillation(s, t, MASK, temperature=2.0,
+                                        weights=without_blanks(t, 0.1))[0].sum()  # fmt: skip
+    for_student, for_teacher = jax.grad(through, (0, 1))(student, teacher)
+    np.testing.assert_array_equal(for_teacher, 0)
+    assert np.isfinite(for_student).all() and not for_student[~MASK].any()
 
 
 def test_gradient_reaches_the_student_alone_and_no_padding():

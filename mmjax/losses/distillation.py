@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 
-def distillation(student_logits, teacher_logits, mask, *, temperature):
+def distillation(student_logits, teacher_logits, mask, *, temperature, weights=None):
     """Returns T²·KL(teacher ‖ student) summed over the valid frames of each row, and their number.
 
-      ℓ = T² Σₖ qₖ (ln qₖ − ln pₖ), q = softmax(teacher/T), p = softmax(student/T)
+      ℓ = T² w Σₖ qₖ (ln qₖ − ln pₖ), q = softmax(teacher/T), p = softmax(student/T)
     T² keeps the gradient's size as T grows. The teacher is detached. Floor 0, where both agree up
     to a constant a frame. Padding may hold anything, NaN included, and gets a zero gradient.
 
@@ -18,9 +18,10 @@ def distillation(student_logits, teacher_logits, mask, *, temperature):
       student_logits, teacher_logits: float [B, T, V].
       mask: bool [B, T].
       temperature: T > 0, a number or a traced scalar.
+      weights: w, float [B, T], detached; None: all 1.
 
     Returns:
-      float32 [B] sums, and float32 [B] valid frames.
+      float32 [B] sums, and float32 [B] weights of valid frames (their number where all are 1).
 
     Raises:
       ValueError: shapes or a mask that do not fit, or a temperature of 0 or less.
@@ -44,5 +45,25 @@ def distillation(student_logits, teacher_logits, mask, *, temperature):
     student = log_softmax(student_logits)
     teacher = jax.lax.stop_gradient(log_softmax(teacher_logits))
     divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=2)
-    sums = jnp.sum(jnp.where(mask, temperature**2 * divergence, 0.0), axis=1)
-    return sums, jnp.sum(mask, axis=1, dtype=jnp.float32)
+    weights = jnp.ones(mask.shape) if weights is None else jax.lax.stop_gradient(weights)
+    weights = jnp.where(mask, jnp.asarray(weights, jnp.float32), 0.0)
+    return jnp.sum(temperature**2 * weights * divergence, axis=1), jnp.sum(weights, axis=1)
+
+
+def without_blanks(teacher_logits, blank_weight, *, blank=0):
+    """Returns weights of frames: 1 where the teacher is sure of a label, less where of the blank.
+
+      w = 1 − (1 − blank_weight) p(blank)
+    A network trained by CTC says blank in nearly all frames and names each label in one or two
+    (Graves et al. 2006), so that a mean over frames hardly tells of labels.
+
+    Args:
+      teacher_logits: float [B, T, V].
+      blank_weight: of a frame that is surely blank, in [0, 1]; 1 weighs all alike.
+      blank: index of the blank.
+
+    Returns:
+      float32 [B, T].
+    """
+    sure = jax.nn.softmax(jnp.asarray(teacher_logits, jnp.float32))[..., blank]
+    return 1 - (1 - blank_weight) * sure

@@ -51,6 +51,9 @@ class Recipe(Task):
         }
         self.temperature = config.losses.distillation_temperature
         self.blank_penalty = config.losses.blank_penalty
+        self.blank_weight = config.losses.distillation_blank_weight
+        if not 0 <= self.blank_weight <= 1:
+            raise DataError(f'losses.distillation_blank_weight={self.blank_weight} is not 0 … 1')
         weights = config.loss_weights.to_dict()
         for name in weights:
             if name not in LOSSES:
@@ -129,7 +132,8 @@ class Recipe(Task):
                 out[term] = ctc.ctc_rows(logits[name], frames, *labels, **penalty)
         if 'distillation' in losses:
             out['distillation'] = distillation.distillation(
-                logits['student'], logits['teacher'], frames, temperature=self.temperature
+                logits['student'], logits['teacher'], frames, temperature=self.temperature,
+                weights=distillation.without_blanks(logits['teacher'], self.blank_weight),
             )
         if 'smoothing' in losses:
             out['smoothing'] = ctc.smoothing(logits['student'], frames)
