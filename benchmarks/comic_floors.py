@@ -72,8 +72,8 @@ def synthetic(split: str, count: int, seed: int = 0):
             yield record
 
 
-def folder(root: pathlib.Path, split: str):
-    """Yields the narrative pages of a split of a user's folder."""
+def folder(root: pathlib.Path, split: str, names: bool = False):
+    """Yields the narrative pages of a split of a user's folder; with `names`, (id, page)."""
     labels = json.loads((root / 'labels.json').read_text())
     with (root / 'pages.csv').open(newline='') as file:
         rows = [row for row in csv.DictReader(file) if row['split'] == split]
@@ -81,23 +81,28 @@ def folder(root: pathlib.Path, split: str):
         name = row['canonical_id']
         if labels[name] in comic_synthetic.NARRATIVE:
             page = json.loads((root / 'json' / f'{name}.json').read_text())
-            yield {'image': (root / row['image_path']).read_bytes(), 'page': page}
+            record = {'image': (root / row['image_path']).read_bytes(), 'page': page}
+            yield (name, record) if names else record
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r'\w+', text.lower())
 
 
 def bag_of_words(train: list[str], val: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Unit-norm tf-idf rows over the words in at least 3 training texts: [n, words], [m, words]."""
-    split = [[re.findall(r'\w+', text.lower()) for text in texts] for texts in (train, val)]
+    split = [[words(text) for text in texts] for texts in (train, val)]
     seen: dict[str, int] = {}
-    for words in split[0]:
-        for word in set(words):
+    for text in split[0]:
+        for word in set(text):
             seen[word] = seen.get(word, 0) + 1
     column = {word: i for i, word in enumerate(sorted(w for w, n in seen.items() if n >= 3))}
     weight = np.array([np.log(len(train) / seen[word]) for word in column])
     bags = []
     for texts in split:
         bag = np.zeros((len(texts), len(column)), np.float32)
-        for row, words in enumerate(texts):
-            for word in words:
+        for row, text in enumerate(texts):
+            for word in text:
                 if word in column:
                     bag[row, column[word]] = weight[column[word]]
         bags.append(bag / np.maximum(np.linalg.norm(bag, axis=1, keepdims=True), 1e-9))

@@ -108,8 +108,8 @@ def get_config(argument: str = ''):
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.warmup_init = 0.1
     config.stages = ('train',)
-    config.stage.train = dict(epochs=15.0)
-    config.evaluate.every_epochs = 7.5
+    config.stage.train = dict(epochs=13.0)
+    config.evaluate.every_epochs = 6.5
     config.best = dict(metric='dev/wer', mode='min')
 
     if 'distill' in words:
