@@ -16,6 +16,7 @@ from mmjax.data.dataset import DataError
 
 MODES = ('train', 'evaluate', 'predict', 'prepare', 'embed', 'export')
 MAY_CHANGE = re.compile(r'log\..*|data\.workers|data\.threads|data\.cache')  # on resume
+READING = re.compile(MAY_CHANGE.pattern + r'|decode\..*')  # how the weights of a run are read
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='FILE.py or FILE.py:word,word')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'where the run lives [runs/<config>-<words>]')
@@ -61,7 +62,7 @@ def default_workdir(config_flag: str) -> str:
     return 'runs/' + '-'.join([pathlib.Path(path).stem, *filter(None, argument.split(','))])
 
 
-def claim(workdir, config: dict, *, overwrite: bool) -> bool:
+def claim(workdir, config: dict, *, overwrite: bool, may_change: re.Pattern = MAY_CHANGE) -> bool:
     """Checks that `workdir` may hold this run; changes nothing. Returns whether one is there."""
     from mmjax.config import differences
 
@@ -77,12 +78,13 @@ def claim(workdir, config: dict, *, overwrite: bool) -> bool:
     if overwrite:
         return True
     found = differences(old, json.loads(json.dumps(config)))
-    changed = [difference for difference in found if not MAY_CHANGE.fullmatch(difference[0])]
+    changed = [difference for difference in found if not may_change.fullmatch(difference[0])]
     if changed:
         what = '; '.join(f'{key} was {old!r}, is {new!r}' for key, old, new in changed)
-        raise DataError(
-            f'{workdir} holds a run with another config: {what} (--overwrite, or another --workdir)'
-        )
+        remedy = '--overwrite, or another --workdir'
+        if may_change is READING:
+            remedy = f'another --workdir with --init_from={workdir}'
+        raise DataError(f'{workdir} holds a run with another config: {what} ({remedy})')
     return True
 
 
@@ -93,10 +95,14 @@ def execute(argv: list[str]) -> int:
 
     workdir = epath.Path(_WORKDIR.value or default_workdir(flags.FLAGS['config'].config_filename))
     plain = config.to_dict()
-    existing = (
-        claim(workdir, plain, overwrite=_OVERWRITE.value) if _MODE.value != 'prepare' else False
+    reads = _MODE.value in ('evaluate', 'predict', 'embed', 'export')
+    if reads and _OVERWRITE.value:
+        raise DataError(f'--overwrite starts a run anew, --mode={_MODE.value} reads one')
+    may_change = READING if reads else MAY_CHANGE
+    existing = _MODE.value != 'prepare' and claim(
+        workdir, plain, overwrite=_OVERWRITE.value, may_change=may_change
     )
-    if _MODE.value in ('evaluate', 'predict', 'embed', 'export') and not (existing or _INIT.value):
+    if reads and not (existing or _INIT.value):
         raise DataError(f'--mode={_MODE.value} needs a trained run; {workdir} holds none')
     finished = workdir / 'results.json'
     if _MODE.value == 'train' and existing and finished.exists() and not _OVERWRITE.value:

@@ -42,6 +42,21 @@ def test_a_file_is_read(done, tmp_path):
     assert 'beam search:' in read.stdout and (tmp_path / 'glosses.json').is_file()
 
 
+def test_a_run_may_be_read_with_another_decoder_but_no_other_data(done):
+    workdir, options = done
+    other = ('--config.decode.beam=2', '--config.decode.language_model=0.5')
+    read = command(SMOKE, *options, '--mode=evaluate', *other)
+    assert read.returncode == 0, read.stderr
+    assert '"wer_beam"' in read.stdout
+    for mode, change, message in (
+        ('evaluate', '--config.data.buckets=2', f'another --workdir with --init_from={workdir}'),
+        ('evaluate', '--overwrite', '--overwrite starts a run anew, --mode=evaluate reads one'),
+        ('train', other[0], 'decode.beam was 4, is 2 (--overwrite, or another --workdir)'),
+    ):
+        refused = command(SMOKE, *options, f'--mode={mode}', change)
+        assert refused.returncode == 1 and message in refused.stderr, refused.stderr
+
+
 def without(name, column):
     def spoil(root):
         path = root / f'annotations/{name}.corpus.csv'

@@ -132,7 +132,10 @@ class Recipe(Task):
                 out[term] = ctc.ctc_rows(logits[name], frames, *labels, **penalty)
         if 'distillation' in losses:
             out['distillation'] = distillation.distillation(
-                logits['student'], logits['teacher'], frames, temperature=self.temperature,
+                logits['student'],
+                logits['teacher'],
+                frames,
+                temperature=self.temperature,
                 weights=distillation.without_blanks(logits['teacher'], self.blank_weight),
             )
         if 'smoothing' in losses:
