@@ -1,6 +1,6 @@
 """How far may the contrastive term fall on a folder of comic pages? What cues alone can tell.
 
-    python benchmarks/comic_cues.py --root=FOLDER
+    python benchmarks/comic_cues.py --root=FOLDER [--embeddings=FOLDER]
 
 Two panels are as alike as a weighted sum of cues says. The weights are those of the least
 contrastive loss over all panels of a split as one batch, a convex problem: fitted on the training
@@ -14,6 +14,8 @@ the way from collapse to floor.
   layout    how near heights, widths and places are
   overlap   of two boxes on their pages: panels of one page lie apart. Pairs can tell, embeddings
             not: two panels at the same place have the same one as far as places go
+  model     cosine of what a run's --mode=embed has written to --embeddings; its training pages are
+            too well known to fit weights on
 
 Writes benchmarks/results/comic_cues.json.
 """
@@ -33,6 +35,8 @@ SETS = (('format',), ('book',), ('text',), ('pixels',), ('layout',), ('text', 'p
         ('text', 'pixels', 'layout'), ('text', 'pixels', 'layout', 'format'),
         ('text', 'pixels', 'layout', 'book'), ('text', 'pixels', 'layout', 'overlap'))  # fmt: skip
 
+MODEL = (('model',), ('model', 'text', 'pixels', 'layout'), ('model', 'book'))
+
 
 def panels(root: pathlib.Path, split: str) -> dict:
     """Returns page, book, format, text, boxes (of the page's size) and colours of all panels."""
@@ -49,6 +53,14 @@ def panels(root: pathlib.Path, split: str) -> dict:
             found['box'].append((x / width, y / height, w / width, h / height))
             found['colours'].append(comic_floors.colours(np.asarray(cut)[None])[0])
     return {name: np.array(values) for name, values in found.items()}
+
+
+def embedded(folder: pathlib.Path, split: str) -> np.ndarray:
+    """Returns the unit embeddings of all panels of a split, in the order of `panels`."""
+    rows = [json.loads(line) for line in (folder / 'index.jsonl').read_text().splitlines()]
+    own = [place for place, row in enumerate(rows) if row['split'] == split]
+    z = np.load(folder / 'embeddings.npy')[own][np.load(folder / 'mask.npy')[own]]
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
 
 
 def words(train: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -147,26 +159,35 @@ def fitted(pairs: np.ndarray, page: np.ndarray) -> np.ndarray:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--root', type=pathlib.Path, required=True, help='a folder of pages')
-    root = parser.parse_args().root
+    parser.add_argument('--embeddings', type=pathlib.Path, help='what --mode=embed has written')
+    told = parser.parse_args()
+    root = told.root
     train, val = panels(root, 'train'), panels(root, 'val')
     known, scored = cues(train, train), cues(val, train)
+    if told.embeddings:
+        z = embedded(told.embeddings, 'val')
+        if len(z) != len(val['page']):
+            parser.error(f'{told.embeddings} holds {len(z)} validation panels, not those of {root}')
+        scored['model'] = [(z @ z.T - (z @ z.T).mean()) / (z @ z.T).std()]
     collapse, floor = bounds(val['page'])
     unseen = ~np.isin(val['book'], train['book'])
     print(f'{len(val["page"])} panels of {len(set(val["page"]))} pages, {unseen.mean():.2f} of '
           f'books that training lacks; collapse {collapse:.3f}, floor {floor:.3f}')  # fmt: skip
     print(f'{"fall, weights fitted on":32} training  validation')
     found = {}
-    for names in SETS:
+    for names in (*SETS, *(MODEL if told.embeddings else ())):
         stack = lambda groups, names=names: np.stack([c for name in names for c in groups[name]])
-        a, b = stack(known), stack(scored)
-        falls = [fall(fitted(*pair), b, val['page'])
-                 for pair in ((a, train['page']), (b, val['page']))]  # fmt: skip
-        found[' '.join(names)] = dict(zip(('training', 'validation'), falls, strict=True))
-        print(f'{" ".join(names):32} {falls[0]:8.3f}  {falls[1]:8.3f}', flush=True)
-    told = {'panels': len(val['page']), 'unseen_book': float(unseen.mean()),
+        own, falls = stack(scored), {}
+        if 'model' not in names:
+            falls['training'] = fall(fitted(stack(known), train['page']), own, val['page'])
+        falls['validation'] = fall(fitted(own, val['page']), own, val['page'])
+        found[' '.join(names)] = falls
+        first = f'{falls["training"]:8.3f}' if 'training' in falls else ' ' * 8
+        print(f'{" ".join(names):32} {first}  {falls["validation"]:8.3f}', flush=True)
+    results = {'panels': len(val['page']), 'unseen_book': float(unseen.mean()),
             'collapse': collapse, 'floor': floor, 'fall': found}  # fmt: skip
     path = pathlib.Path(__file__).resolve().parent / 'results' / 'comic_cues.json'
-    path.write_text(json.dumps(told, indent=1) + '\n')
+    path.write_text(json.dumps(results, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -4,10 +4,11 @@
         [--workdir=…] [--config.…=…]
 
 The teacher is a run of `configs/sign_ctc.py` at its full length, made first unless named. Each seed
-trains the same model twice for a few epochs: as `configs/sign_ctc.py:distill` does, following that
-teacher, and alone. Both share data, sizes and rates; scores are those of the last weights on the
-test split. Further arguments go to every run. A run that is done is not made again. Writes
-benchmarks/results/sign_distillation.json once all seeds asked for are done.
+trains the same model thrice for a few epochs: as `configs/sign_ctc.py:distill` does, following that
+teacher; likewise, but frames where it is sure of the blank weigh .05; and alone. All share data,
+sizes and rates; scores are those of the last weights on the test split. Further arguments go to
+every run. A run that is done is not made again. Writes benchmarks/results/sign_distillation.json
+once all seeds asked for are done.
 """
 
 import argparse
@@ -48,10 +49,11 @@ def main():
     for seed in map(int, told.seeds.split(',')):
         shared = (f'--config.seed={seed}', *LAST, *others)
         alone = f'--config.stage.train.epochs={told.epochs}'
+        weight = '--config.losses.distillation_blank_weight=0.05'
+        following = lambda name, *more: train(f'{config}:distill', name, *shared, *taught, *more)
         runs = {
-            'with a teacher': train(
-                f'{config}:distill', folder / f'taught-{seed}', *shared, *taught
-            ),
+            'with a teacher': following(folder / f'taught-{seed}'),
+            'with a teacher, blanks .05': following(folder / f'weighted-{seed}', weight),
             'alone': train(config, folder / f'alone-{seed}', *shared, alone),
         }
         for name, results in runs.items():
@@ -64,7 +66,7 @@ def main():
             f'{s} {np.mean(x):.3f} ± {np.std(x, ddof=min(1, len(x) - 1)):.3f}'
             for s, x in scores.items()
         )
-        print(f'{name:22s}', ', '.join(means))
+        print(f'{name:28s}', ', '.join(means))
     path = ROOT / 'benchmarks' / 'results' / 'sign_distillation.json'
     told = {'epochs': told.epochs, 'seeds': told.seeds, 'arguments': others, 'scores': found}
     path.write_text(json.dumps(told, indent=1) + '\n')
