@@ -74,7 +74,7 @@ def get_config(argument: str = ''):
     # A time mask may hide a sign whole, which CTC then has to read from nothing: off.
     config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.03, gain=0.0, offset=0.0,
                                     stream_dropout=0.05, feature_dropout=0.0, time_masks=0,
-                                    time_mask_share=0.1, join=0.0)  # fmt: skip
+                                    time_mask_share=0.1)  # fmt: skip
     config.data.built_in = dict(train=3000, dev=100, test=200, signers=64, held_out_signers=4)
 
     model = dict(
@@ -108,8 +108,8 @@ def get_config(argument: str = ''):
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.warmup_init = 0.1
     config.stages = ('train',)
-    config.stage.train = dict(epochs=15.0)
-    config.evaluate.every_epochs = 7.5
+    config.stage.train = dict(epochs=13.0)
+    config.evaluate.every_epochs = 6.5
     config.best = dict(metric='dev/wer', mode='min')
 
     if 'distill' in words:

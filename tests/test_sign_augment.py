@@ -223,7 +223,6 @@ def test_streams_features_and_spans_of_frames_are_dropped_as_often_as_asked(norm
         ({'stream_dropout': 1.0}, r'augmentation\.stream_dropout=1\.0 is not in \[0, 1\)'),
         ({'noise': -0.1}, r'augmentation\.noise=-0\.1 is negative'),
         ({'gain': -0.1}, r'augmentation\.gain=-0\.1 is negative'),
-        ({'join': 1.0}, r'augmentation\.join=1\.0 is not in \[0, 1\)'),
         ({'time_masks': -1}, r'augmentation\.time_masks=-1 is negative'),
     ],
 )

@@ -297,31 +297,6 @@ def test_few_bucket_lengths_hold_every_row_however_long_it_gets(prepared, tmp_pa
     assert data.lengths == (16, 56) and split_of(prepared, 'dev').lengths == (16, 24)
 
 
-def test_sentences_are_joined_where_both_fit_what_the_first_is_padded_to(prepared):
-    still = dict(stretch=(1.0, 1.0), noise=0.0, stream_dropout=0.0, feature_dropout=0.0,
-                 time_masks=0)  # fmt: skip
-    make = lambda join: split_of(
-        prepared, buckets=(24, 40), augmentation=sign_augment.Augmentation(**still, join=join)
-    )
-    data, alone = make(0.999), [make(0.0).example(row, RNG, True) for row in range(5)]
-    lengths = [10, 13, 16, 19, 22]
-    behind = {row: set() for row in range(5)}
-    for row in behind:
-        for seed in range(80):
-            found = data.example(row, np.random.default_rng(seed), True)
-            rest = int(found['length']) - lengths[row]
-            if rest:
-                behind[row].add(other := lengths.index(rest))
-                for name in ('features', 'labels'):
-                    pair = [alone[row][name], alone[other][name]]
-                    np.testing.assert_array_equal(found[name], np.concatenate(pair))
-        assert data.example(row, RNG, False)['length'] == lengths[row]
-    # All are padded to 24: a row of 10 frames has room for 14 more, one of 16 for none of these.
-    assert behind == {0: {0, 1}, 1: {0}, 2: set(), 3: set(), 4: set()}
-    assert make(0.0).collate(alone, 0)['labels'].shape == (5, 8)
-    assert data.collate(alone, 0)['labels'].shape == (5, 16)  # the longest may meet itself
-
-
 def test_in_evaluation_every_row_is_seen_once_in_order(prepared):
     data = split_of(prepared)
     spec = {'name': 'sequential', 'by': data.length_key}

@@ -66,8 +66,6 @@ class SignSequences(Dataset):
         self._words = [tuple(words.split()) for words in own['words'].tolist()]
         self._labels = [vocabulary.encode(words) for words in self._words]
         self._most = -(-max(int(index['n_labels'].max()) for index in indices.values()) // 4) * 4
-        if augmentation and augmentation.join:
-            self._most *= 2
         names = np.unique(np.concatenate([index['signer'] for index in indices.values()]))
         self.signers = tuple(names.tolist())
         place = np.searchsorted(names, own['signer']).astype(np.int32)
@@ -134,26 +132,13 @@ class SignSequences(Dataset):
           features: float32 [T, F']; labels: int32 [n], UNKNOWN_ID where training lacks the word;
           length: int32, T.
         """
-        features, labels = self._performed(row, rng, train), self._labels[row]
-        if train and self.augmentation and rng.random() < self.augmentation.join:
-            other = int(rng.integers(len(self)))
-            behind = self._performed(other, rng, train)
-            if len(features) + len(behind) <= self._room(row):
-                features = np.concatenate([features, behind])
-                labels = np.concatenate([labels, self._labels[other]])
-        return {'features': features, 'labels': labels, 'length': np.int32(len(features))}
-
-    def _performed(self, row: int, rng: np.random.Generator, train: bool) -> np.ndarray:
         features = self.normalization(records.unpack(self.record(row)['features']))
-        if not (train and self.augmentation):
-            return features
-        needed, changes = int(self.index['needed'][row]), self.normalization.changes
-        return self.augmentation(features, self.streams, needed, rng, changes)
-
-    def _room(self, row: int) -> int:
-        """Returns the frames that a row is padded to at least, as the sampler `bucketed` has it."""
-        longest = np.ceil(self.index['length'][row] * self.augmentation.stretch[1] - 1e-6)
-        return next((n for n in self.lengths if n >= longest), 0)
+        if train and self.augmentation:
+            needed = int(self.index['needed'][row])
+            changes = self.normalization.changes
+            features = self.augmentation(features, self.streams, needed, rng, changes)
+        labels, length = self._labels[row], np.int32(len(features))
+        return {'features': features, 'labels': labels, 'length': length}
 
     def collate(self, examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:
         """Pads examples to a batch.

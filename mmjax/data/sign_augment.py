@@ -214,8 +214,6 @@ class Augmentation:
       feature_dropout: chance of each feature to be zero for the whole sequence.
       time_masks: most spans of frames that are zeroed; how many is drawn from 0 up to it.
       time_mask_share: longest span, as a share of the sequence.
-      join: chance that another sentence is put behind one, where both fit what it is padded to: a
-        network cannot know few sentences by heart then. `SignSequences` does it.
     """
 
     stretch: tuple[float, float] = (0.9, 1.1)
@@ -226,12 +224,11 @@ class Augmentation:
     feature_dropout: float = 0.05
     time_masks: int = 2
     time_mask_share: float = 0.1
-    join: float = 0.0
 
     def __post_init__(self):
         if len(self.stretch) != 2 or not 0 < self.stretch[0] <= 1 <= self.stretch[1]:
             raise DataError(f'augmentation.stretch={self.stretch} is not (at most 1, at least 1)')
-        for name in ('stream_dropout', 'feature_dropout', 'time_mask_share', 'join'):
+        for name in ('stream_dropout', 'feature_dropout', 'time_mask_share'):
             if not 0 <= getattr(self, name) < 1:
                 raise DataError(f'augmentation.{name}={getattr(self, name)} is not in [0, 1)')
         for name in ('noise', 'gain', 'offset', 'time_masks'):
