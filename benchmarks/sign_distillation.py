@@ -5,8 +5,8 @@
 
 The teacher is a run of `configs/sign_ctc.py` at its full length, made first unless named. Each seed
 trains the same model thrice for a few epochs: as `configs/sign_ctc.py:distill` does, following that
-teacher; likewise, but frames where it is sure of the blank weigh .05; and alone. All share data,
-sizes and rates; scores are those of the last weights on the test split. Further arguments go to
+teacher; likewise, but with all frames alike, as published; and alone. All share data, sizes and
+rates; scores are those of the last weights on the test split. Further arguments go to
 every run. A run that is done is not made again. Writes benchmarks/results/sign_distillation.json
 once all seeds asked for are done.
 """
@@ -49,11 +49,11 @@ def main():
     for seed in map(int, told.seeds.split(',')):
         shared = (f'--config.seed={seed}', *LAST, *others)
         alone = f'--config.stage.train.epochs={told.epochs}'
-        weight = '--config.losses.distillation_blank_weight=0.05'
+        alike = '--config.losses.distillation_blank_weight=1.0'
         following = lambda name, *more: train(f'{config}:distill', name, *shared, *taught, *more)
         runs = {
             'with a teacher': following(folder / f'taught-{seed}'),
-            'with a teacher, blanks .05': following(folder / f'weighted-{seed}', weight),
+            'with a teacher, frames alike': following(folder / f'alike-{seed}', alike),
             'alone': train(config, folder / f'alone-{seed}', *shared, alone),
         }
         for name, results in runs.items():

@@ -92,7 +92,9 @@ def get_config(argument: str = ''):
     )
     config.model = dict(student=model, teacher=dict(model, lstm_layers=2), distill=False)
     config.losses = dict(
-        distillation_temperature=3.0, distillation_blank_weight=1.0, blank_penalty=0.0
+        distillation_temperature=3.0,
+        distillation_blank_weight=1.0,  # of frames where the teacher is sure of the blank
+        blank_penalty=0.0,
     )
     config.loss_weights = dict(ctc=1.0, smoothing=0.0)
     config.decode = dict(
@@ -114,6 +116,7 @@ def get_config(argument: str = ''):
 
     if 'distill' in words:
         config.model.distill = True
+        config.losses.distillation_blank_weight = 0.05
         config.loss_weights = dict(ctc=0.3, distillation=0.7, teacher_ctc=0.0, smoothing=0.0)
         config.stages = ('teacher', 'student')
         config.stage.teacher = dict(
@@ -128,6 +131,7 @@ def get_config(argument: str = ''):
         config.data.differences = False
         config.data.around = False
         config.data.augmentation.update(feature_dropout=0.05, time_masks=2)
+        config.losses.distillation_blank_weight = 1.0
         for model in (config.model.student, config.model.teacher):
             model.stream_width = 64
             model.dropout = 0.3

@@ -210,7 +210,13 @@ def test_ctc_is_that_of_each_row_alone_and_equal_models_have_nothing_to_distil(e
         assert float(losses[row]) == pytest.approx(total[-1], rel=1e-5)
     assert terms['ctc_per_label'] == pytest.approx((total[0] / 2 + total[1] / 3) / 2, rel=1e-5)
     assert tuple(terms['ctc']) == pytest.approx((sum(total), 2), rel=1e-5)
-    assert terms['infeasible'] == 1 and terms['distillation'].count == 12 + 3 + 30
+    teacher = {part: tree['teacher'] for part, tree in variables.items()}
+    apply = functools.partial(built.task.models['teacher'].apply, teacher, train=True)
+    logits, _ = apply(batch['features'], batch['frames'], mutable=['batch_stats'])
+    blanks = np.asarray(jax.nn.softmax(logits))[batch['frames']][:, 0].sum()
+    assert terms['infeasible'] == 1 and 0 < blanks < 12 + 3 + 30
+    expected = 12 + 3 + 30 - 0.95 * blanks  # the teacher's blanks weigh .05
+    assert terms['distillation'].count == pytest.approx(expected, rel=1e-5)
     equal = {part: dict.fromkeys(tree, tree['student']) for part, tree in variables.items()}
     nothing = abs(measure(equal, batch)[0]['distillation'].total)
     assert nothing < 1e-5 < 1e-3 < terms['distillation'].total

@@ -78,6 +78,7 @@ FLAT = ('hands', 0, 4)
     [
         (dict(decode__beam=0), 'decode.beam=0 is not above 0'),
         (dict(losses__distillation_temperature=0.0), 'distillation_temperature=0.0 is not above'),
+        (dict(losses__distillation_blank_weight=1.5), 'distillation_blank_weight=1.5 is not 0 … 1'),
         (dict(sampler__stretch=1.0), r'^sampler.stretch=1.0 leaves no room for data.augmentation'),
         (dict(stage__train__sampler=dict(stretch=1.0)), r'^stage.train.sampler.stretch=1.0 leaves'),
         (dict(stage__train__sampler=dict(name='bucketed', by='length')), 'stretch=1.0 leaves no'),
