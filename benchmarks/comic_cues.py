@@ -39,8 +39,8 @@ MODEL = (('model',), ('model', 'text', 'pixels', 'layout'), ('model', 'book'))
 
 
 def panels(root: pathlib.Path, split: str) -> dict:
-    """Returns page, book, format, text, boxes (of the page's size) and colours of all panels."""
-    found = {name: [] for name in ('page', 'book', 'text', 'box', 'colours')}
+    """Returns page, id, book, text, box (in shares of the page) and colours of all panels."""
+    found = {name: [] for name in ('page', 'id', 'book', 'text', 'box', 'colours')}
     for number, (name, record) in enumerate(comic_floors.folder(root, split, names=True)):
         picture = Image.open(io.BytesIO(record['image'])).convert('RGB')
         width, height = record['page']['image_width'], record['page']['image_height']
@@ -48,6 +48,7 @@ def panels(root: pathlib.Path, split: str) -> dict:
             x, y, w, h = panel['bbox']
             cut = picture.crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BOX)
             found['page'].append(number)
+            found['id'].append(name)
             found['book'].append(name.rpartition('__')[0])
             found['text'].append(panel['text'])
             found['box'].append((x / width, y / height, w / width, h / height))
@@ -55,12 +56,14 @@ def panels(root: pathlib.Path, split: str) -> dict:
     return {name: np.array(values) for name, values in found.items()}
 
 
-def embedded(folder: pathlib.Path, split: str) -> np.ndarray:
-    """Returns the unit embeddings of all panels of a split, in the order of `panels`."""
+def embedded(folder: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the unit embeddings of all panels of a split, and the ids of their pages."""
     rows = [json.loads(line) for line in (folder / 'index.jsonl').read_text().splitlines()]
     own = [place for place, row in enumerate(rows) if row['split'] == split]
-    z = np.load(folder / 'embeddings.npy')[own][np.load(folder / 'mask.npy')[own]]
-    return z / np.linalg.norm(z, axis=1, keepdims=True)
+    mask = np.load(folder / 'mask.npy')[own]
+    z = np.load(folder / 'embeddings.npy')[own][mask]
+    pages = np.repeat([rows[place]['canonical_id'] for place in own], mask.sum(1))
+    return z / np.linalg.norm(z, axis=1, keepdims=True), pages
 
 
 def words(train: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -165,9 +168,9 @@ def main():
     train, val = panels(root, 'train'), panels(root, 'val')
     known, scored = cues(train, train), cues(val, train)
     if told.embeddings:
-        z = embedded(told.embeddings, 'val')
-        if len(z) != len(val['page']):
-            parser.error(f'{told.embeddings} holds {len(z)} validation panels, not those of {root}')
+        z, pages = embedded(told.embeddings, 'val')
+        if not np.array_equal(pages, val['id']):
+            parser.error(f'{told.embeddings} holds other validation panels than {root}')
         scored['model'] = [(z @ z.T - (z @ z.T).mean()) / (z @ z.T).std()]
     collapse, floor = bounds(val['page'])
     unseen = ~np.isin(val['book'], train['book'])

@@ -9,18 +9,19 @@ follows it), `published` (the original's sizes, for its streams pose, hands, fac
 teacher from another run: :distill --init_from=RUN:student→teacher --config.stages="('student',)"
 --config.init.allow_fresh="('.*student/.*',)" --config.model.teacher.lstm_layers=1.
 
-Measured on the built-in signing (3,000 sentences of 64 signers, 2,835 updates in three padded
+Measured on the built-in signing (3,000 sentences of 64 signers, 2,457 updates in three padded
 lengths, a compiled step each, MINUTES on 2 CPU cores of an AVX2 machine, data and compilation
 included; 200 test sentences of 905 glosses, signers unseen): WER TW greedily and TB by a beam
-of 16, SER TS; on dev DW and DB. On one core each, seeds 0, 1 and 2 have .070, .069 and .102
-greedily, .064, .063 and .097 by the beam. With the two time masks and the feature dropout of
-`published` seed 1 has .155: a mask may hide a sign whole. A nearest neighbour that is given the
-signs cut out errs in .412 of them, around the shoulders in .346 (`benchmarks/sign_floors.py`).
+of 16, SER TS; on dev DW and DB. After 15 epochs, on one core each, seeds 0, 1 and 2 have .070,
+.069 and .102 greedily, .064, .063 and .097 by the beam; with the time masks and the feature dropout
+of `published` .086, .155 and .101: a mask may hide a sign whole. A nearest neighbour that is given
+the signs cut out errs in .412 of them, around the shoulders in .346 (`benchmarks/sign_floors.py`).
 
-Distillation helps (`benchmarks/sign_distillation.py`: students of 4 epochs, seeds 0 to 2, a teacher
-of WER .070): WER D1 with it, D2 alone, and D3 where all frames weigh alike, as published: a teacher
-by CTC says blank in nearly all frames, and a mean over frames hardly tells the student of glosses,
-of which it leaves out O3 of 905, against O1 with it and O2 alone.
+Distillation helps short trainings (`benchmarks/sign_distillation.py`: students of 4 epochs, seeds 0
+to 2, a teacher of 15 epochs and WER .070): WER .305 with it (.301, .314, .301) and .486 alone
+(.389, .601, .467). Frames where the teacher is sure of the blank weigh .05 for that; where all
+weigh alike, as published, it hurts: .617 (.494, .714, .643). A teacher by CTC says blank in nearly
+all frames, so that a mean over them hardly tells of glosses.
 
 Measured on folders of real signing, each on one core:
 
@@ -31,9 +32,9 @@ norms were rounded otherwise: 60 % is met by chance.) That is hardly better than
 nearest training sentence (.624; the most common one .872; `benchmarks/sign_floors.py --root`): nine
 of the 24 stand in training word for word, by the same signers. Training loss a label after 10
 epochs 3.6, 25 3.1, 50 2.5, 100 1.25, 200 .51, 300 .15, always finite. It lacks examples: 33 of the
-109 words of dev occur in training at most three times, two of them never. Without time masks it is
-worse (.688 and .596), and neither smaller models, more dropout and noise, smaller batches nor the
-language model help. Learning is not the limit: on a folder whose dev is its training split, without
+109 words of dev occur in training at most three times, two of them never. Neither
+leaving out time masks and feature dropout (.688, .596) nor smaller models, more noise, smaller
+batches or the language model help. Learning is not the limit: on a folder whose dev is its training split, without
 augmentation, at a rate of 1e-3, with dropout .1 and no EMA, WER is 0 after 100 epochs and .002
 after 150.
 

@@ -38,9 +38,9 @@ def default() -> ml_collections.ConfigDict:
         gamma=0.1,  # step: factor at each period's end
         weight_decay=0.0,  # decoupled; skips biases, norms and scalars
         clip=1.0,  # global norm of the trainable gradients; 0 is off
-        b1=0.9,
+        b1=0.9,  # up to .9999
         b2=0.999,
-        eps=1e-8,
+        eps=1e-8,  # from 1e-12
     )
     config.sampler = dict(name='shuffle')
     config.stages = ()

@@ -96,8 +96,8 @@ def execute(argv: list[str]) -> int:
     workdir = epath.Path(_WORKDIR.value or default_workdir(flags.FLAGS['config'].config_filename))
     plain = config.to_dict()
     reads = _MODE.value in ('evaluate', 'predict', 'embed', 'export')
-    if reads and _OVERWRITE.value:
-        raise DataError(f'--overwrite starts a run anew, --mode={_MODE.value} reads one')
+    if _MODE.value != 'train' and _OVERWRITE.value:
+        raise DataError(f'--overwrite starts a run anew, --mode={_MODE.value} does not')
     may_change = READING if reads else MAY_CHANGE
     existing = _MODE.value != 'prepare' and claim(
         workdir, plain, overwrite=_OVERWRITE.value, may_change=may_change

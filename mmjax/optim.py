@@ -297,7 +297,8 @@ def reach(size: jax.Array, rates: Mapping[str, Any], stage: Stage) -> jax.Array:
 
     size: the `norm` of the weights before it; not finite if one of them is not. A norm of gradients
     that float32 can hold means that none exceeds √max, now or when the moments were made, and so
-    Adam's direction no √max / (1 - b1) / eps. Infinite only of weights that no training can have.
+    Adam's direction no √max / (1 - b1) / eps: moments that only `update` has made are finite for
+    ever. Infinite only of weights, or rates above 1e3, that no training has.
     """
     spec, limit = stage.optimizer, jnp.finfo(jnp.float32).max
     direction = np.float32(np.sqrt(limit) / (1 - spec.b1) / spec.eps)

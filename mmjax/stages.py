@@ -37,10 +37,9 @@ class Optimizer:
         bounds = dict(learning_rate=(0, 1e3), weight_decay=(0, 1e3), clip=(0, math.inf),
                       b1=(0, 0.9999), b2=(0, 0.999999), eps=(1e-12, 1))  # fmt: skip
         for name, (least, most) in bounds.items():
-            if not least <= getattr(self, name) <= most:
-                raise DataError(
-                    f'optimizer.{name} is from {least:g} to {most:g}, not {getattr(self, name)}'
-                )
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not least <= value <= most:
+                raise DataError(f'optimizer.{name} is from {least:g} to {most:g}, not {value}')
         if self.schedule not in SCHEDULES:
             known = ', '.join(SCHEDULES)
             raise DataError(f"unknown optimizer.schedule '{self.schedule}'; known: {known}")

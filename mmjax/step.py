@@ -159,7 +159,8 @@ def train_step(
     A loss, gradient, weight or batch statistic that is not finite is never accepted: everything
     but the position stays as it was and `ok` is False. The position always moves, so that the
     order of examples stays a function of it. New weights are not looked at but bounded from what
-    they are made of (`optim.reach`): so the update is one pass over memory, not three.
+    they are made of (`optim.reach`): so they need not wait for a verdict on themselves, and are
+    written once.
     """
     grads, loss, terms, stats = gradients(
         task, state, batch, weights, stage=stage, settings=settings

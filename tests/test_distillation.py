@@ -84,5 +84,7 @@ def test_what_does_not_fit_is_named():
         distillation(student, teacher[..., 1:], MASK, temperature=3.0)
     with pytest.raises(ValueError, match='mask must be bool'):
         distillation(student, teacher, MASK.astype(np.float32), temperature=3.0)
+    with pytest.raises(ValueError, match=r'weights \(5,\) do not fit the mask \(3, 5\)'):
+        distillation(student, teacher, MASK, temperature=3.0, weights=np.ones(T))
     with pytest.raises(ValueError, match='temperature must be above 0, got 0'):
         distillation(student, teacher, MASK, temperature=0)

@@ -193,17 +193,21 @@ def test_norm_is_that_of_all_leaves_together():
 
 
 def test_no_weight_leaves_the_reach_of_its_update():
-    this = stage([('last', 3.0)], weight_decay=0.1, clip=0.0, learning_rate=10.0, b1=0.5, eps=1e-3)
+    spec = dict(weight_decay=0.1, clip=0.0, learning_rate=10.0, eps=1e-3)
+    stages = [stage([('last', 3.0)], b1=b1, b2=0.0, **spec) for b1 in (0.5, 0.9)]
     ours, moments = params(), optim.moments(params(), groups())
-    rates = optim.rates(this, groups().names, 0)
-    for seed, size in enumerate((1e18, 1.0, 1e-3, 1e18)):  # the largest a norm can hold: 1.8e19
+    # The largest that a norm can hold is 1.8e19. Without a second moment 0 leaves the whole first.
+    for seed, (size, at) in enumerate([(1e18, 0), (0, 0), (1, 0), (1e18, 0), (0, 1), (1e-3, 1)]):
+        this, rates = stages[at], optim.rates(stages[at], groups().names, 0)
         grads = jax.tree.map(lambda g, size=size: g * size, params(seed))
         norm = optim.norm(grads)
         assert np.isfinite(norm)
         bound = optim.reach(optim.norm(ours), rates, this)
         updates, moments = optim.update(grads, moments, ours, rates, this, groups(), norm)
         ours = optax.apply_updates(ours, updates)
-        assert max(float(abs(x).max()) for x in jax.tree.leaves(ours)) <= bound < np.inf
+        largest = max(float(abs(x).max()) for x in jax.tree.leaves(ours))
+        assert largest <= bound < np.inf
+        assert largest > bound / 1e4 or (size, at) not in [(0, 0), (0, 1)]
     assert not np.isfinite(optim.reach(jnp.float32(jnp.nan), rates, this))
 
 

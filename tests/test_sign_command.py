@@ -50,7 +50,7 @@ def test_a_run_may_be_read_with_another_decoder_but_no_other_data(done):
     assert '"wer_beam"' in read.stdout
     for mode, change, message in (
         ('evaluate', '--config.data.buckets=2', f'another --workdir with --init_from={workdir}'),
-        ('evaluate', '--overwrite', '--overwrite starts a run anew, --mode=evaluate reads one'),
+        ('evaluate', '--overwrite', '--overwrite starts a run anew, --mode=evaluate does not'),
         ('train', other[0], 'decode.beam was 4, is 2 (--overwrite, or another --workdir)'),
     ):
         refused = command(SMOKE, *options, f'--mode={mode}', change)

@@ -57,6 +57,9 @@ def test_all_words_build_on_the_built_in_data(tmp_path_factory, words, monkeypat
         assert (stop.metric, stop.mode) == (metric, 'min')
         assert stop.patience == 15
     assert student.dropout == 0.3
+    assert built.task.blank_weight == 1
+    augmentation = built.data.augmentation
+    assert (augmentation.time_masks, augmentation.feature_dropout) == (2, 0.05)
 
 
 def test_smoothing_is_a_weight_of_the_command_line_and_costs_nothing_at_0(folder, small):

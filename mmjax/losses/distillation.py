@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def distillation(student_logits, teacher_logits, mask, *, temperature, weights=None):
-    """Returns T²·KL(teacher ‖ student) summed over the valid frames of each row, and their number.
+    """Returns T²·KL(teacher ‖ student) summed over the valid frames of each row, and their weights.
 
       ℓ = T² w Σₖ qₖ (ln qₖ − ln pₖ), q = softmax(teacher/T), p = softmax(student/T)
     T² keeps the gradient's size as T grows. The teacher is detached. Floor 0, where both agree up
@@ -32,6 +32,8 @@ def distillation(student_logits, teacher_logits, mask, *, temperature, weights=N
             f'logits must be [B, T, V] twice with a mask [B, T], got {shape}, '
             f'{teacher_logits.shape} and {mask.shape}'
         )
+    if weights is not None and weights.shape != mask.shape:
+        raise ValueError(f'weights {weights.shape} do not fit the mask {mask.shape}')
     if mask.dtype != bool:
         raise ValueError(f'mask must be bool, got {mask.dtype}')
     if isinstance(temperature, int | float) and not temperature > 0:

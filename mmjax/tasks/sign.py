@@ -32,7 +32,8 @@ class Recipe(Task):
     Groups of parameters: `student` and, where `model.distill` is on, `teacher`: two models of the
     same form and of sizes of their own. A model whose group has rate 0 runs as in evaluation.
 
-    Losses: `ctc` of the student, `teacher_ctc`, `distillation` (a frame) and `smoothing` (a frame).
+    Losses: `ctc` of the student, `teacher_ctc`, `distillation` (a frame, by its weight) and
+    `smoothing` (a frame).
     """
 
     def __init__(self, config, assets=None):
