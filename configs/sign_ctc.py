@@ -12,10 +12,11 @@ teacher from another run: :distill --init_from=RUN:student→teacher --config.st
 Measured on the built-in signing (3,000 sentences of 64 signers, 2,457 updates in three padded
 lengths, a compiled step each, 8 min on 2 CPU cores of an AVX2 machine, installation, data and
 compilation included; 200 test sentences of 905 glosses, signers unseen): WER .060 greedily and .059
-by a beam of 16, SER .235; on dev .101 and .101. After 15 epochs, on one core each, seeds 0, 1 and 2 have .070,
-.069 and .102 greedily, .064, .063 and .097 by the beam; with the time masks and the feature dropout
-of `published` .086, .155 and .101: a mask may hide a sign whole. A nearest neighbour that is given
-the signs cut out errs in .412 of them, around the shoulders in .346 (`benchmarks/sign_floors.py`).
+by a beam of 16, SER .235; on dev .101 and .101. After 15 epochs, on one core each, seeds 0, 1 and 2
+have .070, .069 and .102 greedily, .064, .063 and .097 by the beam; with the time masks and the
+feature dropout of `published` .086, .155 and .101: a mask may hide a sign whole. A nearest
+neighbour that is given the signs cut out errs in .412 of them, around the shoulders in .346
+(`benchmarks/sign_floors.py`).
 
 Distillation helps short trainings (`benchmarks/sign_distillation.py`: students of 4 epochs, seeds 0
 to 2, a teacher of 15 epochs and WER .070): WER .305 with it (.301, .314, .301) and .486 alone
