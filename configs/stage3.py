@@ -80,7 +80,7 @@ def get_config(argument: str = ''):
     config.optimizer.warmup_steps = 50
     config.optimizer.span = 'run'
     config.stages = ('align', 'pages')
-    config.stage.align = dict(epochs=7.0, loss_weights=dict(contrastive=0.0, alignment=1.0))
+    config.stage.align = dict(epochs=6.0, loss_weights=dict(contrastive=0.0, alignment=1.0))
     config.stage.pages = dict(epochs=5.0)
     config.evaluate.every_epochs = 3.0
     config.best = dict(metric='val/loss', mode='min')
