@@ -41,15 +41,15 @@ MODEL = (('model',), ('model', 'text', 'pixels', 'layout'), ('model', 'book'))
 def panels(root: pathlib.Path, split: str) -> dict:
     """Returns page, id, book, text, box (in shares of the page) and colours of all panels."""
     found = {name: [] for name in ('page', 'id', 'book', 'text', 'box', 'colours')}
-    for number, (name, record) in enumerate(comic_floors.folder(root, split, names=True)):
+    for number, record in enumerate(comic_floors.folder(root, split)):
         picture = Image.open(io.BytesIO(record['image'])).convert('RGB')
         width, height = record['page']['image_width'], record['page']['image_height']
         for panel in record['page']['panels']:
             x, y, w, h = panel['bbox']
             cut = picture.crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BOX)
             found['page'].append(number)
-            found['id'].append(name)
-            found['book'].append(name.rpartition('__')[0])
+            found['id'].append(record['id'])
+            found['book'].append(record['id'].rpartition('__')[0])
             found['text'].append(panel['text'])
             found['box'].append((x / width, y / height, w / width, h / height))
             found['colours'].append(comic_floors.colours(np.asarray(cut)[None])[0])

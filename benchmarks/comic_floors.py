@@ -72,8 +72,8 @@ def synthetic(split: str, count: int, seed: int = 0):
             yield record
 
 
-def folder(root: pathlib.Path, split: str, names: bool = False):
-    """Yields the narrative pages of a split of a user's folder; with `names`, (id, page)."""
+def folder(root: pathlib.Path, split: str):
+    """Yields the narrative pages of a split of a user's folder, with their ids."""
     labels = json.loads((root / 'labels.json').read_text())
     with (root / 'pages.csv').open(newline='') as file:
         rows = [row for row in csv.DictReader(file) if row['split'] == split]
@@ -81,8 +81,7 @@ def folder(root: pathlib.Path, split: str, names: bool = False):
         name = row['canonical_id']
         if labels[name] in comic_synthetic.NARRATIVE:
             page = json.loads((root / 'json' / f'{name}.json').read_text())
-            record = {'image': (root / row['image_path']).read_bytes(), 'page': page}
-            yield (name, record) if names else record
+            yield {'id': name, 'image': (root / row['image_path']).read_bytes(), 'page': page}
 
 
 def words(text: str) -> list[str]:
