@@ -6,9 +6,9 @@
 The teacher is a run of `configs/sign_ctc.py` at its full length, made first unless named. Each seed
 trains the same model thrice for a few epochs: as `configs/sign_ctc.py:distill` does, following that
 teacher; likewise, but with all frames alike, as published; and alone. All share data, sizes and
-rates; scores are those of the last weights on the test split. Further arguments go to
-every run. A run that is done is not made again. Writes benchmarks/results/sign_distillation.json
-once all seeds asked for are done.
+rates; scores are those of the last weights on the test split. Further arguments go to every run. A
+run that is done is not made again. Writes benchmarks/results/sign_distillation.json once all seeds
+asked for are done.
 """
 
 import argparse

@@ -28,7 +28,7 @@ Measured on folders of real signing, each on one core:
 
 boston104, 137 sentences of 601 glosses as two hands and a nose, 9 min: WER on the 24 sentences of
 dev .633 and .587 greedily with seeds 0 and 1, .615 and .596 by the beam (standard error .045), the
-best of ten evaluations on dev itself; the last weights .661 and .633: 60 % is met by chance. That is
+best of ten evaluations on dev itself; the last weights .661 and .633: 60 % is met by chance. It is
 hardly better than the glosses of the nearest training sentence (.624; the most common one .872;
 `benchmarks/sign_floors.py --root`): nine of the 24 stand in training word for word, by the same
 signers. Training loss a label of seed 0 around epoch 10 3.8, 25 2.9, 50 2.4, 100 1.1, 200 .36,
