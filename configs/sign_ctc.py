@@ -96,7 +96,12 @@ def get_config(argument: str = ''):
         attention_width=64,
         attention_heads=4,
     )
-    config.model = dict(student=model, teacher=dict(model, lstm_layers=2), distill=False)
+    config.model = dict(
+        student=model,
+        teacher=dict(model, lstm_layers=2),
+        distill=False,
+        pack=True,  # on one device: encode the frames that are there
+    )
     config.losses = dict(
         distillation_temperature=3.0,
         distillation_blank_weight=1.0,  # of frames where the teacher is sure of the blank

@@ -12,6 +12,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from mmjax import hugepages
 from mmjax.data.dataset import DataError
 
 MODES = ('train', 'evaluate', 'predict', 'prepare', 'embed', 'export')
@@ -133,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+    hugepages.restart()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -257,26 +257,38 @@ def enter(old: Tree, fresh: Tree, groups: Groups) -> tuple[dict, list[str]]:
     return out, carried
 
 
-def _scale_by_adam(spec: Optimizer, labels: Tree) -> optax.GradientTransformation:
-    """Adam's direction (Kingma & Ba 2015) with a count a group."""
+def _scale_by_adam(spec: Optimizer, labels: Tree, ok: jax.Array) -> optax.GradientTransformation:
+    """Adam's direction (Kingma & Ba 2015) with a count a group; the state stays where not ok."""
 
     def update(gradients, state, params=None):
         del params
-        mu = optax.tree.update_moment(gradients, state['mu'], spec.b1, 1)
-        nu = optax.tree.update_moment(gradients, state['nu'], spec.b2, 2)
-        count = {name: value + 1 for name, value in state['count'].items()}
+        new = {
+            'count': {name: value + 1 for name, value in state['count'].items()},
+            'mu': optax.tree.update_moment(gradients, state['mu'], spec.b1, 1),
+            'nu': optax.tree.update_moment(gradients, state['nu'], spec.b2, 2),
+        }
+        state = jax.tree.map(lambda new, old: stored(jnp.where(ok, new, old)), new, state)
         correct = {
             name: tuple(1 - beta ** value.astype(jnp.float32) for beta in (spec.b1, spec.b2))
-            for name, value in count.items()
+            for name, value in state['count'].items()
         }
         direction = jax.tree.map(
             lambda m, v, label: (m / correct[label][0])
             / (jnp.sqrt(v / correct[label][1]) + spec.eps),
-            mu, nu, labels,
+            state['mu'], state['nu'], labels,
         )  # fmt: skip
-        return direction, {'count': count, 'mu': mu, 'nu': nu}
+        return direction, state
 
     return optax.GradientTransformation(lambda params: None, update)
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """Returns x, which on CPU is stored before anything reads it.
+
+    XLA:CPU would compute new moments a second time for the weights that they change, from old ones
+    that it then had to copy before they are overwritten; and weights likewise for their average.
+    """
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
 
 
 def norm(tree: Any) -> jax.Array:
@@ -315,9 +327,11 @@ def decays(params: Tree) -> dict:
 
 def update(
     gradients: Tree, state: Tree, trainable: Tree, rate: Mapping[str, Any], stage: Stage,
-    groups: Groups, size: jax.Array,
+    groups: Groups, size: jax.Array, ok: jax.Array = True,
 ) -> tuple[Tree, Tree]:  # fmt: skip
-    """Returns (updates to add to `trainable`, new moments). size: the `norm` of the gradients.
+    """Returns (updates to add to `trainable`, new moments), or (nonsense, `state`) where not `ok`.
+
+    size: the `norm` of the gradients.
 
     clip by the global norm → Adam → per group decoupled decay and learning rate. All but Adam is
     without state, so that only moments are stored and carried.
@@ -328,7 +342,7 @@ def update(
     if spec.clip > 0:
         factor = jnp.where(size < spec.clip, 1.0, spec.clip / size)
         gradients = jax.tree.map(lambda g: g * factor, gradients)
-    direction, state = _scale_by_adam(spec, labels).update(gradients, state)
+    direction, state = _scale_by_adam(spec, labels, ok).update(gradients, state)
     by_group = optax.multi_transform(
         {
             name: optax.chain(

@@ -171,21 +171,23 @@ def train_step(
         for name in sorted(set(label.values()))
     }
     norm = optim.norm(norms)
-    updates, moments = optim.update(
-        grads, state['moments'], state['trainable'], rates, stage, groups, norm
-    )
     reach = optim.reach(optim.norm(state['trainable']), rates, stage)
-    trained = optax.apply_updates(state['trainable'], updates)
     frozen_stats = {p: g for p, g in groups.of(stats).items() if not stage.trains(g)}
     flat, before = optim.flatten(stats), optim.flatten(state['batch_stats'])
     stats = optim.unflatten({p: before[p] if p in frozen_stats else x for p, x in flat.items()})
     ok = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(reach) & _finite(stats)
-    new = {'trainable': trained, 'batch_stats': stats, 'moments': moments, 'ema': {}}
+    updates, moments = optim.update(
+        grads, state['moments'], state['trainable'], rates, stage, groups, norm, ok
+    )
+    keep = lambda new, old: optim.stored(jnp.where(ok, new, old))
+    trained = optax.apply_updates(state['trainable'], updates)
+    trained = jax.tree.map(keep, trained, state['trainable'])
+    new = {'batch_stats': stats, 'ema': {}}
     if settings.ema:
         mix = lambda average, weight: settings.ema * average + (1 - settings.ema) * weight
         new['ema'] = jax.tree.map(mix, state['ema'], trained)
-    old = {name: state[name] for name in new}
-    new = jax.tree.map(functools.partial(jnp.where, ok), new, old)
+    new = jax.tree.map(keep, new, {name: state[name] for name in new})
+    new |= {'trainable': trained, 'moments': moments}
     scale, overflow = _rescale(state['scale'], ok)
     fault = ~ok & ~overflow
     out = {**state, **new, 'scale': scale, 'step': state['step'] + 1,

@@ -31,7 +31,8 @@ ALLOWED = {
     'build': ENGINE | {'data'},
     'train': ENGINE | {'data'},
     'modes': ENGINE | {'data', 'train'},
-    'main': {'config', 'data.dataset', 'modes'},
+    'main': {'config', 'data.dataset', 'hugepages', 'modes'},
+    'hugepages': set(),
 }
 
 

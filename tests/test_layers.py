@@ -165,3 +165,38 @@ def test_gelu_and_its_slope_are_those_of_float64(monkeypatch, backend, approxima
     np.testing.assert_allclose(found, cdf + x * slope, atol=3e-6)
     rows = jax.vmap(jax.checkpoint(run))(given[1:].reshape(3, -1))
     np.testing.assert_array_equal(rows.reshape(-1), run(given)[1:])
+
+
+@pytest.mark.parametrize(('rate', 'width'), [(0.3, 64), (0.3, 65), (0.05, 1), (0.999, 33)])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate, width):
+    x, run = jnp.full((4000, width), 2.0), layers.Dropout(rate)
+    drop = lambda seed: run.apply(
+        {}, x, deterministic=False, rngs={'dropout': jax.random.key(seed)}
+    )
+    found = np.asarray(drop(0))
+    dropped = found == 0
+    error = (rate * (1 - rate) / found.size) ** 0.5
+    assert abs(dropped.mean() - rate) < 4 * error + 2**-16
+    np.testing.assert_allclose(found[~dropped], 2 / (1 - round(rate * 2**16) / 2**16), rtol=1e-6)
+    np.testing.assert_array_equal(drop(0), found)
+    assert (drop(1) != found).any()
+    if width > 1:  # halves of one random word are not alike
+        pairs = np.corrcoef(dropped[:, 0], dropped[:, 1])[0, 1]
+        rows = np.corrcoef(dropped[:-1, 0], dropped[1:, 0])[0, 1]
+        assert max(abs(pairs), abs(rows)) < 4 / 4000**0.5
+    changes = jax.grad(lambda x: drop(0, x).sum())(x)
+    np.testing.assert_allclose(changes, found / 2, rtol=1e-6)
+
+
+def test_dropout_of_nothing_of_all_and_in_evaluation():
+    x = jnp.ones((3, 5), jnp.bfloat16)
+    run = lambda rate, **how: layers.Dropout(rate).apply({}, x, **how)
+    np.testing.assert_array_equal(run(0.5, deterministic=True), x)
+    np.testing.assert_array_equal(run(0.0, deterministic=False), x)
+    assert not run(1.0, deterministic=False).any()
+    kept = layers.Dropout(0.5).apply(
+        {}, x, deterministic=False, rngs={'dropout': jax.random.key(0)}
+    )
+    assert kept.dtype == jnp.bfloat16 and set(np.unique(np.float32(kept))) == {0, 2}
+    with pytest.raises(ValueError, match=r'of 1\.5 is not 0'):
+        run(1.5, deterministic=False)

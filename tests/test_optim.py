@@ -211,6 +211,21 @@ def test_no_weight_leaves_the_reach_of_its_update():
     assert not np.isfinite(optim.reach(jnp.float32(jnp.nan), rates, this))
 
 
+def test_moments_stay_where_a_step_is_not_ok():
+    this = stage([('tower', 0.1), ('last', 0.01)])
+    rates = optim.rates(this, groups().names, 0)
+    ours, moments = params(), optim.moments(params(), groups())
+    run = jax.jit(
+        lambda grads, moments, ok: optim.update(
+            grads, moments, ours, rates, this, groups(), optim.norm(grads), ok
+        )[1]
+    )
+    first = run(params(1), moments, True)
+    assert int(first['count']['head']) == 1 and np.abs(first['mu']['head']['kernel']).max() > 0
+    bad = jax.tree.map(lambda x: x * jnp.nan, params(2))
+    jax.tree.map(np.testing.assert_array_equal, run(bad, first, False), first)
+
+
 def test_decay_skips_biases_norms_and_scalars():
     found = optim.flatten(optim.decays(params()))
     assert {path for path, yes in found.items() if not yes} == {

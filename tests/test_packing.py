@@ -116,3 +116,41 @@ def test_a_packed_bert_in_bfloat16_is_a_padded_one_within_rounding():
     # Summed in another order: some numbers fall to the neighbouring value of 8 bits, none far off.
     assert difference.max() < 0.05 and difference.mean() < 0.005
     assert (packed[~mask] == 0).all() and np.abs(np.float32(padded)[mask]).mean() > 0.5
+
+
+def test_either_is_one_of_its_functions_with_its_gradient():
+    weights = {'a': jnp.array([2.0, -1.0]), 'b': jnp.float32(3.0)}
+    x, count = jnp.array([0.5, 4.0]), jnp.array([1, 2])
+    usual = lambda w, x, count: jnp.sum(jnp.sin(w['a'] * x) * w['b'] ** 2) * count[0]
+    rare = lambda w, x, count: jnp.sum(w['a'] ** 3 * x) - w['b'] * count[1]
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def found(fits, weights, x):
+        run = lambda w: packing.either(fits, usual, rare, w, x, count)
+        return run(weights), jax.value_and_grad(run)(weights)
+
+    for fits in (True, False):
+        for scale in (1.0, 2.0):
+            scaled = jax.tree.map(lambda w, scale=scale: w * scale, weights)
+            expected = jax.value_and_grad(usual if fits else rare)(scaled, x, count)
+            alone, both = found(jnp.bool_(fits), scaled, x)
+            np.testing.assert_allclose(alone, expected[0], rtol=1e-6)
+            chex.assert_trees_all_close(both, expected, rtol=1e-6)
+
+
+def test_the_rare_function_keeps_nothing_for_its_gradient():
+    """Each branch of a `lax.cond` fills what the other keeps, weights included."""
+    weights, x = jnp.ones((300, 7)), jnp.ones((5, 300))
+    usual = lambda w, x: jnp.sum(x[:1] @ w)
+    rare = lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2 * w[0])
+
+    def given(run):
+        """Shapes that the cond of the forward pass gives."""
+        equations = jax.make_jaxpr(lambda w: jax.vjp(run, w))(weights).eqns
+        forward = next(e for e in equations if e.primitive.name == 'cond')
+        return {variable.aval.shape for variable in forward.outvars}
+
+    cond = lambda w: jax.lax.cond(x[0, 0] > 0, usual, rare, w, x)
+    ours = lambda w: packing.either(x[0, 0] > 0, usual, rare, w, x)
+    assert (5, 7) in given(cond) and given(ours) <= {(), (1, 300)}

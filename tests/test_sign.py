@@ -51,7 +51,7 @@ class Small(nn.Module):
         self.trunk, self.norm = nn.Dense(self.width), MaskedBatchNorm()
         self.head, self.lstm = nn.Dense(self.vocabulary), Through(1)
 
-    def __call__(self, features, mask, *, train):
+    def __call__(self, features, mask, *, train, room=None):
         return self.head(self.hidden(features, mask, train=train))
 
     def hidden(self, features, mask, *, train):

@@ -297,6 +297,40 @@ def test_few_bucket_lengths_hold_every_row_however_long_it_gets(prepared, tmp_pa
     assert data.lengths == (16, 56) and split_of(prepared, 'dev').lengths == (16, 24)
 
 
+def test_rooms_are_what_nearly_all_batches_need(tmp_path):
+    lengths = np.random.default_rng(3).integers(10, 61, 300)
+    folder = Folder(tmp_path / 'root', {'train': ['GO'] * 300, 'dev': ['GO']})
+    for place, length in enumerate(lengths):
+        folder.write('train', place, features=np.ones((length, F), np.float32))
+    prepared, stretch = folder.prepare(tmp_path / 'cache'), (0.8, 1.25)
+    data = split_of(prepared, augmentation=sign_augment.Augmentation(stretch), buckets=2)
+    assert len(data.lengths) == 2
+    rng, longest = np.random.default_rng(0), np.ceil(lengths * 1.25 - 1e-6)
+    for rows in (4, 16):
+        rooms = data.rooms(rows)
+        assert set(rooms) == set(data.lengths)
+        for below, length in zip((0, *data.lengths), data.lengths, strict=False):
+            own = lengths[(longest > below) & (longest <= length)]
+            drawn = [
+                rng.choice(own, rows, False) @ rng.uniform(*stretch, rows) for _ in range(2000)
+            ]
+            needed = np.array(drawn) / rows
+            assert (needed <= rooms[length]).mean() > 0.999
+            errors = (rooms[length] - needed.mean()) / needed.std()
+            assert 3.5 < errors < 4.5 and rooms[length] < 0.9 * length
+    assert all(data.rooms(4)[n] > data.rooms(16)[n] for n in data.lengths)
+    # Where a batch is all there is, nothing is drawn but the tempo.
+    plain = split_of(prepared, augmentation=sign_augment.Augmentation((1.0, 1.0)), buckets=1)
+    assert plain.rooms(300) == {plain.lengths[0]: pytest.approx(lengths.mean())}
+
+
+def test_lengths_that_are_nearly_full_have_no_room():
+    assert samplers.room(80.0, 0.0, 4, 100) == 80.0
+    assert samplers.room(80.0, 36.0, 4, 100) is None  # 80 + 4 · 6 / 2 = 92
+    assert samplers.room(80.0, 36.0, 16, 100) == 86.0
+    assert samplers.room(0.0, 0.0, 4, 100) is None
+
+
 def test_in_evaluation_every_row_is_seen_once_in_order(prepared):
     data = split_of(prepared)
     spec = {'name': 'sequential', 'by': data.length_key}

@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +105,57 @@ def test_what_rows_are_padded_to_does_not_change_a_training_step():
     long, long_stats = step(variables, padded, masks[14])
     np.testing.assert_allclose(long[masks[14]], short[masks[9]], rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(long_stats, short_stats, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('attends', [False, True])
+def test_frames_encoded_without_their_padding_make_the_same_step(attends):
+    """Whether they fit their room or not, there being one program for both."""
+    model, x = TINY(dropout=0.0, cross_attention=attends), _random(10, rows=4)
+    masks = [np.arange(10) < np.array(n)[:, None] for n in ([7, 10, 3, 4], [9, 10, 8, 10])]
+    variables = _variables(model, x, masks[0])
+
+    traces = []
+
+    def step(params, x, mask, room):
+        traces.append(room)
+
+        def loss(params):
+            found, stats = model.apply(
+                {**variables, 'params': params}, x, mask, train=True, room=room,
+                mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)},
+            )  # fmt: skip
+            found = jnp.where(mask[..., None], found, 0)
+            return jnp.sum(found**2), (found, stats)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    packed = _jit(functools.partial(step, room=6.5))
+    padded = _jit(functools.partial(step, room=None))
+    for mask in masks:
+        assert (mask.sum() <= 32) == (mask is masks[0])  # ⌈6.5 · 4 / 8⌉ · 8 rows
+        bad = np.where(mask[..., None], x, np.float32(np.nan))
+        found = packed(variables['params'], bad, mask)
+        expected = padded(variables['params'], x, mask)
+        chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-5)
+        assert np.abs(found[1]['encoder_pose']['linear_1']['kernel']).max() > 1e-3
+    assert traces == [6.5, None]
+
+
+def test_packed_frames_have_dropout_of_their_own():
+    model, x = TINY(dropout=0.5), _random(10, rows=2)
+    mask = np.arange(10) < np.array([[5], [4]])
+    variables = _variables(model, x, mask)
+
+    def run(seed, train, room=5.0):
+        encode = lambda model: model._encode(jnp.asarray(x), jnp.asarray(mask), train, room)
+        rngs = {'dropout': jax.random.key(seed)}
+        return nn.apply(encode, model)(variables, rngs=rngs)
+
+    same, other = [np.asarray(run(seed, True)) for seed in (1, 1, 2)][1:]
+    np.testing.assert_array_equal(same, run(1, True))
+    assert np.abs(same - other)[mask].min(-1).max() > 0
+    np.testing.assert_allclose(run(1, False)[mask], run(2, False, None)[mask], atol=1e-5)
+    assert np.abs(run(1, False)[mask] - same[mask]).max() > 0.1
 
 
 def test_empty_rows_an_empty_batch_and_huge_padding_make_no_nan():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data import builders, code_jsonl, processes
+from mmjax.data import builders, code_jsonl, processes, samplers
 from mmjax.data.dataset import DataError, Dataset
 from mmjax.data.folders import file_stamp
 from mmjax.data.ledger import Ledger, Progress
@@ -223,17 +223,15 @@ class CodeFunctions(Dataset):
     def rooms(self, rows: int) -> dict[str, float]:
         """Returns tokens a row that nearly all batches of `rows` rows need, by text; see `Bert`.
 
-        Four standard errors above the mean of up to 1,000 rows. A text that is always empty, or
-        that needs nine tenths of its length, has none.
+        Measured on up to 1,000 rows, as `samplers.room` has it. A text without use of one has none.
         """
         chosen = sample(len(self), 1000)
         examples = [self.example(row, np.random.default_rng(0), False) for row in chosen]
         out = {}
         for text in TEXTS:
             counts = np.array([example[f'{text}_mask'].sum() for example in examples])
-            room = float(counts.mean() + 4 * counts.std() / np.sqrt(rows))
-            if 0 < room < 0.9 * self._lengths[text]:
-                out[text] = room
+            room = samplers.room(counts.mean(), counts.var(), rows, self._lengths[text])
+            out |= {text: room} if room else {}
         return out
 
     def example(self, row: int, rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:

@@ -114,6 +114,26 @@ class SignSequences(Dataset):
         other._digest = hashlib.sha256(chosen.encode()).hexdigest()
         return other
 
+    def rooms(self, rows: int) -> dict[int, float]:
+        """Returns frames a row that nearly all training batches of `rows` rows need, by length.
+
+        Batches of one length each, their rows drawn and stretched at random; see `samplers.room`.
+        A length without rows, or without use of one, has none.
+        """
+        low, high = self.augmentation.stretch if self.augmentation else (1.0, 1.0)
+        longest = np.ceil(self.index['length'] * high - 1e-6)
+        bucket, out = np.searchsorted(self.lengths, longest), {}
+        for place, length in enumerate(self.lengths):
+            own = self.index['length'][bucket == place].astype(float)
+            if len(own):
+                # Rows of a batch differ: of few there is little to draw.
+                rest = max(len(own) - rows, 0) / max(len(own) - 1, 1)
+                tempo, spread = (low + high) / 2, (high - low) ** 2 / 12
+                variance = rest * tempo**2 * own.var() + spread * (own**2).mean()
+                room = samplers.room(tempo * own.mean(), variance, rows, length)
+                out |= {length: room} if room else {}
+        return out
+
     def of_features(self, features: np.ndarray) -> 'SignSequences':
         """Returns a split of one row, whose words nobody knows, from [T, F] as files have them."""
         other, length = copy.copy(self), len(features)

@@ -31,6 +31,34 @@ class Dense(nn.Dense):
     dot_general: Callable[..., jax.Array] = product
 
 
+class Dropout(nn.Module):
+    """Sets values to 0 with chance `rate` and scales the others up (Srivastava et al. 2014).
+
+    As Flax's, but with 16 random bits a value where that draws 64: half of the time, on wide layers
+    with few rows a good part of a step. The chance is the nearest multiple of 2⁻¹⁶, and the scale
+    is that of this chance.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        """Maps x […, features] to the same shape and dtype; needs rng 'dropout' where it acts."""
+        values = 2**16
+        dropped = round(self.rate * values)
+        if not 0 <= dropped <= values:
+            raise ValueError(f'dropout of {self.rate} is not 0 … 1')
+        if deterministic or not dropped:
+            return x
+        if dropped == values:
+            return jnp.zeros_like(x)
+        pairs = *x.shape[:-1], -(-x.shape[-1] // 2)
+        bits = jax.random.bits(self.make_rng('dropout'), pairs, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(*x.shape[:-1], -1)
+        kept = bits[..., : x.shape[-1]] >= dropped
+        return jnp.where(kept, x * (values / (values - dropped)), 0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _once(function, x):
     return jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(x)))

@@ -57,3 +57,46 @@ def _unpack_back(where, change):
 
 pack.defvjp(lambda x, where: (pack(x, where), where), _pack_back)
 unpack.defvjp(lambda y, where: (unpack(y, where), where), _unpack_back)
+
+
+def either(fits, usual, rare, params, *data):
+    """Returns usual(params, *data) where `fits`, a bool, and rare(params, *data) where not.
+
+    A `jax.lax.cond` under whose gradient the rare branch costs nothing until it is taken: there
+    each branch fills with zeros what the other keeps, weights included. Here `rare` keeps nothing
+    and is run again for its gradient. The gradient is that of params, pytrees of float arrays;
+    `data` have none.
+    """
+    form = None
+
+    @jax.custom_vjp
+    def run(fits, params, data):
+        call = lambda function: lambda params, data: function(params, *data)
+        return jax.lax.cond(fits, call(usual), call(rare), params, data)
+
+    def forward(fits, params, data):
+        def keep(params, data):
+            nonlocal form
+            found, pull = jax.vjp(lambda params: usual(params, *data), params)
+            kept, form = jax.tree.flatten(pull)
+            return found, kept
+
+        def bare(params, data):
+            kept = jax.eval_shape(keep, params, data)[1]
+            return rare(params, *data), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
+
+        found, kept = jax.lax.cond(fits, keep, bare, params, data)
+        return found, (fits, params, data, kept)
+
+    def backward(saved, change):
+        def pull(params, data, kept, change):
+            return jax.tree.unflatten(form, kept)(change)[0]
+
+        def again(params, data, kept, change):
+            return jax.vjp(lambda params: rare(params, *data), params)[1](change)[0]
+
+        fits, *rest = saved
+        return None, jax.lax.cond(fits, pull, again, *rest, change), None
+
+    run.defvjp(forward, backward)
+    return run(fits, params, data)

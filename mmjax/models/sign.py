@@ -1,13 +1,15 @@
 """The sign-language model: streams of landmarks → MobileNet over time → BiLSTM → gloss logits."""
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax.models import packing
 from mmjax.models.convolutions import Conv, Upsample, clear
-from mmjax.models.layers import Attention, Dense, MaskedBatchNorm, kernel_init
+from mmjax.models.layers import Attention, Dense, Dropout, MaskedBatchNorm, kernel_init
 from mmjax.models.mobilenet1d import PUBLISHED, MobileNet1d, Row
 from mmjax.models.recurrent import BiLSTM
 
@@ -38,13 +40,13 @@ class StreamEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps x [batch, time, inputs] to [batch, time, width]."""
+        """Maps x […, inputs] to […, width]."""
         dense = lambda name, features: Dense(
             features, dtype=self.dtype, kernel_init=kernel_init, name=name
         )
         norm = lambda name: nn.LayerNorm(1e-5, dtype=self.dtype, name=name)
         hidden = nn.relu(norm('norm_1')(dense('linear_1', (x.shape[-1] + self.width) // 2)(x)))
-        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        hidden = Dropout(self.dropout)(hidden, deterministic=not train)
         return norm('norm_2')(dense('linear_2', self.width)(hidden))
 
 
@@ -61,18 +63,18 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, streams: list[jax.Array]) -> list[jax.Array]:
-        """Maps [batch, time, any width] each to the same shapes."""
+        """Maps […, any width] each to the same shapes, as many frames as the other axes hold."""
         dense = lambda name, features: Dense(
             features, dtype=self.dtype, kernel_init=kernel_init, name=name
         )
-        batch, time = streams[0].shape[:2]
+        frames = streams[0].shape[:-1]
         tokens = [dense(f'in_{k}', self.width)(x) for k, x in enumerate(streams)]
-        tokens = jnp.stack(tokens, 2).reshape(batch * time, len(streams), self.width)
+        tokens = jnp.stack(tokens, -2).reshape(-1, len(streams), self.width)
         marks = self.param('marks', nn.initializers.normal(0.02), tokens.shape[1:])
         tokens = nn.LayerNorm(dtype=self.dtype, name='norm')(tokens + marks.astype(self.dtype))
         found = Attention(self.heads, self.dtype, name='attention')(tokens)
-        found = found.reshape(batch, time, len(streams), self.width)
-        return [x + dense(f'out_{k}', x.shape[-1])(found[:, :, k]) for k, x in enumerate(streams)]
+        found = found.reshape(*frames, len(streams), self.width)
+        return [x + dense(f'out_{k}', x.shape[-1])(found[..., k, :]) for k, x in enumerate(streams)]
 
 
 class Sign(nn.Module):
@@ -112,21 +114,27 @@ class Sign(nn.Module):
         self.upsample_norm = MaskedBatchNorm(dtype=dtype)
         self.refine = Conv(self.width, 3, use_bias=True, dtype=dtype)
         self.refine_norm = MaskedBatchNorm(dtype=dtype)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
         self.lstm = [BiLSTM(self.lstm_features) for _ in range(self.lstm_layers)]
         self.head = Dense(self.vocabulary, kernel_init=kernel_init)
 
-    def __call__(self, features: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, features: jax.Array, mask: jax.Array, *, train: bool, room: float | None = None
+    ) -> jax.Array:
         """Maps features [batch, time, columns] to logits [batch, time, vocabulary], float32.
 
         Args:
           features: float32, finite on valid frames; what stands on the others is not read.
           mask: bool [batch, time], True on a prefix of each row, which may be empty.
           train: with dropout (rng 'dropout') and batch statistics (collection 'batch_stats').
+          room: frames a row, on average over a batch, that the encoders have room for. Batches that
+            need no more are encoded without their padding, others as they are; None for all.
         """
-        return self.head(self.hidden(features, mask, train=train))
+        return self.head(self.hidden(features, mask, train=train, room=room))
 
-    def hidden(self, features: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+    def hidden(
+        self, features: jax.Array, mask: jax.Array, *, train: bool, room: float | None = None
+    ) -> jax.Array:
         """Maps features as above to what the head reads, [batch, time, 2·lstm_features] float32.
 
         0 beyond the end of a row.
@@ -134,14 +142,7 @@ class Sign(nn.Module):
         columns = max(stream.end for stream in self.streams)
         if features.ndim != 3 or features.shape[-1] < columns:
             raise ValueError(f'features {features.shape} are not [batch, time, ≥{columns}]')
-        streams = []
-        for name, start, end, _ in self.streams:
-            # Cleared, so that nothing beyond a row's end overflows on the way.
-            x = clear(features[:, :, start:end], mask)
-            streams.append(self.encoder[name](x, train=train))
-        if self.cross_attention:
-            streams = self.attention(streams)
-        x = self.mobilenet(jnp.concatenate(streams, -1), mask, train=train)
+        x = self.mobilenet(self._encode(features, mask, train, room), mask, train=train)
         x = self.upsample(x, mask[:, :: self.mobilenet.stride])[:, : mask.shape[1]]
         x = nn.relu(self.upsample_norm(x, mask, train=train))
         x = nn.relu(self.refine_norm(self.refine(x, mask), mask, train=train))
@@ -150,3 +151,41 @@ class Sign(nn.Module):
             x = self.drop(x, deterministic=not train) if index else x
             x = layer(x, mask)
         return x
+
+    def _encode(self, features, mask, train, room):
+        """Encodes the streams of each frame, side by side: [batch, time, their widths]."""
+        rows = mask.size if room is None else min(math.ceil(room * len(mask) / 8) * 8, mask.size)
+
+        def encode(call, take):
+            found = [
+                call(self.encoder[name], take(start, end), train=train)
+                for name, start, end, _ in self.streams
+            ]
+            found = call(self.attention, found) if self.cross_attention else found
+            return jnp.concatenate(found, -1)
+
+        # Cleared, so that nothing beyond a row's end overflows on the way.
+        cleared = lambda x, mask: lambda start, end: clear(x[:, :, start:end], mask)
+        if rows == mask.size or self.is_initializing():
+            return encode(lambda part, x, **how: part(x, **how), cleared(features, mask))
+        parts = [*self.encoder.values(), *([self.attention] if self.cross_attention else [])]
+        key = self.make_rng('dropout') if train and self.dropout else None
+        rngs = {part.name: {} if key is None else {'dropout': jax.random.fold_in(key, place)}
+                for place, part in enumerate(parts)}  # fmt: skip
+
+        def caller(params):
+            return lambda part, x, **how: part.clone(parent=None).apply(
+                {'params': params[part.name]}, x, rngs=rngs[part.name], **how
+            )
+
+        def packed(params, x, mask):
+            places, real = packing.places(mask, rows), jnp.arange(rows) < mask.sum()
+            take = lambda start, end: packing.pack(x[:, :, start:end], places)
+            cleared = lambda start, end: jnp.where(real[:, None], take(start, end), 0)
+            return packing.unpack(encode(caller(params), cleared), places)
+
+        def padded(params, x, mask):
+            return encode(caller(params), cleared(x, mask))
+
+        params = {part.name: part.variables['params'] for part in parts}
+        return packing.either(mask.sum() <= rows, packed, padded, params, features, mask)

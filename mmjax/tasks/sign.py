@@ -60,6 +60,9 @@ class Recipe(Task):
             if name not in LOSSES:
                 raise DataError(f"loss_weights names '{name}'; there are {', '.join(LOSSES)}")
         self.weights = {name: weight for name, weight in final_weights(weights).items() if weight}
+        # Over several devices packed frames would be encoded by each, all of them.
+        pack = spec.pack and jax.device_count() == 1
+        self.rooms = train.rooms(config.batch_size // config.accumulation) if pack else {}
         decode = config.decode
         self.beam, self.length_bonus = decode.beam, decode.length_bonus
         self.lm_weight, self.table = decode.language_model, None
@@ -112,12 +115,13 @@ class Recipe(Task):
         # Rows that only fill a batch are copies: batch statistics must not count them.
         batch = {**batch, 'frames': batch['frames'] & batch['mask'][:, None]}
         logits, stats = {}, dict(variables['batch_stats'])
+        room = self.rooms.get(batch['frames'].shape[1])
         for name in self.models:
             if not needed[name] & set(stage.losses):
                 continue
             live = train and stage.trains(name)
             found, changed = self._apply(
-                name, variables, batch, train=live, key=key, mutable=['batch_stats']
+                name, variables, batch, train=live, key=key, room=room, mutable=['batch_stats']
             )
             logits[name] = found if stage.trains(name) else checkpoint_name(found, 'frozen')
             stats[name] = changed['batch_stats']
