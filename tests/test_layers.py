@@ -170,9 +170,8 @@ def test_gelu_and_its_slope_are_those_of_float64(monkeypatch, backend, approxima
 @pytest.mark.parametrize(('rate', 'width'), [(0.3, 64), (0.3, 65), (0.05, 1), (0.999, 33)])
 def test_dropout_drops_its_share_and_keeps_the_mean(rate, width):
     x, run = jnp.full((4000, width), 2.0), layers.Dropout(rate)
-    drop = lambda seed: run.apply(
-        {}, x, deterministic=False, rngs={'dropout': jax.random.key(seed)}
-    )
+    rngs = lambda seed: {'dropout': jax.random.key(seed)}
+    drop = lambda seed, x=x: run.apply({}, x, deterministic=False, rngs=rngs(seed))
     found = np.asarray(drop(0))
     dropped = found == 0
     error = (rate * (1 - rate) / found.size) ** 0.5
