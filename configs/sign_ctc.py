@@ -100,7 +100,8 @@ def get_config(argument: str = ''):
         student=model,
         teacher=dict(model, lstm_layers=2),
         distill=False,
-        pack=True,  # on one device: encode the frames that are there
+        # On one device: encode the frames that are there, with other dropout than on several.
+        pack=True,
     )
     config.losses = dict(
         distillation_temperature=3.0,

@@ -139,6 +139,22 @@ def test_either_is_one_of_its_functions_with_its_gradient():
             chex.assert_trees_all_close(both, expected, rtol=1e-6)
 
 
+def test_either_may_be_run_again_for_its_gradient():
+    """As micro-batches are: under a checkpoint, in a scan, some fitting and some not."""
+    weights, xs = jnp.array([0.5, -1.0]), jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    usual, rare = lambda w, x: jnp.sum(jnp.sin(w * x)), lambda w, x: jnp.sum(w**3 * x)
+
+    def total(run, weights):
+        body = jax.checkpoint(lambda sum_, x: (sum_ + run(weights, x) ** 2, None))
+        return jax.lax.scan(body, 0.0, xs)[0]
+
+    ours = lambda w, x: packing.either(x[0] < 4, usual, rare, w, x)
+    plain = lambda w, x: jnp.where(x[0] < 4, usual(w, x), rare(w, x))
+    found, expected = (jax.jit(jax.value_and_grad(lambda w, run=run: total(run, w)))(weights)
+                       for run in (ours, plain))  # fmt: skip
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
 def test_the_rare_function_keeps_nothing_for_its_gradient():
     """Each branch of a `lax.cond` fills what the other keeps, weights included."""
     weights, x = jnp.ones((300, 7)), jnp.ones((5, 300))

@@ -128,7 +128,8 @@ class Sign(nn.Module):
           mask: bool [batch, time], True on a prefix of each row, which may be empty.
           train: with dropout (rng 'dropout') and batch statistics (collection 'batch_stats').
           room: frames a row, on average over a batch, that the encoders have room for. Batches that
-            need no more are encoded without their padding, others as they are; None for all.
+            need no more are encoded without their padding, and drop out other values than with it;
+            others as they are. None for all.
         """
         return self.head(self.hidden(features, mask, train=train, room=room))
 
@@ -180,9 +181,9 @@ class Sign(nn.Module):
 
         def packed(params, x, mask):
             places, real = packing.places(mask, rows), jnp.arange(rows) < mask.sum()
-            take = lambda start, end: packing.pack(x[:, :, start:end], places)
-            cleared = lambda start, end: jnp.where(real[:, None], take(start, end), 0)
-            return packing.unpack(encode(caller(params), cleared), places)
+            pack = lambda start, end: packing.pack(x[:, :, start:end], places)
+            take = lambda start, end: jnp.where(real[:, None], pack(start, end), 0)
+            return packing.unpack(encode(caller(params), take), places)
 
         def padded(params, x, mask):
             return encode(caller(params), cleared(x, mask))
