@@ -141,6 +141,28 @@ def test_frames_encoded_without_their_padding_make_the_same_step(attends):
     assert traces == [6.5, None]
 
 
+def test_packed_frames_are_encoded_again_for_their_gradient():
+    """As micro-batches are, under a checkpoint and in a scan, with the same dropout."""
+    model, x = TINY(dropout=0.5), _random(10, rows=8).reshape(2, 4, 10, 16)
+    masks = np.arange(10) < np.array([[7, 10, 3, 4], [9, 10, 8, 10]])[..., None]
+    variables = _variables(model, x[0], masks[0])
+
+    def total(params, wrap):
+        def body(sum_, item):
+            x, mask, seed = item
+            found, _ = model.apply(
+                {**variables, 'params': params}, x, mask, train=True, room=6.5,
+                mutable=['batch_stats'], rngs={'dropout': jax.random.key(seed)},
+            )  # fmt: skip
+            return sum_ + jnp.sum(jnp.where(mask[..., None], found, 0) ** 2), None
+
+        return jax.lax.scan(wrap(body), 0.0, (x, masks, jnp.arange(2)))[0]
+
+    found, expected = (_jit(jax.value_and_grad(functools.partial(total, wrap=wrap)))(
+        variables['params']) for wrap in (jax.checkpoint, lambda body: body))  # fmt: skip
+    chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
 def test_packed_frames_have_dropout_of_their_own():
     model, x = TINY(dropout=0.5), _random(10, rows=2)
     mask = np.arange(10) < np.array([[5], [4]])

@@ -64,8 +64,8 @@ def either(fits, usual, rare, params, *data):
 
     A `jax.lax.cond` under whose gradient the rare branch costs nothing until it is taken: there
     each branch fills with zeros what the other keeps, weights included. Here `rare` keeps nothing
-    and is run again for its gradient. Only params, a pytree of float arrays, have one: what comes
-    back to `data` is 0.
+    and is run again for its gradient. Both are functions of their arguments alone. Only params, a
+    pytree of float arrays, have a gradient: what comes back to `data` is 0.
     """
     form = None
 

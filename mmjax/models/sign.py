@@ -170,23 +170,25 @@ class Sign(nn.Module):
         if rows == mask.size or self.is_initializing():
             return encode(lambda part, x, **how: part(x, **how), cleared(features, mask))
         parts = [*self.encoder.values(), *([self.attention] if self.cross_attention else [])]
-        key = self.make_rng('dropout') if train and self.dropout else None
-        rngs = {part.name: {} if key is None else {'dropout': jax.random.fold_in(key, place)}
-                for place, part in enumerate(parts)}  # fmt: skip
+        keys = {}
+        if train and self.dropout:
+            drawn = jax.random.split(self.make_rng('dropout'), len(parts))
+            keys = {part.name: {'dropout': key} for part, key in zip(parts, drawn, strict=True)}
 
-        def caller(params):
+        def caller(params, keys):
             return lambda part, x, **how: part.clone(parent=None).apply(
-                {'params': params[part.name]}, x, rngs=rngs[part.name], **how
+                {'params': params[part.name]}, x, rngs=keys.get(part.name), **how
             )
 
-        def packed(params, x, mask):
+        def packed(params, x, mask, keys):
             places, real = packing.places(mask, rows), jnp.arange(rows) < mask.sum()
             pack = lambda start, end: packing.pack(x[:, :, start:end], places)
             take = lambda start, end: jnp.where(real[:, None], pack(start, end), 0)
-            return packing.unpack(encode(caller(params), take), places)
+            return packing.unpack(encode(caller(params, keys), take), places)
 
-        def padded(params, x, mask):
-            return encode(caller(params), cleared(x, mask))
+        def padded(params, x, mask, keys):
+            return encode(caller(params, keys), cleared(x, mask))
 
         params = {part.name: part.variables['params'] for part in parts}
-        return packing.either(mask.sum() <= rows, packed, padded, params, features, mask)
+        data = features, mask, keys
+        return packing.either(mask.sum() <= rows, packed, padded, params, *data)
