@@ -17,7 +17,9 @@ from mmjax.data.dataset import DataError
 
 MODES = ('train', 'evaluate', 'predict', 'prepare', 'embed', 'export')
 MAY_CHANGE = re.compile(r'log\..*|data\.workers|data\.threads|data\.cache')  # on resume
-READING = re.compile(MAY_CHANGE.pattern + r'|decode\..*')  # how the weights of a run are read
+READING = re.compile(
+    MAY_CHANGE.pattern + r'|decode\..*|model\.pack'
+)  # how the weights of a run are read
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='FILE.py or FILE.py:word,word')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'where the run lives [runs/<config>-<words>]')
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    hugepages.restart()
+    hugepages.restart('mmjax.main')
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -327,9 +327,11 @@ def decays(params: Tree) -> dict:
 
 def update(
     gradients: Tree, state: Tree, trainable: Tree, rate: Mapping[str, Any], stage: Stage,
-    groups: Groups, size: jax.Array, ok: jax.Array = True,
+    groups: Groups, size: jax.Array, ok: jax.Array | bool = True,
 ) -> tuple[Tree, Tree]:  # fmt: skip
-    """Returns (updates to add to `trainable`, new moments), or (nonsense, `state`) where not `ok`.
+    """Returns (updates to add to `trainable`, new moments).
+
+    Where not `ok`, moments are those of `state`, and updates are not to be used: they may be NaN.
 
     size: the `norm` of the gradients.
 

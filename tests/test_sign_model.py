@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.models import convolutions
+from mmjax.models import convolutions, packing
 from mmjax.models.mobilenet1d import InvertedResidual, Row, SqueezeExcitation
 from mmjax.models.sign import CrossAttention, Sign, Stream
 from mmjax.tasks import sign
@@ -141,8 +141,8 @@ def test_frames_encoded_without_their_padding_make_the_same_step(attends):
     assert traces == [6.5, None]
 
 
-def test_packed_frames_are_encoded_again_for_their_gradient():
-    """As micro-batches are, under a checkpoint and in a scan, with the same dropout."""
+def test_packed_frames_are_encoded_again_for_their_gradient(monkeypatch):
+    """As micro-batches are, under a checkpoint and in a scan, with the dropout of a plain cond."""
     model, x = TINY(dropout=0.5), _random(10, rows=8).reshape(2, 4, 10, 16)
     masks = np.arange(10) < np.array([[7, 10, 3, 4], [9, 10, 8, 10]])[..., None]
     variables = _variables(model, x[0], masks[0])
@@ -158,8 +158,12 @@ def test_packed_frames_are_encoded_again_for_their_gradient():
 
         return jax.lax.scan(wrap(body), 0.0, (x, masks, jnp.arange(2)))[0]
 
-    found, expected = (_jit(jax.value_and_grad(functools.partial(total, wrap=wrap)))(
-        variables['params']) for wrap in (jax.checkpoint, lambda body: body))  # fmt: skip
+    run = lambda wrap: _jit(jax.value_and_grad(functools.partial(total, wrap=wrap)))(
+        variables['params']
+    )
+    found = run(jax.checkpoint)
+    monkeypatch.setattr(packing, 'either', jax.lax.cond)
+    expected = run(lambda body: body)
     chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-4)
 
 
@@ -173,9 +177,9 @@ def test_packed_frames_have_dropout_of_their_own():
         rngs = {'dropout': jax.random.key(seed)}
         return nn.apply(encode, model)(variables, rngs=rngs)
 
-    same, other = [np.asarray(run(seed, True)) for seed in (1, 1, 2)][1:]
+    same, other = (np.asarray(run(seed, True)) for seed in (1, 2))
     np.testing.assert_array_equal(same, run(1, True))
-    assert np.abs(same - other)[mask].min(-1).max() > 0
+    assert (np.abs(same - other)[mask] > 0).any(1).all()  # in every frame
     np.testing.assert_allclose(run(1, False)[mask], run(2, False, None)[mask], atol=1e-5)
     assert np.abs(run(1, False)[mask] - same[mask]).max() > 0.1
 

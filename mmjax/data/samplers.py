@@ -93,18 +93,19 @@ def bucket_lengths(lengths: np.ndarray, count: int, unit: int = 8) -> tuple[int,
     return tuple(int(edges[place]) * unit for place in reversed(chosen))
 
 
-def room(mean: float, variance: float, rows: int, length: int) -> float | None:
+def room(mean: float, variance: float, rows: int, length: int, errors: float = 4.0) -> float | None:
     """Returns the tokens or frames a row that nearly all batches need, where padding is left out.
 
-    Four standard errors above the mean; None where that is nothing, or nine tenths of the length
+    Some standard errors above the mean; None where that is nothing, or nine tenths of the length
     and more, so that leaving out the padding gains little.
 
     Args:
       mean, variance: of what is real of a row.
       rows: of a batch.
       length: that rows are padded to.
+      errors: how many; a batch in 30,000 needs more than 4, a batch in 44 more than 2.
     """
-    found = float(mean + 4 * np.sqrt(variance / rows))
+    found = float(mean + errors * np.sqrt(variance / rows))
     return found if 0 < found < 0.9 * length else None
 
 

@@ -34,9 +34,9 @@ class Dense(nn.Dense):
 class Dropout(nn.Module):
     """Sets values to 0 with chance `rate` and scales the others up (Srivastava et al. 2014).
 
-    As Flax's, but with 16 random bits a value where that draws 64: half of the time, on wide layers
-    with few rows a good part of a step. The chance is the nearest multiple of 2⁻¹⁶, and the scale
-    is that of this chance.
+    As Flax's, but with 16 random bits a value where that takes 32, and so in half the time, which
+    wide layers of few rows feel. The chance is the nearest multiple of 2⁻¹⁶, and the scale is that
+    of this chance.
     """
 
     rate: float
@@ -54,7 +54,8 @@ class Dropout(nn.Module):
             return jnp.zeros_like(x)
         pairs = *x.shape[:-1], -(-x.shape[-1] // 2)
         bits = jax.random.bits(self.make_rng('dropout'), pairs, jnp.uint32)
-        bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(*x.shape[:-1], -1)
+        bits = jax.lax.bitcast_convert_type(bits, jnp.uint16)
+        bits = bits.reshape(*x.shape[:-1], 2 * pairs[-1])
         kept = bits[..., : x.shape[-1]] >= dropped
         return jnp.where(kept, x * (values / (values - dropped)), 0)
 

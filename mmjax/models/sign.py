@@ -129,7 +129,7 @@ class Sign(nn.Module):
           train: with dropout (rng 'dropout') and batch statistics (collection 'batch_stats').
           room: frames a row, on average over a batch, that the encoders have room for. Batches that
             need no more are encoded without their padding, and drop out other values than with it;
-            others as they are. None for all.
+            others as they are; features then have no gradient. None for all.
         """
         return self.head(self.hidden(features, mask, train=train, room=room))
 
