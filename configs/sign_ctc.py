@@ -22,9 +22,9 @@ neighbour that is given the signs cut out errs in .412 of them, around the shoul
 
 Distillation helps short trainings (`benchmarks/sign_distillation.py`: students of 4 epochs, seeds 0
 to 2, a teacher of 15 epochs and WER .070, with those other bits): WER .305 with it (.301, .314,
-.301) and .486 alone (.389, .601, .467). Frames where the teacher is sure of the blank weigh .05 for that; where all
-weigh alike, as published, it hurts: .617 (.494, .714, .643). A teacher by CTC says blank in nearly
-all frames, so that a mean over them hardly tells of glosses.
+.301) and .486 alone (.389, .601, .467). Frames where the teacher is sure of the blank weigh .05
+for that; where all weigh alike, as published, it hurts: .617 (.494, .714, .643). A teacher by CTC
+says blank in nearly all frames, so that a mean over them hardly tells of glosses.
 
 Measured on folders of real signing, each on one core:
 
