@@ -107,7 +107,7 @@ def test_what_rows_are_padded_to_does_not_change_a_training_step():
     chex.assert_trees_all_close(long_stats, short_stats, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('attends', [False, True])
+@pytest.mark.parametrize('attends', [False, pytest.param(True, marks=SLOW)])
 def test_frames_encoded_without_their_padding_make_the_same_step(attends):
     """Whether they fit their room or not, there being one program for both."""
     model, x = TINY(dropout=0.0, cross_attention=attends), _random(10, rows=4)
