@@ -13,8 +13,9 @@ def restart(program: str) -> None:
     """Starts the program anew, as the same process, so that it asks for huge pages; once.
 
     XLA:CPU takes its memory from the C library anew in every step, and the kernel clears it page by
-    page: with pages of 4 KiB that is several percent of a step (`benchmarks/sign_layers.py`). The C
-    library asks for large ones if its environment says so when a program starts.
+    page: with pages of 4 KiB that is several percent of a step (`benchmarks/sign_layers.py --step`,
+    with `GLIBC_TUNABLES=` before it for a comparison). The C library asks for large ones if its
+    environment says so when a program starts.
 
     Returns where GLIBC_TUNABLES is set, even to nothing, where the kernel does not wait to be
     asked, and where this process is not `program` alone but, say, a notebook that runs it.

@@ -17,9 +17,8 @@ from mmjax.data.dataset import DataError
 
 MODES = ('train', 'evaluate', 'predict', 'prepare', 'embed', 'export')
 MAY_CHANGE = re.compile(r'log\..*|data\.workers|data\.threads|data\.cache')  # on resume
-READING = re.compile(
-    MAY_CHANGE.pattern + r'|decode\..*|model\.pack'
-)  # how the weights of a run are read
+# How the weights of a run are read.
+READING = re.compile(MAY_CHANGE.pattern + r'|decode\..*|model\.pack')
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='FILE.py or FILE.py:word,word')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'where the run lives [runs/<config>-<words>]')

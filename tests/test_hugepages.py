@@ -68,8 +68,10 @@ def test_a_start_that_fails_is_none(started, monkeypatch):
 
     monkeypatch.setattr(os, 'execve', fail)
     hugepages.restart('mmjax.main')
+    monkeypatch.setattr(os, 'execve', lambda *call: started.append(call))
     monkeypatch.setattr(sys, 'executable', '')
     hugepages.restart('mmjax.main')
+    assert not started
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='asks Linux')
