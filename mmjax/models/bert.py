@@ -1,7 +1,5 @@
 """The BERT encoder, which is RoBERTa's too, in the sizes of MiniLM-L6; masked mean pooling."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -121,7 +119,7 @@ class Bert(nn.Module):
             tokens, types = (x.reshape(-1)[places.order] for x in (tokens, types))
             return packing.unpack(encode(tokens, types, places.order % length, places), places)
 
-        rows = mask.size if not room else min(math.ceil(room * len(mask) / 8) * 8, mask.size)
+        rows = packing.rows_for(mask, room)
         if rows == mask.size or self.is_initializing():
             return plain(self, tokens, types)
         # What a branch keeps for its gradient, the other fills with zeros: the rare one keeps none.

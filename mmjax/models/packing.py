@@ -1,5 +1,6 @@
 """Real tokens side by side, so that what works on each alone does not work on padding."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,14 @@ class Places(NamedTuple):
     mask: jax.Array
     order: jax.Array
     back: jax.Array
+
+
+def rows_for(mask: jax.Array, room: float | None) -> int:
+    """Returns how many packed rows a batch of mask [batch, length] gets, at most all of its tokens.
+
+    room: tokens a row of the batch, on average; None or 0 for all. A multiple of 8, but for all.
+    """
+    return min(math.ceil(room * len(mask) / 8) * 8, mask.size) if room else mask.size
 
 
 def places(mask: jax.Array, room: int) -> Places:

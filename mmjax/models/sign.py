@@ -1,6 +1,5 @@
 """The sign-language model: streams of landmarks → MobileNet over time → BiLSTM → gloss logits."""
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -155,7 +154,7 @@ class Sign(nn.Module):
 
     def _encode(self, features, mask, train, room):
         """Encodes the streams of each frame, side by side: [batch, time, their widths]."""
-        rows = mask.size if room is None else min(math.ceil(room * len(mask) / 8) * 8, mask.size)
+        rows = packing.rows_for(mask, room)
 
         def encode(call, take):
             found = [
