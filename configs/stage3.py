@@ -15,7 +15,7 @@ image→text R@1 within the page .959, text→image .991 (chance .207). Floors o
 `benchmarks/comic_floors.py` on 113 such pages: nearest neighbour in pixels .331, bag of words from
 colours .373, layout .201. The contrastive term falls to 4.252 between collapse 6.436 and floor
 1.523; mean cosine .877 inside a page, .400 between pages; verdict healthy. The README's first
-command took 533 s on 2 CPU cores, installation and drawing the pages included.
+command took 533 to 591 s on 2 CPU cores, installation and drawing the pages included.
 
 Real pages, 119 of comic strips and manga to validate on, two fifths of their panels from a book
 that training lacks: image→text R@1 within the page .410 (chance .285, standard error .022 by page),
