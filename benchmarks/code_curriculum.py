@@ -37,8 +37,14 @@ SCORES = ('source_binary_r1', 'source_binary_r10', 'comment_binary_r1', 'binary_
 def train(config: str, workdir: pathlib.Path, *arguments: str) -> dict:
     """Trains a run in another process unless it is done; returns its results."""
     done = workdir / 'results.json'
-    command = ['-m', 'mmjax.main', f'--config={config}', f'--workdir={workdir}',
-               '--config.log.tensorboard=False', *arguments]  # fmt: skip
+    command = [
+        '-m',
+        'mmjax.main',
+        f'--config={config}',
+        f'--workdir={workdir}',
+        '--config.log.tensorboard=False',
+        *arguments,
+    ]
     if not done.is_file():
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     made_by = json.loads((workdir / 'config.json').read_text())['command']
@@ -61,9 +67,13 @@ def main():
         )
         for name, options in VARIANTS.items():
             results = train(
-                CONFIG, told.workdir.absolute() / f'{name}-{seed}', *shared, *options,
-                f'--init_from={anchor}', "--config.stages=('naive', 'linear', 'nonlinear')",
-            )  # fmt: skip
+                CONFIG,
+                told.workdir.absolute() / f'{name}-{seed}',
+                *shared,
+                *options,
+                f'--init_from={anchor}',
+                "--config.stages=('naive', 'linear', 'nonlinear')",
+            )
             for score in SCORES:
                 found[name][score].append(results['final']['test'][score])
             print(seed, name, {s: round(found[name][s][-1], 3) for s in SCORES}, flush=True)

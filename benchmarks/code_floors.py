@@ -30,8 +30,9 @@ import sys
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from mmjax.data import builders, code
-from mmjax.data.code_programs import WORDS
+from mmjax.data import prepare
+from mmjax.recipes.contrabin import data as code
+from mmjax.recipes.contrabin.synthetic.programs import WORDS
 
 SIZES = {'train': 12000, 'val': 256, 'test': 256}
 PAIRS = (('source', 'binary'), ('comment', 'binary'), ('comment', 'source'))
@@ -93,8 +94,9 @@ def shared(train: tuple[list, list], test: tuple[list, list]) -> list[np.ndarray
 
 def floors(train: tuple[list, list], test: tuple[list, list], pool: int) -> dict[str, float]:
     known = [vocabulary(texts) for texts in train]
-    (a, b), (c, d) = ([bags(t, k) for t, k in zip(side, known, strict=True)]
-                      for side in (train, test))  # fmt: skip
+    (a, b), (c, d) = (
+        [bags(t, k) for t, k in zip(side, known, strict=True)] for side in (train, test)
+    )
     mean, deviation = b.mean(0), b.std(0) + 1e-6
     gram, cross = a.T @ a, a.T @ (b - mean)
     out = {'linear': 0.0, 'scaled': 0.0, 'whitened': 0.0}
@@ -125,9 +127,14 @@ def main():
     parser.add_argument('--pool', type=int, default=256)
     given = parser.parse_args()
     prepared = code.prepare_code(
-        given.root, builders.cache_dir(None), splits=('train', 'val', 'test'), seed=given.seed,
-        synthetic_sizes=SIZES, registers=given.registers, max_fault_share=0.01,
-    )  # fmt: skip
+        given.root,
+        prepare.cache_dir(None),
+        splits=('train', 'val', 'test'),
+        seed=given.seed,
+        synthetic_sizes=SIZES,
+        registers=given.registers,
+        max_fault_share=0.01,
+    )
     texts = {}
     for name in ('train', 'test'):
         split = code.CodeFunctions(prepared, name)

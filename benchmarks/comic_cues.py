@@ -31,9 +31,18 @@ from PIL import Image
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-SETS = (('format',), ('book',), ('text',), ('pixels',), ('layout',), ('text', 'pixels'),
-        ('text', 'pixels', 'layout'), ('text', 'pixels', 'layout', 'format'),
-        ('text', 'pixels', 'layout', 'book'), ('text', 'pixels', 'layout', 'overlap'))  # fmt: skip
+SETS = (
+    ('format',),
+    ('book',),
+    ('text',),
+    ('pixels',),
+    ('layout',),
+    ('text', 'pixels'),
+    ('text', 'pixels', 'layout'),
+    ('text', 'pixels', 'layout', 'format'),
+    ('text', 'pixels', 'layout', 'book'),
+    ('text', 'pixels', 'layout', 'overlap'),
+)
 
 MODEL = (('model',), ('model', 'text', 'pixels', 'layout'), ('model', 'book'))
 
@@ -109,14 +118,24 @@ def cues(own: dict, train: dict) -> dict[str, list[np.ndarray]]:
     found = {
         'format': [strip[:, None] == strip],
         'book': [books],
-        'text': [bags @ bags.T, np.sqrt(np.maximum(bags @ bags.T, 0)),
-                 silent[:, None] & silent],
-        'pixels': [far(colours @ metric(train)), far(colours[:, 6:]), far(colours[:, :3]),
-                   far(colours[:, 3:6])],
-        'layout': [apart(h), apart(w), apart(y), apart(x), np.sqrt(apart(h)), np.sqrt(apart(y)),
-                   apart(y + h)],
+        'text': [bags @ bags.T, np.sqrt(np.maximum(bags @ bags.T, 0)), silent[:, None] & silent],
+        'pixels': [
+            far(colours @ metric(train)),
+            far(colours[:, 6:]),
+            far(colours[:, :3]),
+            far(colours[:, 3:6]),
+        ],
+        'layout': [
+            apart(h),
+            apart(w),
+            apart(y),
+            apart(x),
+            np.sqrt(apart(h)),
+            np.sqrt(apart(y)),
+            apart(y + h),
+        ],
         'overlap': [overlap, overlap > 0.05],
-    }  # fmt: skip
+    }
     for name in ('pixels', 'layout'):
         found[name] += [c**2 for c in found[name]]
     scaled = lambda c: (c - c.mean()) / (c.std() + 1e-9)
@@ -155,8 +174,9 @@ def fitted(pairs: np.ndarray, page: np.ndarray) -> np.ndarray:
         value, change = loss(weights, pairs, page)
         return value + 1e-3 * weights @ weights, change + 2e-3 * weights
 
-    return minimize(objective, np.zeros(len(pairs)), jac=True, method='L-BFGS-B',
-                    options=dict(maxiter=100)).x  # fmt: skip
+    return minimize(
+        objective, np.zeros(len(pairs)), jac=True, method='L-BFGS-B', options=dict(maxiter=100)
+    ).x
 
 
 def main():
@@ -174,8 +194,10 @@ def main():
         scored['model'] = [(z @ z.T - (z @ z.T).mean()) / (z @ z.T).std()]
     collapse, floor = bounds(val['page'])
     unseen = ~np.isin(val['book'], train['book'])
-    print(f'{len(val["page"])} panels of {len(set(val["page"]))} pages, {unseen.mean():.2f} of '
-          f'books that training lacks; collapse {collapse:.3f}, floor {floor:.3f}')  # fmt: skip
+    print(
+        f'{len(val["page"])} panels of {len(set(val["page"]))} pages, {unseen.mean():.2f} of '
+        f'books that training lacks; collapse {collapse:.3f}, floor {floor:.3f}'
+    )
     print(f'{"fall, weights fitted on":32} training  validation')
     found = {}
     for names in (*SETS, *(MODEL if told.embeddings else ())):
@@ -187,8 +209,13 @@ def main():
         found[' '.join(names)] = falls
         first = f'{falls["training"]:8.3f}' if 'training' in falls else ' ' * 8
         print(f'{" ".join(names):32} {first}  {falls["validation"]:8.3f}', flush=True)
-    results = {'panels': len(val['page']), 'unseen_book': float(unseen.mean()),
-            'collapse': collapse, 'floor': floor, 'fall': found}  # fmt: skip
+    results = {
+        'panels': len(val['page']),
+        'unseen_book': float(unseen.mean()),
+        'collapse': collapse,
+        'floor': floor,
+        'fall': found,
+    }
     path = pathlib.Path(__file__).resolve().parent / 'results' / 'comic_cues.json'
     path.write_text(json.dumps(results, indent=1) + '\n')
 

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from mmjax.data import comic_synthetic
+from mmjax.recipes.comic.synthetic import pages as comic_synthetic
 
 NAMED = ('pixels', 'bag of words', 'layout')
 

@@ -61,9 +61,15 @@ def measure(build, model: Decoder, beams: int, flags) -> dict:
         apply = functools.partial(model.apply, variables)
         step, state, first = build(apply, model, embeddings, mask, beams, flags.tokens)
         return generate(
-            step, state, first, max_tokens=flags.tokens, eos=-1, pad=0, beams=beams,
+            step,
+            state,
+            first,
+            max_tokens=flags.tokens,
+            eos=-1,
+            pad=0,
+            beams=beams,
             method='beam' if beams > 1 else 'greedy',
-        )  # fmt: skip
+        )
 
     embeddings = np.random.default_rng(0).normal(size=(flags.batch, flags.prefix, model.width))
     inputs = jnp.float32(embeddings), jnp.ones((flags.batch, flags.prefix), bool)
@@ -89,8 +95,14 @@ def measure(build, model: Decoder, beams: int, flags) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sizes = {'vocabulary': 8192, 'width': 256, 'depth': 4, 'heads': 8, 'kv_heads': 2,
-             'mlp_width': 704}  # fmt: skip
+    sizes = {
+        'vocabulary': 8192,
+        'width': 256,
+        'depth': 4,
+        'heads': 8,
+        'kv_heads': 2,
+        'mlp_width': 704,
+    }
     setting = {**sizes, 'batch': 4, 'prefix': 64, 'tokens': 32, 'beams': 4, 'repeats': 3}
     for name, value in setting.items():
         parser.add_argument(f'--{name}', type=int, default=value)

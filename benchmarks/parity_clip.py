@@ -30,8 +30,15 @@ from mmjax.pretrained.files import OPEN_CLIP, SINGLE
 LIMIT = 1e-4
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = {'hidden_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4}
-TEXT = {**BLOCK, 'intermediate_size': 96, 'vocab_size': 101, 'max_position_embeddings': 16,
-        'eos_token_id': 100, 'bos_token_id': 99, 'pad_token_id': 0}  # fmt: skip
+TEXT = {
+    **BLOCK,
+    'intermediate_size': 96,
+    'vocab_size': 101,
+    'max_position_embeddings': 16,
+    'eos_token_id': 100,
+    'bos_token_id': 99,
+    'pad_token_id': 0,
+}
 CONFIGS = (
     ({**BLOCK, 'intermediate_size': 96, 'image_size': 32, 'patch_size': 8}, 'quick_gelu'),
     ({**BLOCK, 'intermediate_size': 80, 'image_size': 30, 'patch_size': 7}, 'gelu'),
@@ -165,8 +172,9 @@ def compare(ours, theirs) -> dict[str, float]:
 def load_case(vision: dict, activation: str, folder: pathlib.Path, seed: int):
     config = transformers.CLIPConfig(
         text_config={**TEXT, 'hidden_act': activation},
-        vision_config={**vision, 'hidden_act': activation}, projection_dim=40,
-    )  # fmt: skip
+        vision_config={**vision, 'hidden_act': activation},
+        projection_dim=40,
+    )
     theirs = scramble(transformers.CLIPModel(config), seed)
     theirs.save_pretrained(folder)
     params, _ = clip.load(folder)
@@ -179,10 +187,15 @@ def load_case(vision: dict, activation: str, folder: pathlib.Path, seed: int):
 def export_case(vision: dict, activation: str, folder: pathlib.Path, seed: int):
     ends = {'features': 40, 'activation': activation, 'epsilon': 1e-5, 'depth': 3, 'heads': 4}
     fields = {
-        'vision': {'image_size': vision['image_size'], 'patch_size': vision['patch_size'],
-                   'width': 48, 'mlp_width': vision['intermediate_size'], **ends},
+        'vision': {
+            'image_size': vision['image_size'],
+            'patch_size': vision['patch_size'],
+            'width': 48,
+            'mlp_width': vision['intermediate_size'],
+            **ends,
+        },
         'text': {'vocabulary': 101, 'max_length': 16, 'width': 48, 'mlp_width': 96, **ends},
-    }  # fmt: skip
+    }
     model, batch = models.build(**fields), inputs(vision['image_size'], seed)
     params = random_params(model, batch, seed)['params']
     tensors, config = clip.export(params, {}, fields)
@@ -207,8 +220,17 @@ def resnet_case(stages: tuple[int, ...], size: int, folder: pathlib.Path, seed: 
     """Writes OpenAI's names under open_clip's file name, reads them, and writes them again."""
     width, heads, features = 16, 8, 40
     theirs = scramble(ModifiedResNet(stages, width, size, features), seed)
-    text = dict(vocabulary=101, max_length=16, width=48, depth=1, heads=4, mlp_width=96,
-                features=features, activation='quick_gelu', epsilon=1e-5)  # fmt: skip
+    text = dict(
+        vocabulary=101,
+        max_length=16,
+        width=48,
+        depth=1,
+        heads=4,
+        mlp_width=96,
+        features=features,
+        activation='quick_gelu',
+        epsilon=1e-5,
+    )
     vision = dict(image_size=size, stage_sizes=stages, width=width, heads=heads, features=features)
     fields, batch = {'vision': vision, 'text': text}, inputs(size, seed)
     model = models.build(**fields)
@@ -250,8 +272,11 @@ def positions_case(old: int, new: int, folder: pathlib.Path, seed: int):
 def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    cases = [(name, run, *x) for name, run in (('load', load_case), ('export', export_case))
-             for x in CONFIGS]  # fmt: skip
+    cases = [
+        (name, run, *x)
+        for name, run in (('load', load_case), ('export', export_case))
+        for x in CONFIGS
+    ]
     cases += [('resnet', resnet_case, (1, 1, 1, 1), 64), ('resnet', resnet_case, (2, 3, 1, 2), 96)]
     cases += [('positions', positions_case, 7, 9), ('positions', positions_case, 9, 4)]
     results = []

@@ -29,9 +29,16 @@ from mmjax.pretrained.files import CONFIG, SINGLE
 
 LIMIT = 1e-4
 ROOT = pathlib.Path(__file__).parent.parent
-SIZES = {'vocab_size': 101, 'hidden_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 6,
-         'intermediate_size': 96, 'bos_token_id': None, 'eos_token_id': 7,
-         'pad_token_id': 0}  # fmt: skip
+SIZES = {
+    'vocab_size': 101,
+    'hidden_size': 48,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 6,
+    'intermediate_size': 96,
+    'bos_token_id': None,
+    'eos_token_id': 7,
+    'pad_token_id': 0,
+}
 # Old configs have rope_theta; from_pretrained gathers it in rope_parameters, which it writes.
 CONFIGS = (
     ('llama', {**SIZES, 'num_key_value_heads': 2, 'rope_theta': 500.0, 'rms_norm_eps': 1e-3}),
@@ -44,8 +51,10 @@ ROWS, PROMPT, TOKENS = 24, 9, 12
 
 def build(family: str, config: dict, seed: int) -> torch.nn.Module:
     """Makes a model whose every parameter is random and whose logits differ by much."""
-    kind = {'llama': (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-            'qwen2': (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}  # fmt: skip
+    kind = {
+        'llama': (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        'qwen2': (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    }
     make_config, make = kind[family]
     generator = torch.Generator().manual_seed(seed)
     model = make(make_config(**config))
@@ -87,10 +96,15 @@ def our_texts(model: Decoder, params, tokens, mask, eos: int, beams: int) -> Gen
             return apply(hidden, method='logits'), suffix
 
         return generate(
-            step, model.suffix(ROWS, beams, TOKENS - 1), apply(last, method='logits'),
-            max_tokens=TOKENS, eos=eos, pad=0, method='beam' if beams > 1 else 'greedy',
+            step,
+            model.suffix(ROWS, beams, TOKENS - 1),
+            apply(last, method='logits'),
+            max_tokens=TOKENS,
+            eos=eos,
+            pad=0,
+            method='beam' if beams > 1 else 'greedy',
             beams=beams,
-        )  # fmt: skip
+        )
 
     return jax.tree.map(np.asarray, run(params))
 
@@ -101,10 +115,16 @@ def their_texts(model, tokens: np.ndarray, mask: np.ndarray, eos: int | None, be
     model.generation_config.eos_token_id = eos
     with torch.no_grad():
         return model.generate(
-            torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask).long(),
-            max_new_tokens=TOKENS, do_sample=False, num_beams=beams, pad_token_id=0,
-            return_dict_in_generate=True, output_scores=True, **early,
-        )  # fmt: skip
+            torch.from_numpy(tokens),
+            attention_mask=torch.from_numpy(mask).long(),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            num_beams=beams,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **early,
+        )
 
 
 def compare(family: str, config: dict, folder: pathlib.Path, seed: int) -> tuple[dict, int]:

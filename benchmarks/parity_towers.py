@@ -91,19 +91,36 @@ def main() -> int:
     parser.add_argument('--published', action='store_true', help='the published sizes')
     published = parser.parse_args().published
     small = {'hidden_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4}
-    vision = [{}] if published else [
-        {**small, 'intermediate_size': 96, 'image_size': 32, 'patch_size': 8},
-        {**small, 'intermediate_size': 80, 'image_size': 30, 'patch_size': 7},
-    ]  # fmt: skip
+    vision = (
+        [{}]
+        if published
+        else [
+            {**small, 'intermediate_size': 96, 'image_size': 32, 'patch_size': 8},
+            {**small, 'intermediate_size': 80, 'image_size': 30, 'patch_size': 7},
+        ]
+    )
     minilm = {'hidden_size': 384, 'num_hidden_layers': 6, 'intermediate_size': 1536}
-    text = [minilm] if published else [
-        {**small, 'intermediate_size': 96, 'vocab_size': 101, 'max_position_embeddings': 16},
-    ]  # fmt: skip
+    text = (
+        [minilm]
+        if published
+        else [
+            {**small, 'intermediate_size': 96, 'vocab_size': 101, 'max_position_embeddings': 16},
+        ]
+    )
     graphcodebert = {'max_position_embeddings': 514, 'type_vocab_size': 1, 'layer_norm_eps': 1e-5}
-    code = [graphcodebert] if published else [
-        {**small, **graphcodebert, 'intermediate_size': 96, 'vocab_size': 101,
-         'max_position_embeddings': 14},
-    ]  # fmt: skip
+    code = (
+        [graphcodebert]
+        if published
+        else [
+            {
+                **small,
+                **graphcodebert,
+                'intermediate_size': 96,
+                'vocab_size': 101,
+                'max_position_embeddings': 14,
+            },
+        ]
+    )
     worst = 0.0
     cases = [('siglip', compare_siglip, x) for x in vision]
     cases += [('bert', compare_bert, x) for x in text]

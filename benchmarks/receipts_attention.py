@@ -23,9 +23,12 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from mmjax import build
-from mmjax.data import receipts, receipts_drawing, receipts_synthetic, receipts_text
-from mmjax.train import weights_from
+from mmjax.engine import build
+from mmjax.engine.train import weights_from
+from mmjax.recipes.receipts import data as receipts
+from mmjax.recipes.receipts import text as receipts_text
+from mmjax.recipes.receipts.synthetic import drawing
+from mmjax.recipes.receipts.synthetic import pictures as receipts_synthetic
 
 MOST_AREA, ENOUGH, BATCH = 0.3, 2.0, 40
 
@@ -34,7 +37,7 @@ def coverage(one: receipts_synthetic.Placed, grid: int, fine: int = 32) -> np.nd
     """Returns how much of each cell a placed receipt covers, float [grid²] in 0–1, by rows."""
     side = grid * fine
     scale = side / receipts_synthetic.UNITS
-    drawn = receipts_drawing.receipt(one.what, np.random.default_rng(0), scale * one.zoom)
+    drawn = drawing.receipt(one.what, np.random.default_rng(0), scale * one.zoom)
     alpha = drawn.rotate(one.angle, Image.Resampling.BILINEAR, expand=True).getchannel('A')
     canvas = Image.new('L', (side, side))
     left, top = one.x * scale - alpha.width / 2, one.y * scale - alpha.height / 2
@@ -90,18 +93,24 @@ def main():
     for start in range(0, len(images), BATCH):
         rows = slice(start, start + BATCH)
         mask = asked[wording[rows]]
-        batch = {'images': np.stack(images[rows]), 'question': words[wording[rows]],
-                 'question_mask': mask}  # fmt: skip
+        batch = {
+            'images': np.stack(images[rows]),
+            'question': words[wording[rows]],
+            'question_mask': mask,
+        }
         with jax.set_mesh(built.mesh):
             weights = np.asarray(attention(variables, batch)).mean(1)  # [batch, question, cells]
         looked.append((weights * mask[..., None]).sum(1) / mask.sum(1, keepdims=True))
     looked = np.concatenate(looked)
     covered = np.stack([coverage(one, round(looked.shape[1] ** 0.5)) for one in placed])
     out = {
-        'run': told.workdir.name, 'pictures': len(placed), 'cells': looked.shape[1],
-        'area': float(covered.mean()), 'receipt': summary(looked, covered),
+        'run': told.workdir.name,
+        'pictures': len(placed),
+        'cells': looked.shape[1],
+        'area': float(covered.mean()),
+        'receipt': summary(looked, covered),
         'shuffled': summary(looked, np.roll(covered, -1, 0)),
-    }  # fmt: skip
+    }
     text = json.dumps(out, indent=1)
     print(text)
     path = pathlib.Path(__file__).parent / 'results' / 'receipts_attention.json'

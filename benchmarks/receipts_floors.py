@@ -23,9 +23,11 @@ import sys
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from mmjax.data import builders, receipts, receipts_folder, receipts_text
+from mmjax.data import prepare as builders
 from mmjax.evals import classification, generation
-from mmjax.tasks.receipts_scores import contents
+from mmjax.recipes.receipts import data as receipts
+from mmjax.recipes.receipts import folder, text
+from mmjax.recipes.receipts.scores import contents
 
 SIZES, SIDE, CLASSES = {'train': 6000, 'val': 300, 'test': 600}, 112, 3
 PENALTIES = (1e0, 1e1, 1e2, 1e3)
@@ -75,11 +77,15 @@ def main():
     parser.add_argument('--root')
     parser.add_argument('--seed', type=int, default=0)
     told = parser.parse_args()
-    names = receipts_folder.named_splits(told.root) if told.root else receipts.SPLITS
-    prepared = receipts.prepare(
-        told.root, builders.cache_dir(None), splits=names, seed=told.seed, synthetic_sizes=SIZES,
+    names = folder.named_splits(told.root) if told.root else receipts.SPLITS
+    prepared = receipts.prepare_receipts(
+        told.root,
+        builders.cache_dir(None),
+        splits=names,
+        seed=told.seed,
+        synthetic_sizes=SIZES,
         synthetic_side=SIDE,
-    )  # fmt: skip
+    )
     asked = 'test' if 'test' in names else 'val'
     train, test = (
         receipts.ReceiptQuestions(prepared, name, image_size=SIDE, buckets=(64,), classes=CLASSES)
@@ -88,13 +94,13 @@ def main():
     records = [train.record(row) for row in range(len(train))]
     labels = train.index['label'].tolist()
     wanted = [test.record(row)['question'] for row in range(len(test))]
-    kinds = [receipts_text.kind(question) for question in wanted]
+    kinds = [text.kind(question) for question in wanted]
 
     def by_question(rows, value_of):
         asked = [records[row]['question'] for row in rows]
         values = [value_of(row) for row in rows]
         exact = most(zip(asked, values, strict=True))
-        kind = most(zip(map(receipts_text.kind, asked), values, strict=True))
+        kind = most(zip(map(text.kind, asked), values, strict=True))
         usual = most((None, value) for value in values)[None]
         return [exact.get(q, kind.get(k, usual)) for q, k in zip(wanted, kinds, strict=True)]
 

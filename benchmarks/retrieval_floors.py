@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from mmjax.data import retrieval_synthetic
+from mmjax.recipes.retrieval.synthetic import items as retrieval_synthetic
 
 SIZES = {
     'train_items': 480,

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from mmjax import build, logs, modes, train
+from mmjax.engine import build, logs, modes, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -64,12 +64,18 @@ def main():
         gain = np.array([y['map'] - x['map'] for x, y in zip(runs[a], runs[b], strict=True)])
         error = float(gain.std(ddof=1) / len(gain) ** 0.5) if len(gain) > 1 else None
         gains[f'{b} − {a}'] = {
-            'map': [round(float(x), 4) for x in gain], 'mean': round(float(gain.mean()), 4),
+            'map': [round(float(x), 4) for x in gain],
+            'mean': round(float(gain.mean()), 4),
             'standard_error': error and round(error, 4),
-        }  # fmt: skip
-    result = {'steps': arguments.steps, 'pictures': 64 * arguments.steps, 'seeds': arguments.seeds,
-              'runs': runs, 'differences': gains,
-              'seconds': round(time.perf_counter() - start)}  # fmt: skip
+        }
+    result = {
+        'steps': arguments.steps,
+        'pictures': 64 * arguments.steps,
+        'seeds': arguments.seeds,
+        'runs': runs,
+        'differences': gains,
+        'seconds': round(time.perf_counter() - start),
+    }
     text = json.dumps(result, indent=1, ensure_ascii=False)
     print(text)
     (ROOT / 'benchmarks/results/retrieval_versions.json').write_text(text + '\n')

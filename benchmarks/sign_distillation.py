@@ -42,10 +42,12 @@ def main():
         results = train(config, teacher, *others)
     found = {'the teacher': _scores(results)}
     taught = (
-        f'--init_from={teacher}:student→teacher', "--config.init.allow_fresh=('.*student/.*',)",
+        f'--init_from={teacher}:student→teacher',
+        "--config.init.allow_fresh=('.*student/.*',)",
         "--config.stages=('student',)",
-        '--config.model.teacher.lstm_layers=1', f'--config.stage.student.epochs={told.epochs}',
-    )  # fmt: skip
+        '--config.model.teacher.lstm_layers=1',
+        f'--config.stage.student.epochs={told.epochs}',
+    )
     for seed in map(int, told.seeds.split(',')):
         shared = (f'--config.seed={seed}', *LAST, *others)
         alone = f'--config.stage.train.epochs={told.epochs}'

@@ -24,11 +24,11 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from configs import sign_ctc
-from mmjax import build
-from mmjax.config import View
-from mmjax.data import sign_skeleton, sign_synthetic
-from mmjax.data.sign_augment import resampled
+from mmjax.engine import build
+from mmjax.engine.config import View
 from mmjax.evals import alignment
+from mmjax.recipes.sign.augment import resampled
+from mmjax.recipes.sign.synthetic import sentences, skeleton
 
 SIZES = sign_ctc.get_config().data.built_in.to_dict()
 TIMES = 10  # of a sign
@@ -40,14 +40,14 @@ def signs(split: str, plan, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the signs [signs, TIMES, points, 2] of a split, NaN where missing, and glosses."""
     cut, names = [], []
     for signer, index in plan[split]:
-        made = sign_synthetic.sentence(seed, split, signer, index)
+        made = sentences.sentence(seed, split, signer, index)
         features = made.features.astype(np.float32)
-        for start, end, *_ in sign_skeleton.STREAMS.values():
+        for start, end, *_ in skeleton.STREAMS.values():
             features[(features[:, start:end] == 0).all(1), start:end] = np.nan
         for gloss, (start, end) in zip(made.glosses, made.spans, strict=True):
             at = np.round(np.linspace(start, end - 1, TIMES)).astype(int)
             cut.append(features[at].reshape(TIMES, -1, 2))
-            names.append(sign_synthetic.GLOSSES.index(gloss))
+            names.append(sentences.GLOSSES.index(gloss))
     return np.array(cut), np.array(names)
 
 
@@ -86,25 +86,27 @@ def copied(root: str, streams: tuple) -> dict:
     nearest = ((known**2).sum(1) - 2 * asked @ known.T).argmin(1)
     commonest = max(texts, key=texts.count)
     return {
-        'sentences': len(wanted), 'words': sum(map(len, wanted)),
+        'sentences': len(wanted),
+        'words': sum(map(len, wanted)),
         'verbatim in training': sum(words in texts for words in wanted),
         'WER of the nearest copied': wer([texts[place] for place in nearest]),
         'WER of the most common': wer([commonest] * len(wanted)),
-    }  # fmt: skip
+    }
 
 
 def built_in(seed: int) -> dict:
     """Returns the share of built-in test signs that the nearest training sign names wrongly."""
-    plan = sign_synthetic.catalogue(seed, SIZES)
+    plan = sentences.catalogue(seed, SIZES)
     (train, names), (test, wanted) = (signs(split, plan, seed) for split in ('train', 'test'))
     return {
-        'training signs': len(train), 'test signs': len(test),
-        'chance': 1 - 1 / len(sign_synthetic.GLOSSES),
+        'training signs': len(train),
+        'test signs': len(test),
+        'chance': 1 - 1 / len(sentences.GLOSSES),
         'error as they come': error(train, names, test, wanted),
         'error around shoulders': error(
             around_shoulders(train), names, around_shoulders(test), wanted
         ),
-    }  # fmt: skip
+    }
 
 
 def main():

@@ -11,8 +11,9 @@ direction left to automatic differentiation. Forms marked `dropped` gained too l
 its streams (4 rows of 6,516 numbers a frame, 1,000 glosses, 85 % of the frames real, for which the
 room is exact), the same without packing, against the four stream encoders in plain Flax, padding
 included, with a squared loss and AdamW, and the same model in PyTorch, run by the interpreter
---torch as it is, and with the huge pages that mmjax.main and this program ask for
-(`mmjax.hugepages`), all in turns. Results are written to benchmarks/results/sign_layers.json.
+--torch as it is and with huge pages, all in turns. Start
+it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 to give ours huge pages too. Results are written to
+benchmarks/results/sign_layers.json.
 """
 
 import argparse
@@ -28,8 +29,6 @@ from subprocess import PIPE, Popen
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from mmjax import hugepages  # noqa: E402
 
 BATCH, COLUMNS, GLOSSES, LABELS = 4, 6516, 1000, 10
 lengths = lambda frames: [frames, frames * 5 // 6, frames * 10 // 11, frames * 2 // 3]
@@ -109,14 +108,19 @@ def layers(batch: int, frames: int, channels: int, repeats: int):
     mask = jnp.arange(frames) < jnp.linspace(frames // 2, frames, batch).astype(int)[:, None]
     library = lambda stride, groups=1: (
         lambda x, kernel: jax.lax.conv_general_dilated(
-            x, kernel, (stride,), [(kernel.shape[0] // 2,) * 2],
-            dimension_numbers=('NWC', 'WIO', 'NWC'), feature_group_count=groups,
+            x,
+            kernel,
+            (stride,),
+            [(kernel.shape[0] // 2,) * 2],
+            dimension_numbers=('NWC', 'WIO', 'NWC'),
+            feature_group_count=groups,
         )
-    )  # fmt: skip
+    )
     depthwise = lambda taps, stride=1: (
         lambda x, k: library(stride, channels)(x, k[:, None]),
-        lambda x, k: convolutions.depthwise(x, k, stride), draw(taps, channels),
-    )  # fmt: skip
+        lambda x, k: convolutions.depthwise(x, k, stride),
+        draw(taps, channels),
+    )
     transposed = lambda x, k: jax.lax.conv_transpose(
         x, k.swapaxes(0, 1)[::-1], (4,), 'VALID', dimension_numbers=('NWC', 'WIO', 'NWC')
     )[:, : 4 * x.shape[1]]
@@ -128,13 +132,14 @@ def layers(batch: int, frames: int, channels: int, repeats: int):
 
     lstm = [draw(2, *shape, 4 * channels) for shape in ((channels,), (channels,), ())]
     plan = {
-        'depthwise k3': depthwise(3), 'depthwise k3 s2': depthwise(3, 2),
+        'depthwise k3': depthwise(3),
+        'depthwise k3 s2': depthwise(3, 2),
         'depthwise k5': depthwise(5),
         'upsample 4': (transposed, convolutions.upsample, draw(channels, 4, 32)),
         'BiLSTM': (lambda x, p: plain_lstm(x, mask, *p), lambda x, p: bilstm(x, mask, *p), lstm),
         'k1 as product (dropped)': (library(1), lambda x, k: x @ k[0], draw(1, channels, channels)),
         'k3 as product (dropped)': (library(1), gathered, draw(3, channels, channels)),
-    }  # fmt: skip
+    }
     print(f'{batch} × {frames} × {channels}, float32, forward and backward, load {load()}')
     results = {}
     for name, (plain, ours, params) in plan.items():
@@ -155,8 +160,8 @@ def ours(frames: int, pack: bool = True):
     import numpy as np
 
     from configs import sign_ctc
-    from mmjax import build, optim, step
-    from mmjax.models.sign import PHOENIX
+    from mmjax.engine import build, optim, step
+    from mmjax.recipes.sign.model import PHOENIX
 
     config, rng = sign_ctc.get_config('published').unlock(), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:  # of sentences of all glosses, as long as here
@@ -183,8 +188,10 @@ def ours(frames: int, pack: bool = True):
         'frames': np.arange(frames) < length[:, None],
         'labels': rng.integers(1, GLOSSES, (BATCH, LABELS), np.int32),
         'label_mask': np.ones((BATCH, LABELS), bool),
-        'length': length, 'row': np.arange(BATCH, dtype=np.int32), 'mask': np.ones(BATCH, bool),
-    }  # fmt: skip
+        'length': length,
+        'row': np.arange(BATCH, dtype=np.int32),
+        'mask': np.ones(BATCH, bool),
+    }
     rates, weights = optim.rates(stage, run.groups.names, 0), {'ctc': np.float32(1)}
     options = dict(task=run.task, stage=stage, groups=run.groups, settings=run.settings)
     update = lambda state, batch: step.train_step(state, batch, rates, weights, **options)
@@ -199,7 +206,7 @@ def encoders(frames: int):
     import jax.numpy as jnp
     import optax
 
-    from mmjax.models.sign import PHOENIX
+    from mmjax.recipes.sign.model import PHOENIX
 
     def encoder(stream):
         columns = stream.end - stream.start
@@ -210,8 +217,9 @@ def encoders(frames: int):
     # As rows: XLA:CPU is slower at products of more axes.
     features = jax.random.normal(jax.random.key(0), (BATCH * frames, COLUMNS))
     parts = [(encoder(s), slice(s.start, s.end)) for s in PHOENIX]
-    make = lambda key: [net.init({'params': key, 'dropout': key}, features[:1, at])
-                        for net, at in parts]  # fmt: skip
+    make = lambda key: [
+        net.init({'params': key, 'dropout': key}, features[:1, at]) for net, at in parts
+    ]
     params, optimizer = jax.jit(make)(jax.random.key(2)), optax.adamw(3e-4, weight_decay=1e-4)
 
     def update(state, features, key):
@@ -253,8 +261,9 @@ def torch_steps(frames: int):
             parts.append(
                 Join('times', nn.AdaptiveAvgPool1d(1), down, nn.ReLU(), up, nn.Hardsigmoid())
             )
-        return Join('plus' if stride == 1 and inputs == features else '', *parts,
-                    *conv(wide, features))  # fmt: skip
+        return Join(
+            'plus' if stride == 1 and inputs == features else '', *parts, *conv(wide, features)
+        )
 
     def encoder(start, end, width, both=lambda a, b: (nn.Linear(a, b), nn.LayerNorm(b))):
         hidden = (end - start + width) // 2
@@ -264,15 +273,25 @@ def torch_steps(frames: int):
     spans = (0, 99, 64), (99, 225, 128), (225, 1629, 64), (1629, 6516, 128)
     encode = nn.ModuleList(encoder(*span) for span in spans)
     rows = (
-        (16, 16, 16, 3, 1, True, nn.ReLU), (16, 72, 24, 3, 2, False, nn.ReLU),
-        (24, 88, 24, 3, 1, False, nn.ReLU), (24, 96, 40, 5, 1, True, nn.Hardswish),
-        (40, 240, 40, 5, 1, True, nn.Hardswish), (40, 120, 48, 5, 1, True, nn.Hardswish),
-    )  # fmt: skip
+        (16, 16, 16, 3, 1, True, nn.ReLU),
+        (16, 72, 24, 3, 2, False, nn.ReLU),
+        (24, 88, 24, 3, 1, False, nn.ReLU),
+        (24, 96, 40, 5, 1, True, nn.Hardswish),
+        (40, 240, 40, 5, 1, True, nn.Hardswish),
+        (40, 120, 48, 5, 1, True, nn.Hardswish),
+    )
     convolve = nn.Sequential(
-        *conv(384, 16, 3, 2), nn.Hardswish(), *(block(*row) for row in rows),
-        nn.ConvTranspose1d(48, 128, 4, 4), nn.BatchNorm1d(128), nn.ReLU(),
-        nn.Conv1d(128, 128, 3, padding=1), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.3),
-    )  # fmt: skip
+        *conv(384, 16, 3, 2),
+        nn.Hardswish(),
+        *(block(*row) for row in rows),
+        nn.ConvTranspose1d(48, 128, 4, 4),
+        nn.BatchNorm1d(128),
+        nn.ReLU(),
+        nn.Conv1d(128, 128, 3, padding=1),
+        nn.BatchNorm1d(128),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+    )
     lstm, head = nn.LSTM(128, 128, bidirectional=True, batch_first=True), nn.Linear(256, GLOSSES)
     params = list(nn.ModuleList([encode, convolve, lstm, head]).parameters())
     assert sum(p.numel() for p in params) == 14_180_464 + 257 * (GLOSSES - 101)
@@ -304,8 +323,9 @@ def whole_step(torch: str | None, frames: int, repeats: int):
     """Prints the median step of ours, of the encoders alone and, if given, of PyTorch."""
     calls = {'ours': ours(frames), 'ours, not packed': ours(frames, pack=False)}
     calls['encoders and AdamW'] = encoders(frames)
-    plain = {name: value for name, value in os.environ.items() if name != hugepages.TUNABLES}
-    for name, env in {'PyTorch': plain, 'PyTorch, huge pages': dict(os.environ)}.items():
+    plain = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
+    huge = {**plain, 'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+    for name, env in {'PyTorch': plain, 'PyTorch, huge pages': huge}.items():
         if torch:
             command = [torch, '-c', f'import sign_layers; sign_layers.torch_steps({frames})']
             peer = Popen(
@@ -333,5 +353,4 @@ def main():
 
 
 if __name__ == '__main__':
-    hugepages.restart(sys.argv[0])  # as mmjax.main does
     main()

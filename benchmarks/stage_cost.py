@@ -19,8 +19,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from mmjax import build, optim, parallel, step
 from mmjax.data import pipeline
+from mmjax.engine import build, optim, parallel, step
 
 _CONFIG = config_flags.DEFINE_config_file('config')
 _STEPS = flags.DEFINE_integer('steps', 8, 'timed steps of a stage')
@@ -31,16 +31,19 @@ def prepared(run, stage, variables):
     call = functools.partial(
         step.train_step, task=run.task, stage=stage, groups=run.groups, settings=run.settings
     )
-    host = pipeline.batches(run.data, run.sampler(stage), seed=0, stage=stage.index, stop=1,
-                            train=True)  # fmt: skip
+    host = pipeline.batches(
+        run.data, run.sampler(stage), seed=0, stage=stage.index, stop=1, train=True
+    )
     batch, _ = next(pipeline.to_device(host, parallel.rows(run.mesh)))
     host.close()
     state = step.create(variables, stage, run.groups, run.settings)
     rates = optim.rates(stage, run.groups.names, 1)
     weights = {name: np.float32(value) for name, value in stage.weights(1).items()}
     compiled = jax.jit(call).lower(state, batch, rates, weights).compile()
-    costs = {'gflops': compiled.cost_analysis()['flops'] / 1e9,
-             'mebibytes': compiled.memory_analysis().temp_size_in_bytes / 2**20}  # fmt: skip
+    costs = {
+        'gflops': compiled.cost_analysis()['flops'] / 1e9,
+        'mebibytes': compiled.memory_analysis().temp_size_in_bytes / 2**20,
+    }
     return (lambda: jax.block_until_ready(compiled(state, batch, rates, weights))), costs
 
 

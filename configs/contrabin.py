@@ -44,7 +44,7 @@ almost all Lua's, source→binary R@10 .090 and comment→binary .059 (chance .0
 
 from ml_collections import config_dict
 
-from mmjax import config as mmjax_config
+from mmjax.engine import config as mmjax_config
 
 
 def get_config(argument: str = ''):
@@ -78,8 +78,16 @@ def get_config(argument: str = ''):
     config.data.max_fault_share = 0.01
     config.data.built_in = dict(train=12000, val=256, test=256)  # functions, without data.root
 
-    encoder = dict(width=128, depth=2, heads=2, mlp_width=256, types=1, dropout=0.0,
-                   position_offset=0, epsilon=1e-5)  # fmt: skip
+    encoder = dict(
+        width=128,
+        depth=2,
+        heads=2,
+        mlp_width=256,
+        types=1,
+        dropout=0.0,
+        position_offset=0,
+        epsilon=1e-5,
+    )
     config.model = dict(
         anchor=encoder,  # of source and comment
         binary=dict(encoder),
@@ -145,8 +153,9 @@ def get_config(argument: str = ''):
             del config.stage[name].sampler
         config.data.update(max_source=512, max_comment=128, max_binary=512)
         for side in ('anchor', 'binary'):
-            config.model[side].update(width=768, depth=12, heads=12, mlp_width=3072, dropout=0.1,
-                                      position_offset=2)  # fmt: skip
+            config.model[side].update(
+                width=768, depth=12, heads=12, mlp_width=3072, dropout=0.1, position_offset=2
+            )
         config.model.pooling = 'first'
         config.losses.softness = 1.0
         config.losses.normalize = False
@@ -163,8 +172,9 @@ def get_config(argument: str = ''):
     if 'smoke' in words:  # after `published`: its sizes win
         config.quick_compile = True
         config.batch_size, config.evaluate_pool = 16, 16
-        config.data.update(max_source=64, max_comment=24, max_binary=48, vocabulary=400,
-                           binary_vocabulary=400)  # fmt: skip
+        config.data.update(
+            max_source=64, max_comment=24, max_binary=48, vocabulary=400, binary_vocabulary=400
+        )
         config.data.built_in = dict(train=24, val=16, test=16)
         for side in ('anchor', 'binary'):
             config.model[side].update(width=16, depth=1, heads=2, mlp_width=32)

@@ -31,7 +31,7 @@ and totals are never right.
 
 from ml_collections import config_dict
 
-from mmjax import config as mmjax_config
+from mmjax.engine import config as mmjax_config
 
 
 def get_config(argument: str = ''):
@@ -51,17 +51,36 @@ def get_config(argument: str = ''):
     config.data.built_in_side = 112
 
     config.model = dict(
-        vision=dict(patch_size=16, width=128, depth=4, heads=4, mlp_width=256, norm='layer',
-                    layer_scale=0.1, stem='convolutions', dropout=0.0),
+        vision=dict(
+            patch_size=16,
+            width=128,
+            depth=4,
+            heads=4,
+            mlp_width=256,
+            norm='layer',
+            layer_scale=0.1,
+            stem='convolutions',
+            dropout=0.0,
+        ),
         shuffle=1,  # so many picture tokens, squared, become one of the decoder's
-        language=dict(width=128, depth=2, heads=4, kv_heads=2, mlp_width=256, theta=1e4,
-                      qkv_bias=True, tied=True, dropout=0.0, epsilon=1e-6),
+        language=dict(
+            width=128,
+            depth=2,
+            heads=4,
+            kv_heads=2,
+            mlp_width=256,
+            theta=1e4,
+            qkv_bias=True,
+            tied=True,
+            dropout=0.0,
+            epsilon=1e-6,
+        ),
         cross_attention=dict(heads=8, dropout=0.1),
         thaw_blocks=1,  # last blocks of the tower that the second stage thaws
         attention='auto',  # xla | cudnn | auto
         remat=False,  # blocks are computed again in the backward pass: slower, in less memory
         pretrained=dict(language=config_dict.placeholder(str)),
-    )  # fmt: skip
+    )
     config.losses = dict(smoothing=0.0)  # of the classes
     config.loss_weights = dict(classification=1.0, language=1.0)
     decode = dict(beams=1, length_penalty=1.0, temperature=0.7, top_k=50, top_p=0.9)
@@ -94,10 +113,12 @@ def get_config(argument: str = ''):
         config.precision = 'bfloat16'
         config.data.update(image_size=448, built_in_side=448)
         config.model.shuffle = 2
-        config.model.vision.update(patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096,
-                                   stem='patch')  # fmt: skip
-        config.model.language.update(width=896, depth=24, heads=14, kv_heads=2, mlp_width=4864,
-                                     theta=1e6, tied=False)  # fmt: skip
+        config.model.vision.update(
+            patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096, stem='patch'
+        )
+        config.model.language.update(
+            width=896, depth=24, heads=14, kv_heads=2, mlp_width=4864, theta=1e6, tied=False
+        )
         config.model.update(thaw_blocks=4, remat=True)
         config.optimizer.learning_rate = 2e-5
         config.evaluate.every_epochs = 0.5  # more often in a stage than the patience

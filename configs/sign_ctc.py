@@ -65,7 +65,7 @@ signs.
     --config.model.student.dropout=0.3
 """
 
-from mmjax import config as mmjax_config
+from mmjax.engine import config as mmjax_config
 
 
 def get_config(argument: str = ''):
@@ -84,9 +84,16 @@ def get_config(argument: str = ''):
     config.data.frame_rate = 25.0  # frames a second, for the times that predict prints
     config.data.max_fault_share = 0.01
     # A time mask may hide a sign whole, which CTC then has to read from nothing: off.
-    config.data.augmentation = dict(stretch=(0.9, 1.1), noise=0.03, gain=0.0, offset=0.0,
-                                    stream_dropout=0.05, feature_dropout=0.0, time_masks=0,
-                                    time_mask_share=0.1)  # fmt: skip
+    config.data.augmentation = dict(
+        stretch=(0.9, 1.1),
+        noise=0.03,
+        gain=0.0,
+        offset=0.0,
+        stream_dropout=0.05,
+        feature_dropout=0.0,
+        time_masks=0,
+        time_mask_share=0.1,
+    )
     config.data.built_in = dict(train=3000, dev=100, test=200, signers=64, held_out_signers=4)
 
     model = dict(

@@ -35,7 +35,7 @@ hidden ones leave their number, which goes with the lettering's amount.
 
 from ml_collections import config_dict
 
-from mmjax import config as mmjax_config
+from mmjax.engine import config as mmjax_config
 
 
 def get_config(argument: str = ''):
@@ -63,14 +63,31 @@ def get_config(argument: str = ''):
         pack=True,  # run the towers on the panels that are there, not on padding
         visual_fusion='attention',  # of both: attention | gate | concat
         siglip=dict(patch_size=8, width=128, depth=4, heads=4, mlp_width=512, dropout=0.0),
-        resnet=dict(stage_sizes=(1, 1, 1), width=32, bottleneck=False, stem_kernel=11,
-                    stem_stride=8, stem_pool=False, statistics=False),
+        resnet=dict(
+            stage_sizes=(1, 1, 1),
+            width=32,
+            bottleneck=False,
+            stem_kernel=11,
+            stem_stride=8,
+            stem_pool=False,
+            statistics=False,
+        ),
         bert=dict(width=96, depth=1, heads=3, mlp_width=192, max_length=128, dropout=0.1),
-        heads=dict(features=512, siglip_hidden=384, resnet_hidden=512, composition_hidden=256,
-                   gate_hidden=512, reconstruction_hidden=1024, dropout=0.1),
-        pretrained=dict(siglip=config_dict.placeholder(str), resnet=config_dict.placeholder(str),
-                        bert=config_dict.placeholder(str)),
-    )  # fmt: skip
+        heads=dict(
+            features=512,
+            siglip_hidden=384,
+            resnet_hidden=512,
+            composition_hidden=256,
+            gate_hidden=512,
+            reconstruction_hidden=1024,
+            dropout=0.1,
+        ),
+        pretrained=dict(
+            siglip=config_dict.placeholder(str),
+            resnet=config_dict.placeholder(str),
+            bert=config_dict.placeholder(str),
+        ),
+    )
     config.losses = dict(temperature=0.07, chunk='auto', stop_context=False)
     config.loss_weights = dict(contrastive=1.0, reconstruction=0.5, alignment=1.0)  # published: .3
 
@@ -105,8 +122,9 @@ def get_config(argument: str = ''):
         config.data.update(image_size=224, max_tokens=128, vocabulary=30522, buckets=(16,))
         config.model.visual_backbone = 'both'
         config.model.siglip.update(patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)
-        config.model.resnet.update(stage_sizes=(3, 4, 6, 3), width=64, bottleneck=True,
-                                   stem_kernel=7, stem_pool=True)  # fmt: skip
+        config.model.resnet.update(
+            stage_sizes=(3, 4, 6, 3), width=64, bottleneck=True, stem_kernel=7, stem_pool=True
+        )
         config.model.bert.update(width=384, depth=6, heads=12, mlp_width=1536, max_length=512)
         config.model.heads.resnet_hidden = 1024
         config.optimizer.learning_rate = 1e-4

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Starts n processes of one run on this machine, as many hosts would; for trying multi-host runs.
 #   launch/local.sh 2 --config=configs/stage3.py:smoke --workdir=runs/two
+# export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 asks for huge pages: on CPU a few percent of a step.
 # JAX_NUM_CPU_DEVICES=k gives each process k CPU devices (gloo joins them).
 set -euo pipefail
 n=${1:?usage: launch/local.sh PROCESSES ARGUMENTS...}

@@ -12,8 +12,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from mmjax import hugepages
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 
 MODES = ('train', 'evaluate', 'predict', 'prepare', 'embed', 'export')
 MAY_CHANGE = re.compile(r'log\..*|data\.workers|data\.threads|data\.cache')  # on resume
@@ -35,27 +34,38 @@ _PROCESS = flags.DEFINE_integer('process', None, 'index of this process')
 
 
 def parse(argv: list[str]):
-    """Reads the flags; a wrong one is a DataError that names it. Returns the locked config."""
+    """Reads the flags; a wrong one is a UserError that names it. Returns the locked config."""
     app.define_help_flags()
-    for argument in argv[1:]:
-        if match := re.match(r'--?config=([^:]+)', argument):
-            if not pathlib.Path(match.group(1)).is_file():
-                raise DataError(f"no config file '{match.group(1)}'")
+    argv = [argv[0], *map(_find_config, argv[1:])]
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise DataError(str(error)) from None
+        raise UserError(str(error)) from None
     except (AttributeError, KeyError) as error:
         words = re.findall(r"""['"]([^'"\\\\]+)""", str(error)) or ['?']
         name = words[0]
         key = next((a for a in argv[1:] if re.search(rf'[.]{re.escape(name)}(=|\.|$)', a)), name)
         hint = f"; did you mean '{words[1]}'?" if 'Did you mean' in str(error) else ''
-        raise DataError(f"the config has no key '{name}' ({key}){hint}") from None
+        raise UserError(f"the config has no key '{name}' ({key}){hint}") from None
     if len(rest) > 1:
-        raise DataError(f"unexpected argument '{rest[1]}'")
+        raise UserError(f"unexpected argument '{rest[1]}'")
     if _CONFIG.value is None:
-        raise DataError('give --config=FILE, for example --config=configs/stage3.py')
+        raise UserError('give --config=FILE, for example --config=configs/stage3.py')
     return _CONFIG.value
+
+
+def _find_config(argument: str) -> str:
+    """Replaces the name in `--config=stage3:smoke` by the path of that installed config."""
+    match = re.fullmatch(r'(--?config=)([^:]+)(.*)', argument, re.DOTALL)
+    if not match or pathlib.Path(match.group(2)).is_file():
+        return argument
+    name = match.group(2)
+    here = pathlib.Path(__file__).parent
+    folders = [folder for folder in (here / 'configs', here.parent / 'configs') if folder.is_dir()]
+    known = {path.stem: path for folder in folders for path in sorted(folder.glob('[a-z]*.py'))}
+    if name not in known:
+        raise UserError(f"no config file '{name}', nor a config named so: {', '.join(known)}")
+    return f'{match.group(1)}{known[name]}{match.group(3)}'
 
 
 def default_workdir(config_flag: str) -> str:
@@ -66,17 +76,17 @@ def default_workdir(config_flag: str) -> str:
 
 def claim(workdir, config: dict, *, overwrite: bool, may_change: re.Pattern = MAY_CHANGE) -> bool:
     """Checks that `workdir` may hold this run; changes nothing. Returns whether one is there."""
-    from mmjax.config import differences
+    from mmjax.engine.config import differences
 
     saved = workdir / 'config.json'
     if not saved.exists():
         if workdir.exists() and any(not p.name.endswith('.tmp') for p in workdir.iterdir()):
-            raise DataError(f'{workdir} is not empty and holds no run of mmjax (no config.json)')
+            raise UserError(f'{workdir} is not empty and holds no run of mmjax (no config.json)')
         return False
     try:
         old = json.loads(saved.read_text())['config']
     except (ValueError, KeyError, TypeError):
-        raise DataError(f'{saved} is not a config of mmjax') from None
+        raise UserError(f'{saved} is not a config of mmjax') from None
     if overwrite:
         return True
     found = differences(old, json.loads(json.dumps(config)))
@@ -86,7 +96,7 @@ def claim(workdir, config: dict, *, overwrite: bool, may_change: re.Pattern = MA
         remedy = '--overwrite, or another --workdir'
         if may_change is READING:
             remedy = f'another --workdir with --init_from={workdir}'
-        raise DataError(f'{workdir} holds a run with another config: {what} ({remedy})')
+        raise UserError(f'{workdir} holds a run with another config: {what} ({remedy})')
     return True
 
 
@@ -99,27 +109,36 @@ def execute(argv: list[str]) -> int:
     plain = config.to_dict()
     reads = _MODE.value in ('evaluate', 'predict', 'embed', 'export')
     if _MODE.value != 'train' and _OVERWRITE.value:
-        raise DataError(f'--overwrite starts a run anew, --mode={_MODE.value} does not')
+        raise UserError(f'--overwrite starts a run anew, --mode={_MODE.value} does not')
     may_change = READING if reads else MAY_CHANGE
     existing = _MODE.value != 'prepare' and claim(
         workdir, plain, overwrite=_OVERWRITE.value, may_change=may_change
     )
     if reads and not (existing or _INIT.value):
-        raise DataError(f'--mode={_MODE.value} needs a trained run; {workdir} holds none')
+        raise UserError(f'--mode={_MODE.value} needs a trained run; {workdir} holds none')
     finished = workdir / 'results.json'
     if _MODE.value == 'train' and existing and finished.exists() and not _OVERWRITE.value:
         print(finished.read_text())
         print(f'{workdir} is finished (--overwrite starts anew)')
         return 0
 
-    from mmjax import modes
+    from mmjax.engine import modes
 
     return modes.run(
-        _MODE.value, config, plain, workdir, argv=argv, existing=existing,
-        overwrite=_OVERWRITE.value, input=_INPUT.value, question=_QUESTION.value,
-        output=_OUTPUT.value, init_from=_INIT.value, allow_data_change=_DATA.value,
+        _MODE.value,
+        config,
+        plain,
+        workdir,
+        argv=argv,
+        existing=existing,
+        overwrite=_OVERWRITE.value,
+        input=_INPUT.value,
+        question=_QUESTION.value,
+        output=_OUTPUT.value,
+        init_from=_INIT.value,
+        allow_data_change=_DATA.value,
         processes=(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
-    )  # fmt: skip
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     try:
         return execute(argv)
-    except DataError as error:
+    except UserError as error:
         print(f'mmjax: {error}', file=sys.stderr)
         return 1
     except SystemExit:  # absl has printed its --help
@@ -135,7 +154,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    hugepages.restart('mmjax.main')
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

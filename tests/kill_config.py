@@ -4,7 +4,7 @@ import sys
 
 sys.path.insert(0, __file__.rsplit('/', 1)[0])
 
-from runs import toy
+from tests.runs import toy
 
 
 def get_config(argument=''):

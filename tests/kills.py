@@ -10,9 +10,9 @@ import time
 
 import jax
 import numpy as np
-from runs import ROOT, environment, lines
 
-from mmjax.checkpoint import load_weights
+from mmjax.engine.checkpoint import load_weights
+from tests.runs import ROOT, environment, lines
 
 CONFIG = 'tests/kill_config.py'
 
@@ -36,9 +36,13 @@ def start(workdir, *arguments):
     config = [] if named else [f'--config={CONFIG}']
     command = [sys.executable, '-m', 'mmjax.main', *config, f'--workdir={workdir}', *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
 
 
 def finish(workdir, *arguments):

@@ -10,8 +10,8 @@ import sys
 import jax
 from etils import epath
 
-from mmjax import build, logs, modes, train
-from mmjax import config as config_lib
+from mmjax.engine import build, logs, modes, train
+from mmjax.engine import config as config_lib
 
 LOSSES = {'PK': 'supcon', 'CTC': 'ctc', 'Generate': 'language', 'Thaw': 'mse'}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,8 +76,13 @@ def command(*arguments, env=None, timeout=300, **options) -> subprocess.Complete
     """Runs `python -m mmjax.main …` in another process, in the repository."""
     return subprocess.run(
         [sys.executable, '-m', 'mmjax.main', *map(str, arguments)],
-        cwd=ROOT, env=environment(env), capture_output=True, text=True, timeout=timeout, **options,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
+    )
 
 
 def environment(extra=None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The arrows of the house, and what must never be imported."""
+"""The layers of the package, and what must never be imported."""
 
 import ast
 import subprocess
@@ -6,40 +6,30 @@ import sys
 
 import pytest
 
-# package or module → what of mmjax it may import. The engine knows tasks by their interface only.
-ENGINE = {'config', 'stages', 'optim', 'parallel', 'checkpoint', 'logs', 'step', 'evaluate', 'task',
-          'preemption', 'build', 'report'}  # fmt: skip
+RECIPES = ('comic', 'contrabin', 'receipts', 'retrieval', 'sign')
+# layer → the layers it may import, besides itself and `errors`.
+PURE = {'losses', 'models', 'decode', 'evals', 'pretrained'}
 ALLOWED = {
-    'losses': {'losses'},
-    'models': {'models'},
-    'decode': {'decode'},
-    'pretrained': {'pretrained', 'data.dataset'},
-    'evals': {'evals', 'decode'},
-    'data': {'data'},
-    'tasks': {'tasks', 'models', 'losses', 'data', 'decode', 'evals', 'pretrained', 'task'},
-    'config': {'data.dataset'},
-    'stages': {'config', 'data.dataset'},
-    'optim': {'stages', 'data.dataset'},
-    'parallel': {'data.dataset'},
-    'task': {'stages', 'losses.term', 'data.dataset'},
-    'step': {'optim', 'stages', 'losses.term'},
-    'checkpoint': {'checkpoint', 'data.dataset', 'parallel'},
-    'logs': {'data.dataset'},
-    'report': {'logs', 'data.dataset', 'report'},
-    'preemption': set(),
-    'evaluate': {'parallel', 'data', 'task'},
-    'build': ENGINE | {'data'},
-    'train': ENGINE | {'data'},
-    'modes': ENGINE | {'data', 'train'},
-    'main': {'config', 'data.dataset', 'hugepages', 'modes'},
-    'hugepages': set(),
+    'errors': set(),
+    'cpu': set(),
+    'losses': {'cpu'},
+    'models': {'cpu'},
+    'decode': {'cpu'},
+    'evals': {'decode', 'cpu'},
+    'pretrained': {'cpu'},
+    'data': set(),
+    'engine': {'data', 'losses.term'},
+    'recipes': {'engine', 'data', *PURE},
+    'testing': {'engine', 'data', *PURE},
+    'run': {'engine', 'data'},
+    'main': {'engine', 'data'},
 }
 
 
 def modules(root):
     for path in sorted((root / 'mmjax').rglob('*.py')):
         name = '.'.join(path.relative_to(root / 'mmjax').with_suffix('').parts)
-        if name not in ('__init__',):
+        if name != '__init__':
             yield name.removesuffix('.__init__'), ast.parse(path.read_text())
 
 
@@ -55,18 +45,40 @@ def imports(tree):
                 yield f'{node.module}.{alias.name}', id(node) in top
 
 
-def test_arrows_go_one_way(root):
+def within(target, layer):
+    return target == layer or target.startswith(f'{layer}.')
+
+
+def test_imports_go_down_the_layers(root):
     wrong = []
     for name, tree in modules(root):
-        part = name.split('.')[0]
+        layer = name.split('.')[0]
         for found, _ in imports(tree):
-            if not found.startswith('mmjax.') or found == 'mmjax.__version__':
-                continue
             target = found.removeprefix('mmjax.')
-            fits = any(target == ok or target.startswith(f'{ok}.') for ok in ALLOWED[part])
-            if not fits and target.split('.')[0] != part:
+            if not found.startswith('mmjax.') or target == '__version__':
+                continue
+            if not any(within(target, ok) for ok in {layer, 'errors', *ALLOWED[layer]}):
                 wrong.append(f'mmjax.{name} imports {found}')
     assert not wrong
+
+
+def test_a_recipe_imports_no_other_recipe(root):
+    names = {path.parent.name for path in (root / 'mmjax/recipes').glob('*/task.py')}
+    assert names == set(RECIPES)
+    for name, tree in modules(root):
+        parts = name.split('.')
+        if parts[0] != 'recipes' or len(parts) == 1:
+            continue
+        for found, _ in imports(tree):
+            if found.startswith('mmjax.recipes.'):
+                assert found.split('.')[2] == parts[1], f'mmjax.{name} imports {found}'
+
+
+def test_the_engine_names_no_recipe(root):
+    for path in (root / 'mmjax/engine').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in RECIPES, path
 
 
 def test_data_imports_no_jax_at_module_level(root):
@@ -86,8 +98,3 @@ def test_nothing_imports(root, name):
 def test_help_answers_without_jax():
     code = 'import sys; from mmjax import main; assert "jax" not in sys.modules, "jax"'
     subprocess.run([sys.executable, '-c', code], check=True)
-
-
-def test_train_stays_under_400_lines(root):
-    for name in ('train', 'step'):
-        assert len((root / f'mmjax/{name}.py').read_text().splitlines()) <= 400

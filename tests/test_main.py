@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from runs import command
+
+from tests.runs import command
 
 SMOKE = '--config=configs/stage3.py:smoke'
 
@@ -12,10 +13,10 @@ SMOKE = '--config=configs/stage3.py:smoke'
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """A small folder of pages in the format of the comic recipe."""
-    from mmjax.data import comic_synthetic
+    from mmjax.recipes.comic.synthetic import pages
 
     root = tmp_path_factory.mktemp('pages')
-    comic_synthetic.write_folder(root, {'train': 110, 'val': 12}, seed=5)
+    pages.write_folder(root, {'train': 110, 'val': 12}, seed=5)
     return root
 
 
@@ -99,8 +100,12 @@ def test_a_few_bad_pages_are_skipped_and_counted(folder, tmp_path):
     row = next(l for l in (root / 'pages.csv').read_text().splitlines() if l.endswith('train'))
     picture = root / row.split(',')[1]
     picture.write_bytes(picture.read_bytes()[:500])
-    done = command(SMOKE, f'--workdir={tmp_path / "run"}', f'--config.data.root={root}',
-                   env={'MMJAX_CACHE': str(tmp_path / 'cache')})  # fmt: skip
+    done = command(
+        SMOKE,
+        f'--workdir={tmp_path / "run"}',
+        f'--config.data.root={root}',
+        env={'MMJAX_CACHE': str(tmp_path / 'cache')},
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / 'run/results.json').read_text())
     assert 1 in results['skipped'].values(), results['skipped']

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 from mmjax.data.dataset import Dataset
+from mmjax.engine.task import Evaluator, Scores, Task
 from mmjax.losses import contrastive
 from mmjax.losses.term import Term
-from mmjax.task import Evaluator, Scores, Task
 
 
 class Arrays(Dataset):
@@ -60,8 +60,14 @@ class PK(Task):
         rng = np.random.default_rng(1)
         label = np.repeat(np.arange(12), 5)
         a, b = (self.identities[label] @ rng.normal(size=(8, 8)) for _ in range(2))
-        return Arrays(split, {'identity': label}, ('a', 'b'), a=a.astype(np.float32),
-                      b=b.astype(np.float32), label=label.astype(np.int32))  # fmt: skip
+        return Arrays(
+            split,
+            {'identity': label},
+            ('a', 'b'),
+            a=a.astype(np.float32),
+            b=b.astype(np.float32),
+            label=label.astype(np.int32),
+        )
 
     def rules(self):
         return (('scale', 'logit_scale'), ('towers', '.*'))
@@ -80,8 +86,9 @@ class PK(Task):
         temperature = jnp.exp(-jnp.minimum(variables['params']['logit_scale'], jnp.log(100.0)))
         both = jnp.concatenate([outputs['a'], outputs['b']])
         twice = lambda x: jnp.concatenate([x, x])
-        term, _ = contrastive.supcon(both, twice(outputs['label']), twice(outputs['mask']),
-                                  temperature=temperature)  # fmt: skip
+        term, _ = contrastive.supcon(
+            both, twice(outputs['label']), twice(outputs['mask']), temperature=temperature
+        )
         return {'supcon': term}
 
     def distance(self, variables, batch):
@@ -106,8 +113,15 @@ class CTC(Task):
         frames = np.zeros((64, 16, 5), np.float32)
         for i, n in enumerate(length):
             frames[i, np.arange(n), labels[i, np.arange(n) * 3 // n]] = 1
-        return _Bucketed(split, {'length': length}, ('frames',), (8, 16), frames=frames,
-                         length=length, labels=labels)  # fmt: skip
+        return _Bucketed(
+            split,
+            {'length': length},
+            ('frames',),
+            (8, 16),
+            frames=frames,
+            length=length,
+            labels=labels,
+        )
 
     def rules(self):
         return (('all', '.*'),)

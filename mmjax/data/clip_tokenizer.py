@@ -17,8 +17,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mmjax.data import tokenizers
-from mmjax.data.dataset import DataError
 from mmjax.data.tokenizers import Tokenizer
+from mmjax.errors import UserError
 
 CUTS = ('kept', 'front', 'end', 'words', 'unfit')
 START, END = '<|startoftext|>', '<|endoftext|>'
@@ -49,20 +49,20 @@ def clip_tokenizer(merges_file: str | os.PathLike, vocabulary: int = VOCABULARY)
       vocabulary: number of ids; the first `vocabulary` - 514 merges count, later ones are not read.
 
     Raises:
-      DataError: the file is missing, malformed, larger than MAX_BYTES, or has too few merges.
+      UserError: the file is missing, malformed, larger than MAX_BYTES, or has too few merges.
     """
     path, wanted = pathlib.Path(merges_file), _merges_of(vocabulary)
     made, merges = set(_symbols()), []
     for line, merge in _read_merges(path, wanted):
         for symbol in merge:
             if symbol not in made:
-                raise DataError(f'{path} line {line}: no line before it makes {symbol!r}')
+                raise UserError(f'{path} line {line}: no line before it makes {symbol!r}')
         if (new := ''.join(merge)) in made:
-            raise DataError(f'{path} line {line}: {new!r} is made twice')
+            raise UserError(f'{path} line {line}: {new!r} is made twice')
         made.add(new)
         merges.append(merge)
     if len(merges) < wanted:
-        raise DataError(f'{path} has {len(merges)} merges where {wanted} are wanted')
+        raise UserError(f'{path} has {len(merges)} merges where {wanted} are wanted')
     return _numbered(merges)
 
 
@@ -70,7 +70,7 @@ def load_clip_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Loads CLIP's tokenizer from a folder, from the first of these files that it holds.
 
     `tokenizer.json` (ours or Hugging Face's); `vocab.json` with `merges.txt` (Hugging Face's);
-    `bpe_simple_vocab_16e6.txt.gz` or `.txt` (OpenAI's). Raises DataError: it holds none of them, or
+    `bpe_simple_vocab_16e6.txt.gz` or `.txt` (OpenAI's). Raises UserError: it holds none of them, or
     one that is malformed or not CLIP's.
     """
     folder = pathlib.Path(folder)
@@ -78,14 +78,14 @@ def load_clip_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         tokenizer = tokenizers.load_tokenizer(folder)
         ids, mask = tokenizer.encode(['a'], 16)
         if ids[0, mask[0].sum() - 1] != tokenizer.pad_id:
-            raise DataError(f'{folder / tokenizers.FILE} does not end and pad texts with {END}')
+            raise UserError(f'{folder / tokenizers.FILE} does not end and pad texts with {END}')
         return tokenizer
     if (folder / 'vocab.json').exists():
         return _from_vocabulary(folder / 'vocab.json', folder / 'merges.txt')
     for name in MERGES:
         if (folder / name).exists():
             return clip_tokenizer(folder / name)
-    raise DataError(f'{folder} holds no {tokenizers.FILE}, no vocab.json and no {MERGES[0]}')
+    raise UserError(f'{folder} holds no {tokenizers.FILE}, no vocab.json and no {MERGES[0]}')
 
 
 def train_clip_tokenizer(texts: Iterable[str], vocabulary: int = 2000) -> Tokenizer:
@@ -253,18 +253,18 @@ def _from_vocabulary(vocabulary_file: pathlib.Path, merges_file: pathlib.Path) -
     try:
         ids = json.loads(_read(vocabulary_file))
     except (ValueError, RecursionError) as error:
-        raise DataError(f'{vocabulary_file} is not JSON: {error}') from error
+        raise UserError(f'{vocabulary_file} is not JSON: {error}') from error
     whole = isinstance(ids, dict) and all(type(value) is int for value in ids.values())
     if not whole or sorted(ids.values()) != list(range(len(ids))):
-        raise DataError(f'{vocabulary_file} does not number its tokens from 0 on')
+        raise UserError(f'{vocabulary_file} does not number its tokens from 0 on')
     for token in (*_symbols(), START, END):
         if token not in ids:
-            raise DataError(f'{vocabulary_file} has no token {token!r}')
+            raise UserError(f'{vocabulary_file} has no token {token!r}')
     merges = []
     for line, merge in _read_merges(merges_file, len(ids) - _FIXED):
         for token in (*merge, ''.join(merge)):
             if token not in ids:
-                raise DataError(f'{merges_file} line {line}: {vocabulary_file} has no {token!r}')
+                raise UserError(f'{merges_file} line {line}: {vocabulary_file} has no {token!r}')
         merges.append(merge)
     return _build(ids, merges)
 
@@ -276,7 +276,7 @@ def _read_merges(path: pathlib.Path, most: int) -> Iterator[tuple[int, tuple[str
     for line, content in enumerate(lines[header : header + most], 1 + header):
         symbols = content.split()
         if len(symbols) != 2:
-            raise DataError(f'{path} line {line} holds {len(symbols)} symbols where a merge has 2')
+            raise UserError(f'{path} line {line} holds {len(symbols)} symbols where a merge has 2')
         yield line, (symbols[0], symbols[1])
 
 
@@ -289,11 +289,11 @@ def _read(path: pathlib.Path) -> str:
             source = gzip.GzipFile(fileobj=file) if packed else file
             content = source.read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f'{path} cannot be read: {error}') from error
+        raise UserError(f'{path} cannot be read: {error}') from error
     if len(content) > MAX_BYTES:
-        raise DataError(f'{path} holds more than {MAX_BYTES:,} bytes; it is no vocabulary of CLIP')
+        raise UserError(f'{path} holds more than {MAX_BYTES:,} bytes; it is no vocabulary of CLIP')
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b'\n') + 1
-        raise DataError(f'{path} line {line}: not UTF-8') from error
+        raise UserError(f'{path} line {line}: not UTF-8') from error

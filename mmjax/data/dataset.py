@@ -6,10 +6,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 
-class DataError(Exception):
-    """A fault in the user's data or configuration, told in one sentence with file, line or key."""
-
-
 class Dataset(abc.ABC):
     """One split: examples by row, and an index of small arrays that samplers read.
 

@@ -22,9 +22,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from mmjax.data.dataset import DataError, Dataset
+from mmjax.data.dataset import Dataset
 from mmjax.data.processes import follow_parent
 from mmjax.data.samplers import Plan, Sampler
+from mmjax.errors import UserError
 
 _ENDLESS = 1 << 40  # steps, where no stop is given
 _STARTING = threading.Lock()  # one loader at a time starts its processes, so each knows its own
@@ -64,8 +65,8 @@ class _Steps:
             return self._batch(int(step))
         except (_Closed, _Portable):
             raise
-        except DataError as error:
-            raise DataError(str(error)) from error  # a subclass may not survive pickling
+        except UserError as error:
+            raise UserError(str(error)) from error  # a subclass may not survive pickling
         except Exception as error:
             raise _portable(error, f'batch of step {step}') from error
 
@@ -107,8 +108,8 @@ class _Steps:
         where = f"row {row} of split '{self._dataset.split}'"
         try:
             return self._dataset.example(row, rng, self._train)
-        except DataError as error:
-            raise DataError(f'{where}: {error}') from error
+        except UserError as error:
+            raise UserError(f'{where}: {error}') from error
         except Exception as error:
             raise _portable(error, where) from error
 
@@ -131,13 +132,13 @@ class _Portable(RuntimeError):
 
 
 def _checked(batch: dict[str, Any], count: int) -> dict[str, np.ndarray]:
-    """Raises DataError where `collate` did not return arrays of `count` rows under free names."""
+    """Raises UserError where `collate` did not return arrays of `count` rows under free names."""
     for key, value in batch.items():
         if key in ('row', 'mask'):
-            raise DataError(f"collate returns '{key}', a name that the engine gives to its own")
+            raise UserError(f"collate returns '{key}', a name that the engine gives to its own")
         if not isinstance(value, np.ndarray) or value.shape[:1] != (count,):
             found = getattr(value, 'shape', type(value).__name__)
-            raise DataError(f"collate returns '{key}' as {found}, not an array of {count} rows")
+            raise UserError(f"collate returns '{key}' as {found}, not an array of {count} rows")
     return batch
 
 
@@ -156,7 +157,7 @@ def _close(reference: weakref.ref) -> None:
 class Batches:
     """Iterates over local batches; `close()` (or leaving `with`) ends its threads and processes.
 
-    A fault ends the iteration: DataError for data (naming the row), RuntimeError for code.
+    A fault ends the iteration: UserError for data (naming the row), RuntimeError for code.
     """
 
     def __init__(self, steps: _Steps, start: int, stop: int, workers: int, ahead: int):
@@ -192,14 +193,14 @@ class Batches:
         except StopIteration:
             self.close()
             raise
-        except (DataError, _Portable):
+        except (UserError, _Portable):
             self.close()
             raise
         except RuntimeError as error:
             self.close()
             if 'terminated unexpectedly' not in str(error):
                 raise
-            raise DataError(
+            raise UserError(
                 f'a loader process died ({error}): exit code -9 may be a lack of memory, -7 of '
                 'space in /dev/shm; set data.workers=0 or fewer'
             ) from error
@@ -291,7 +292,7 @@ def batches(
       dataset) and `mask` bool (False on padding, which repeats the batch's first example).
 
     Raises:
-      ValueError: wrong arguments. DataError: while iterating, with the row.
+      ValueError: wrong arguments. UserError: while iterating, with the row.
     """
     if stop is None:
         stop = _ENDLESS
@@ -308,9 +309,15 @@ def batches(
         )
     count = sampler.batch_size // process_count
     steps = _Steps(
-        dataset, sampler, seed=seed, stage=stage, train=train, threads=threads,
-        place=process_index * count, count=count,
-    )  # fmt: skip
+        dataset,
+        sampler,
+        seed=seed,
+        stage=stage,
+        train=train,
+        threads=threads,
+        place=process_index * count,
+        count=count,
+    )
     return Batches(steps, start, stop, min(workers, stop - start), prefetch if threads else 0)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import TypeVar
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 
 Item, Result = TypeVar('Item'), TypeVar('Result')
 _AHEAD = 4  # chunks of a process that are asked for before they are needed
@@ -36,12 +36,12 @@ def cores() -> int:
 
 
 def check_main() -> None:
-    """Raises DataError in a process that is only just importing its parent's main module.
+    """Raises UserError in a process that is only just importing its parent's main module.
 
     Such a process does what the script does, which is to wait for data that its parent makes.
     """
     if getattr(multiprocessing.current_process(), '_inheriting', False):  # as multiprocessing asks
-        raise DataError(
+        raise UserError(
             "a script that prepares data needs its calls under `if __name__ == '__main__':`: the "
             'processes that make data import it'
         )
@@ -64,7 +64,7 @@ def ordered(
       workers: processes; None for one a core that this process may use, at most 16.
 
     Raises:
-      DataError: a process died. What `function` raises comes through.
+      UserError: a process died. What `function` raises comes through.
     """
     items, workers = iter(items), min(16, cores()) if workers is None else workers
     first = list(itertools.islice(items, 2 * chunk))
@@ -83,7 +83,7 @@ def ordered(
         while pending:
             yield from pending.popleft().result()
     except futures.process.BrokenProcessPool as error:
-        raise DataError(
+        raise UserError(
             f'a process that makes data died ({error}): is memory short, or did it print why?'
         ) from None
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 
 Record = dict[str, Any]  # JSON values, and bytes under the keys declared as blobs
 
@@ -18,7 +18,7 @@ Record = dict[str, Any]  # JSON values, and bytes under the keys declared as blo
 class Records(Sequence[Record]):
     """The records of a prepared split by position. Picklable and safe to read from threads.
 
-    Raises DataError, naming the shard, where a shard is missing, cut or unreadable: a shard cut
+    Raises UserError, naming the shard, where a shard is missing, cut or unreadable: a shard cut
     at a block boundary opens without complaint and would yield nothing.
     """
 
@@ -28,7 +28,7 @@ class Records(Sequence[Record]):
         self.directory, self.split = pathlib.Path(directory), split
         info = self._load().splits.get(split)
         if info is None:
-            raise DataError(f'{directory} holds no split {split!r}')
+            raise UserError(f'{directory} holds no split {split!r}')
         self._paths = [str(path) for path in info.filepaths]
         self._ends = np.cumsum(info.shard_lengths)
         for path, expected in zip(self._paths, info.shard_lengths, strict=True):
@@ -55,8 +55,8 @@ class Records(Sequence[Record]):
     def _open(self) -> None:
         self._lock, self._readers, self._features = threading.Lock(), None, None
 
-    def _fault(self, path, what: str) -> DataError:
-        return DataError(f'{path} {what}; remove {self.directory} to have it prepared again')
+    def _fault(self, path, what: str) -> UserError:
+        return UserError(f'{path} {what}; remove {self.directory} to have it prepared again')
 
     def __getstate__(self):
         hidden = ('_lock', '_readers', '_features')

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 
 SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
 FILE = 'tokenizer.json'
@@ -152,7 +152,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Loads `tokenizer.json` of a folder, or where it has none RoBERTa's pair of files.
 
     Raises:
-      DataError: naming the file that is not there or cannot be read.
+      UserError: naming the file that is not there or cannot be read.
     """
     folder = pathlib.Path(folder)
     path = folder / FILE
@@ -161,9 +161,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     try:
         return Tokenizer(path.read_text())
     except FileNotFoundError as error:
-        raise DataError(f'{path} does not exist') from error
+        raise UserError(f'{path} does not exist') from error
     except Exception as error:  # the library raises bare Exceptions
-        raise DataError(f'{path} is not a tokenizer ({error})') from error
+        raise UserError(f'{path} is not a tokenizer ({error})') from error
 
 
 def _roberta(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
@@ -172,16 +172,16 @@ def _roberta(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
     from tokenizers import Tokenizer as Model
 
     if not merges.exists():
-        raise DataError(f'{merges} does not exist, which belongs to {vocabulary}')
+        raise UserError(f'{merges} does not exist, which belongs to {vocabulary}')
     try:
         bpe = models.BPE.from_file(str(vocabulary), str(merges), unk_token='<unk>')
     except Exception as error:
-        raise DataError(f'{vocabulary} and {merges} are no tokenizer ({error})') from error
+        raise UserError(f'{vocabulary} and {merges} are no tokenizer ({error})') from error
     model = Model(bpe)
     ids = {token: model.token_to_id(token) for token in ROBERTA}
     # Where RoBERTa's own come first, as in no other that has them.
     if [ids[token] for token in ROBERTA[:4]] != [0, 1, 2, 3]:
-        raise DataError(
+        raise UserError(
             f"{vocabulary} is not RoBERTa's: it does not begin with <s> <pad> </s> <unk>"
         )
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -53,9 +53,15 @@ def generate(
         return greedy(step, state, logits, **shared)
     if method == 'sample':
         return sample(
-            step, state, logits, **shared,
-            keys=keys, temperature=temperature, top_k=top_k, top_p=top_p,
-        )  # fmt: skip
+            step,
+            state,
+            logits,
+            **shared,
+            keys=keys,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
     if method == 'beam':
         return beam_search(
             step, state, logits, **shared, beams=beams, length_penalty=length_penalty

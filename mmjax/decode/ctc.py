@@ -60,9 +60,16 @@ def greedy(log_probs, mask) -> Decoded:
 
 
 def beam_search(
-    log_probs, mask, *, beam, max_length=None, symbols=None,
-    language_model=None, weight=0.0, length_bonus=0.0,
-) -> Beams:  # fmt: skip
+    log_probs,
+    mask,
+    *,
+    beam,
+    max_length=None,
+    symbols=None,
+    language_model=None,
+    weight=0.0,
+    length_bonus=0.0,
+) -> Beams:
     """Finds sequences of high probability, summed over their paths.
 
       score(y) = ln p_ctc(y) + weight · ln p_lm(y, end) + length_bonus · |y|
@@ -104,10 +111,14 @@ def beam_search(
     if language_model is not None:
         language_model = jnp.asarray(language_model)  # NumPy's cannot be indexed by a traced symbol
     search = functools.partial(
-        _search, beam=beam, max_length=frames if max_length is None else max_length,
-        symbols=min(symbols, size - 1), language_model=language_model, weight=weight,
+        _search,
+        beam=beam,
+        max_length=frames if max_length is None else max_length,
+        symbols=min(symbols, size - 1),
+        language_model=language_model,
+        weight=weight,
         length_bonus=length_bonus,
-    )  # fmt: skip
+    )
     return Beams(*jax.vmap(search)(jnp.asarray(log_probs, jnp.float32), mask))
 
 
@@ -127,9 +138,7 @@ class _Prefixes(NamedTuple):
     parent: jax.Array
 
 
-def _search(
-    log_probs, mask, *, beam, max_length, symbols, language_model, weight, length_bonus
-):  # fmt: skip
+def _search(log_probs, mask, *, beam, max_length, symbols, language_model, weight, length_bonus):
     """Returns int32 [K, L], int32 [K] and float32 [K] of one row, log_probs [T, V], mask [T]."""
     size = log_probs.shape[1]
     if symbols < size - 1:

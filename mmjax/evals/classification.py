@@ -72,8 +72,14 @@ def figure(confusion: np.ndarray, names: list[str]) -> Figure:
     axis.imshow(confusion, cmap='Blues')
     for row, column in np.ndindex(*confusion.shape):
         dark = confusion[row, column] > confusion.max() / 2
-        axis.text(column, row, str(confusion[row, column]), ha='center', va='center',
-                  color='white' if dark else 'black')  # fmt: skip
+        axis.text(
+            column,
+            row,
+            str(confusion[row, column]),
+            ha='center',
+            va='center',
+            color='white' if dark else 'black',
+        )
     axis.set_xticks(range(len(names)), names)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel='answer', ylabel='truth')

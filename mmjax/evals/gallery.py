@@ -45,9 +45,13 @@ class GalleryScores:
 
 
 def search(
-    queries: np.ndarray, gallery: np.ndarray, k: int, *,
-    chunk_queries: int = 1024, chunk_gallery: int = 4096,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    k: int,
+    *,
+    chunk_queries: int = 1024,
+    chunk_gallery: int = 4096,
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns float32 [q, k] cosines and int64 [q, k] rows of the nearest gallery rows, best first.
 
     Of equal cosines the lower row comes first, whatever the tiles: products are taken in float64
@@ -151,9 +155,12 @@ def rank(
 
 
 def bootstrap_difference(
-    a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None,
-    samples: int = 2000, seed: int = 0,
-) -> tuple[float, float, float]:  # fmt: skip
+    a: np.ndarray,
+    b: np.ndarray,
+    groups: np.ndarray | None = None,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
     """Returns mean(a) − mean(b) and its 95 % interval, by a paired bootstrap over queries.
 
     Queries of one identity are not independent: with `groups`, whole groups are drawn. The interval

@@ -42,9 +42,14 @@ def posteriorgram(
     upper, lower = drawn.subplots(2, 1, sharex=True, height_ratios=heights)
     edges = -0.5, len(log_probs) - 0.5, len(tracks) - 0.5, -0.5
     picture = upper.imshow(
-        np.exp(log_probs[:, tracks]).T, aspect='auto', interpolation='nearest', cmap='Greys',
-        vmin=0, vmax=1, extent=edges,
-    )  # fmt: skip
+        np.exp(log_probs[:, tracks]).T,
+        aspect='auto',
+        interpolation='nearest',
+        cmap='Greys',
+        vmin=0,
+        vmax=1,
+        extent=edges,
+    )
     drawn.colorbar(picture, ax=upper, label='probability', pad=0.01)
     upper.set_yticks(range(len(tracks)), [names[symbol] for symbol in tracks], fontsize=7)
     upper.set_title(title, fontsize=9)

@@ -59,9 +59,13 @@ def ctc_rows(logits, mask, labels, label_mask, *, blank=0, blank_penalty=0.0):
     # of an accelerator, and log 0 must lie below the loss of any row: 1e5 does not.
     with jax.default_matmul_precision('highest'):
         losses = optax.ctc_loss(
-            logits, (~frames).astype(jnp.float32), labels, label_paddings.astype(jnp.float32),
-            blank_id=blank, log_epsilon=-1e30,
-        )  # fmt: skip
+            logits,
+            (~frames).astype(jnp.float32),
+            labels,
+            label_paddings.astype(jnp.float32),
+            blank_id=blank,
+            log_epsilon=-1e30,
+        )
     losses = jnp.where(feasible, losses, 0.0)
     # Rounding gives −8e-8 and the like; the gradient of a maximum would be lost there.
     return losses + jax.lax.stop_gradient(jnp.maximum(losses, 0.0) - losses), feasible

@@ -106,9 +106,14 @@ class Bert(nn.Module):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             for index in range(self.depth):
                 x = BertBlock(
-                    self.heads, self.mlp_width, self.dropout, self.epsilon, self.dtype,
-                    self.implementation, name=f'block_{index}',
-                )(x, seen, train=train, places=places)  # fmt: skip
+                    self.heads,
+                    self.mlp_width,
+                    self.dropout,
+                    self.epsilon,
+                    self.dtype,
+                    self.implementation,
+                    name=f'block_{index}',
+                )(x, seen, train=train, places=places)
             return x
 
         def plain(module, tokens, types):

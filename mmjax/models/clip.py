@@ -98,9 +98,12 @@ class ClipVision(nn.Module):
         """
         x = patches(images, self.image_size, self.patch_size).astype(self.dtype)
         x = layers.Dense(
-            self.width, use_bias=False, dtype=self.dtype, kernel_init=_patch_init,
+            self.width,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=_patch_init,
             name='patch_embedding',
-        )(x)  # fmt: skip
+        )(x)
         init = _normal(self.width**-0.5)
         token = self.param('class_token', init, (self.width,)).astype(self.dtype)
         positions = self.param('positions', init, (1 + x.shape[1], self.width))
@@ -109,9 +112,15 @@ class ClipVision(nn.Module):
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm_pre')(x)
         for index in range(self.depth):
             x = ClipBlock(
-                self.heads, self.mlp_width, self.depth, self.activation, self.epsilon, self.dtype,
-                self.implementation, name=f'block_{index}',
-            )(x)  # fmt: skip
+                self.heads,
+                self.mlp_width,
+                self.depth,
+                self.activation,
+                self.epsilon,
+                self.dtype,
+                self.implementation,
+                name=f'block_{index}',
+            )(x)
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x[:, 0])
         return _project(x, self.features, self.dtype)
 
@@ -161,9 +170,15 @@ class ClipText(nn.Module):
         seen = jnp.tril(jnp.ones((length, length), bool))[None, None]  # [batch, heads, q, keys]
         for index in range(self.depth):
             x = ClipBlock(
-                self.heads, self.mlp_width, self.depth, self.activation, self.epsilon, self.dtype,
-                self.implementation, name=f'block_{index}',
-            )(x, seen)  # fmt: skip
+                self.heads,
+                self.mlp_width,
+                self.depth,
+                self.activation,
+                self.epsilon,
+                self.dtype,
+                self.implementation,
+                name=f'block_{index}',
+            )(x, seen)
         last = jnp.where(token_mask.astype(bool), jnp.arange(length), 0).max(1)
         x = jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
@@ -260,10 +275,14 @@ def _vit(patch_size: int, width: int, depth: int, features: int, text_width: int
     ends = {'features': features, 'activation': 'quick_gelu', 'epsilon': 1e-5}
     return {
         'vision': {
-            'image_size': 224, 'patch_size': patch_size, 'depth': depth, **block(width), **ends,
+            'image_size': 224,
+            'patch_size': patch_size,
+            'depth': depth,
+            **block(width),
+            **ends,
         },
         'text': {'vocabulary': 49408, 'max_length': 77, 'depth': 12, **block(text_width), **ends},
-    }  # fmt: skip
+    }
 
 
 def vit_b_32() -> dict[str, Any]:
@@ -284,6 +303,10 @@ def vit_l_14() -> dict[str, Any]:
 def rn50() -> dict[str, Any]:
     """Fields of OpenAI's RN50: 102,007,137 parameters."""
     vision = {
-        'image_size': 224, 'stage_sizes': (3, 4, 6, 3), 'width': 64, 'heads': 32, 'features': 1024,
-    }  # fmt: skip
+        'image_size': 224,
+        'stage_sizes': (3, 4, 6, 3),
+        'width': 64,
+        'heads': 32,
+        'features': 1024,
+    }
     return {'vision': vision, 'text': vit_b_32()['text'] | {'features': 1024}}

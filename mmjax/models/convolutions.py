@@ -117,8 +117,9 @@ class Upsample(nn.Module):
 
         Frames made of those beyond the end of a row hold the bias.
         """
-        init = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal', in_axis=0, out_axis=2,
-                                                batch_axis=1)  # fmt: skip
+        init = nn.initializers.variance_scaling(
+            2.0, 'fan_in', 'normal', in_axis=0, out_axis=2, batch_axis=1
+        )
         kernel = self.param('kernel', init, (x.shape[-1], self.stride, self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         y = upsample(clear(x, mask).astype(self.dtype), kernel.astype(self.dtype))

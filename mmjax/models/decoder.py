@@ -114,10 +114,13 @@ class DecoderBlock(nn.Module):
         given = dot('bknqh,bnph->bknqp', query, prefix[0])
         added = dot('bknqh,bknsh->bknqs', query, suffix[0])
         seen = jnp.arange(added.shape[-1]) <= index
-        logits = jnp.concatenate([
-            jnp.where(prefix[2][:, None, None, None], given, -jnp.inf),
-            jnp.where(seen, added, -jnp.inf),
-        ], -1)  # fmt: skip
+        logits = jnp.concatenate(
+            [
+                jnp.where(prefix[2][:, None, None, None], given, -jnp.inf),
+                jnp.where(seen, added, -jnp.inf),
+            ],
+            -1,
+        )
         weights = jax.nn.softmax(logits / math.sqrt(size)).astype(value.dtype)
         given, added = jnp.split(weights, [given.shape[-1]], -1)
         attended = dot('bknqp,bnph->bknqh', given, prefix[1])
@@ -173,9 +176,17 @@ class Decoder(nn.Module):
             self.head = self.param('head', _normal(0.02), (self.width, self.vocabulary))
         for index in range(self.depth):
             block = DecoderBlock(
-                self.width, self.heads, self.kv_heads, self.mlp_width, self.depth, self.qkv_bias,
-                self.dropout, self.epsilon, self.dtype, self.implementation,
-            )  # fmt: skip
+                self.width,
+                self.heads,
+                self.kv_heads,
+                self.mlp_width,
+                self.depth,
+                self.qkv_bias,
+                self.dropout,
+                self.epsilon,
+                self.dtype,
+                self.implementation,
+            )
             setattr(self, f'block_{index}', block)
         self.norm = nn.RMSNorm(self.epsilon, dtype=self.dtype)
 

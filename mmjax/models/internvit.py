@@ -86,9 +86,15 @@ class InternViT(nn.Module):
         run = nn.remat(run) if self.remat else run
         for index in range(self.depth):
             block = InternBlock(
-                self.heads, self.mlp_width, self.norm, self.layer_scale, self.dropout,
-                dtype=self.dtype, implementation=self.implementation, name=f'block_{index}',
-            )  # fmt: skip
+                self.heads,
+                self.mlp_width,
+                self.norm,
+                self.layer_scale,
+                self.dropout,
+                dtype=self.dtype,
+                implementation=self.implementation,
+                name=f'block_{index}',
+            )
             x = run(block, x)
         return x
 
@@ -103,7 +109,7 @@ class InternViT(nn.Module):
             features = max(self.width >> (halvings - 1 - index), 16)
             x = nn.Conv(
                 features, (3, 3), 2, ((1, 1), (1, 1)), dtype=self.dtype, name=f'stem_{index}'
-            )(x)  # fmt: skip
+            )(x)
             x = nn.gelu(nn.LayerNorm(dtype=self.dtype, name=f'stem_norm_{index}')(x))
         x = layers.Dense(self.width, dtype=self.dtype, name='patch_embedding')(x)
         return x.reshape(len(x), -1, self.width)

@@ -98,9 +98,12 @@ class ResNet(nn.Module):
             for first in (position == 0 for position in range(blocks)):
                 stride = 2 if first and stage > 0 else 1
                 x = Block(
-                    self.width * 2**stage, stride, self.bottleneck, self.dtype,
+                    self.width * 2**stage,
+                    stride,
+                    self.bottleneck,
+                    self.dtype,
                     name=f'block_{index}',
-                )(x, mask, train=train)  # fmt: skip
+                )(x, mask, train=train)
                 index += 1
             maps.append(x)
         if self.statistics:

@@ -59,9 +59,15 @@ class ViT(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for index in range(self.depth):
             x = layers.EncoderBlock(
-                self.heads, self.mlp_width, self.dropout, self.epsilon, True, self.dtype,
-                self.implementation, name=f'block_{index}',
-            )(x, train=train)  # fmt: skip
+                self.heads,
+                self.mlp_width,
+                self.dropout,
+                self.epsilon,
+                True,
+                self.dtype,
+                self.implementation,
+                name=f'block_{index}',
+            )(x, train=train)
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
         return AttentionPool(
             self.heads, self.mlp_width, self.epsilon, self.dtype, self.implementation, name='pool'

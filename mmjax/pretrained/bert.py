@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 from mmjax.pretrained import files
 
 # The pooler and the pre-training heads, and a buffer that counts 0, 1, 2, …
 UNUSED = (
-    r'pooler\..*', r'cls\..*', r'lm_head\..*', r'classifier\..*', r'embeddings\.position_ids',
-)  # fmt: skip
+    r'pooler\..*',
+    r'cls\..*',
+    r'lm_head\..*',
+    r'classifier\..*',
+    r'embeddings\.position_ids',
+)
 _KEYS = {
     'vocabulary': ('vocab_size', 30522),
     'width': ('hidden_size', 768),
@@ -33,7 +37,7 @@ def fields(folder) -> dict[str, Any]:
     """Returns the fields of `models.bert.Bert` that config.json describes (not its dropout).
 
     Raises:
-      DataError: the config is missing, malformed, or of an encoder that Bert does not compute.
+      UserError: the config is missing, malformed, or of an encoder that Bert does not compute.
     """
     path = pathlib.Path(folder) / files.CONFIG
     config = files.read_json(path)
@@ -46,7 +50,7 @@ def fields(folder) -> dict[str, Any]:
     fields = files.sizes(path, config, _KEYS | {'vocabulary': ('vocab_size', 50265)})
     pad = config.get('pad_token_id', 1)
     if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < fields['max_length'] - 1:
-        raise DataError(
+        raise UserError(
             f"{path}: key 'pad_token_id' is {pad!r}, not a whole number from 0 that leaves "
             f"positions of 'max_position_embeddings' {fields['max_length']} to tokens"
         )
@@ -101,7 +105,7 @@ def load(folder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads an encoder: (parameters of `models.bert.Bert`, {}), float32 NumPy arrays.
 
     Raises:
-      DataError: as `files.load`.
+      UserError: as `files.load`.
     """
     table = entries(**fields(folder))
     return files.load(folder, table, UNUSED, _rename)['params'], {}

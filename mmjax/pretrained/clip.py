@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 from mmjax.pretrained import clip_names, files
 
 OPEN_CLIP_CONFIG, PREPROCESSOR = 'open_clip_config.json', 'preprocessor_config.json'
@@ -16,9 +16,12 @@ OPEN_CLIP_CONFIG, PREPROCESSOR = 'open_clip_config.json', 'preprocessor_config.j
 PIXELS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 # Buffers: positions that count 0, 1, 2, …, a counter, and sizes that OpenAI stored as tensors.
 UNUSED = (
-    r'.*\.position_ids', r'.*\.num_batches_tracked',
-    'input_resolution', 'context_length', 'vocab_size',
-)  # fmt: skip
+    r'.*\.position_ids',
+    r'.*\.num_batches_tracked',
+    'input_resolution',
+    'context_length',
+    'vocab_size',
+)
 _VISION = {
     'image_size': ('image_size', 224),
     'patch_size': ('patch_size', 32),
@@ -58,7 +61,7 @@ def fields(folder) -> dict[str, dict[str, Any]]:
     `vision` has `stage_sizes` where the tower is a ModifiedResNet.
 
     Raises:
-      DataError: neither names fit, or a config is missing, malformed or of a model that Clip does
+      UserError: neither names fit, or a config is missing, malformed or of a model that Clip does
         not compute, or pictures are normalised otherwise than by `PIXELS`; names file and key.
     """
     weights = files.Weights(folder)
@@ -87,7 +90,7 @@ def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[st
       are {} unless the picture tower is a ModifiedResNet.
 
     Raises:
-      DataError: as `fields` and `files.load`.
+      UserError: as `fields` and `files.load`.
     """
     weights = files.Weights(folder)
     published = fields(folder)
@@ -95,7 +98,7 @@ def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[st
     variables = files.load(folder, table(**published), (*UNUSED, 'logit_scale'))
     logit_scale = weights.read(['logit_scale'])['logit_scale']
     if logit_scale.shape:
-        raise DataError(
+        raise UserError(
             f"{weights.names['logit_scale']}: tensor 'logit_scale' has shape "
             f'{list(logit_scale.shape)}, the model needs []'
         )
@@ -105,7 +108,7 @@ def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[st
         cell = clip_names.cell(vision)
         if image_size < cell or ('stage_sizes' in vision and image_size % cell):
             fault = f'not a multiple of {cell}' if image_size >= cell else f'below {cell}'
-            raise DataError(f'{folder}: image_size {image_size} is {fault}')
+            raise UserError(f'{folder}: image_size {image_size} is {fault}')
         part = params['vision'].get('pool', params['vision'])
         part['positions'] = resize_positions(part['positions'], image_size // cell)
     return params, variables['batch_stats']
@@ -183,9 +186,9 @@ def _hugging_face_fields(path: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 def _section(path, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if key not in config:
-        raise DataError(f"{path}: key '{key}' is missing")
+        raise UserError(f"{path}: key '{key}' is missing")
     if not isinstance(config[key], Mapping):
-        raise DataError(f"{path}: key '{key}' is {config[key]!r}, not an object")
+        raise UserError(f"{path}: key '{key}' is {config[key]!r}, not an object")
     return config[key]
 
 
@@ -233,7 +236,7 @@ def _open_clip_fields(path: pathlib.Path) -> dict[str, dict[str, Any]]:
         sizes = files.sizes(where, vision, {**keys, 'width': ('width', 64)})
         stages = tuple(vision['layers'])
         if not stages or not all(type(blocks) is int and blocks > 0 for blocks in stages):
-            raise DataError(f"{where}: key 'layers' is {vision['layers']!r}, not block counts")
+            raise UserError(f"{where}: key 'layers' is {vision['layers']!r}, not block counts")
         sizes |= {'stage_sizes': stages, **shared}
         last = sizes['width'] * clip_names.cell(sizes)  # channels grow as the map shrinks
     else:
@@ -252,7 +255,7 @@ def _check_off(path, section: Mapping[str, Any], known: Sequence[str], pool: str
         default = {'pool_type': pool, 'proj_type': 'linear', 'pos_embed_type': 'learnable'}
         if key in known or key in _NEUTRAL or not value or value == default.get(key):
             continue
-        raise DataError(f"{path}: key '{key}' is {value!r}; Clip does not compute that")
+        raise UserError(f"{path}: key '{key}' is {value!r}; Clip does not compute that")
 
 
 def _mlp_width(path, section: Mapping[str, Any], width: int) -> int:

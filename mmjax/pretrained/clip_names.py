@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 from mmjax.pretrained import files
 
 EPSILON = 1e-5  # of every LayerNorm, unless a Hugging Face config says otherwise
@@ -29,34 +29,41 @@ def hugging_face(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[fil
         _patches(f'{root}.embeddings.patch_embedding.weight', vision),
         files.Entry(
             f'{root}.embeddings.position_embedding.weight',
-            (positions(vision), width), (f'{path}/positions',),
+            (positions(vision), width),
+            (f'{path}/positions',),
         ),
         *files.norm(f'{root}.pre_layrnorm', f'{path}/norm_pre', width),  # spelled so there
         *_layers(root, path, vision),
         *files.norm(f'{root}.post_layernorm', f'{path}/norm', width),
         files.Entry(
-            'visual_projection.weight', (vision['features'], width),
-            (f'{path}/projection/kernel',), files.LINEAR,
+            'visual_projection.weight',
+            (vision['features'], width),
+            (f'{path}/projection/kernel',),
+            files.LINEAR,
         ),
-    ]  # fmt: skip
+    ]
     width, root, path = text['width'], 'text_model', 'params/text'
     return [
         *table,
         files.Entry(
             f'{root}.embeddings.token_embedding.weight',
-            (text['vocabulary'], width), (f'{path}/words/embedding',),
+            (text['vocabulary'], width),
+            (f'{path}/words/embedding',),
         ),
         files.Entry(
             f'{root}.embeddings.position_embedding.weight',
-            (text['max_length'], width), (f'{path}/positions',),
+            (text['max_length'], width),
+            (f'{path}/positions',),
         ),
         *_layers(root, path, text),
         *files.norm(f'{root}.final_layer_norm', f'{path}/norm', width),
         files.Entry(
-            'text_projection.weight', (text['features'], width),
-            (f'{path}/projection/kernel',), files.LINEAR,
+            'text_projection.weight',
+            (text['features'], width),
+            (f'{path}/projection/kernel',),
+            files.LINEAR,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def openai(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[files.Entry]:
@@ -88,14 +95,14 @@ def cell(vision: Mapping[str, Any]) -> int:
 
 
 def heads(path, width: int, head: int) -> int:
-    """Returns how many heads of width `head` there are; DataError where `width` is no multiple."""
+    """Returns how many heads of width `head` there are; UserError where `width` is no multiple."""
     if width % head:
-        raise DataError(f'{path}: width {width} is not a multiple of the head width {head}')
+        raise UserError(f'{path}: width {width} is not a multiple of the head width {head}')
     return width // head
 
 
 def is_openai(weights: files.Weights) -> bool:
-    """Returns whether tensors have OpenAI's names, not CLIPModel's; DataError where they have none.
+    """Returns whether tensors have OpenAI's names, not CLIPModel's; UserError where they have none.
 
     One tensor of CLIPModel's names makes them CLIPModel's.
     """
@@ -103,14 +110,14 @@ def is_openai(weights: files.Weights) -> bool:
         return False
     if any(name.startswith('visual.') for name in weights.names):
         return True
-    raise DataError(f"{weights.folder}: the tensors are not named as CLIPModel's or OpenAI's are")
+    raise UserError(f"{weights.folder}: the tensors are not named as CLIPModel's or OpenAI's are")
 
 
 def openai_fields(weights: files.Weights) -> dict[str, dict[str, Any]]:
     """Returns the fields of both towers as OpenAI's tensors show them, and its quick GELU.
 
     Raises:
-      DataError: a tensor that shows a size is missing or has not as many axes as it must, or a
+      UserError: a tensor that shows a size is missing or has not as many axes as it must, or a
         width is no multiple of `HEAD`.
     """
 
@@ -118,7 +125,7 @@ def openai_fields(weights: files.Weights) -> dict[str, dict[str, Any]]:
         found = weights.shape(name)
         if len(found) != rank:
             file = weights.names[name]
-            raise DataError(f"{file}: tensor '{name}' has shape {list(found)}, not {rank} axes")
+            raise UserError(f"{file}: tensor '{name}' has shape {list(found)}, not {rank} axes")
         return found
 
     def transformer(root: str, width: int, features: int) -> dict[str, Any]:
@@ -166,8 +173,11 @@ def _layers(root: str, path: str, tower: Mapping[str, Any]) -> Iterator[files.En
     for index in range(tower['depth']):
         name, block = f'{root}.encoder.layers.{index}', f'{path}/block_{index}'
         for theirs, ours in (
-            ('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value'), ('out_proj', 'out'),
-        ):  # fmt: skip
+            ('q_proj', 'query'),
+            ('k_proj', 'key'),
+            ('v_proj', 'value'),
+            ('out_proj', 'out'),
+        ):
             yield from files.linear(f'{name}.self_attn.{theirs}', f'{block}/{ours}', width, width)
         yield from files.norm(f'{name}.layer_norm1', f'{block}/norm_1', width)
         yield from files.norm(f'{name}.layer_norm2', f'{block}/norm_2', width)
@@ -210,9 +220,14 @@ def _modified_resnet(vision: Mapping[str, Any]) -> list[files.Entry]:
     stem = ((3, width // 2), (width // 2, width // 2), (width // 2, width))
     for number, (inputs, outputs) in enumerate(stem, start=1):
         table += _conv(
-            f'conv{number}', f'bn{number}', f'stem_{number}', f'stem_norm_{number}',
-            inputs, outputs, 3,
-        )  # fmt: skip
+            f'conv{number}',
+            f'bn{number}',
+            f'stem_{number}',
+            f'stem_norm_{number}',
+            inputs,
+            outputs,
+            3,
+        )
     inputs, index = width, 0
     for stage, blocks in enumerate(vision['stage_sizes']):
         inner = width * 2**stage
@@ -221,14 +236,24 @@ def _modified_resnet(vision: Mapping[str, Any]) -> list[files.Entry]:
             plan = ((inputs, inner, 1), (inner, inner, 3), (inner, 4 * inner, 1))
             for number, (before, after, kernel) in enumerate(plan, start=1):
                 table += _conv(
-                    f'{name}.conv{number}', f'{name}.bn{number}',
-                    f'{path}/conv_{number}', f'{path}/norm_{number}', before, after, kernel,
-                )  # fmt: skip
+                    f'{name}.conv{number}',
+                    f'{name}.bn{number}',
+                    f'{path}/conv_{number}',
+                    f'{path}/norm_{number}',
+                    before,
+                    after,
+                    kernel,
+                )
             if inputs != 4 * inner or (position == 0 and stage > 0):
                 table += _conv(
-                    f'{name}.downsample.0', f'{name}.downsample.1',
-                    f'{path}/shortcut', f'{path}/shortcut_norm', inputs, 4 * inner, 1,
-                )  # fmt: skip
+                    f'{name}.downsample.0',
+                    f'{name}.downsample.1',
+                    f'{path}/shortcut',
+                    f'{path}/shortcut_norm',
+                    inputs,
+                    4 * inner,
+                    1,
+                )
             inputs, index = 4 * inner, index + 1
     name, path = 'visual.attnpool', 'params/vision/pool'
     table.append(

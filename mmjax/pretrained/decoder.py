@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 from mmjax.pretrained import files
 
 # Frequencies of the rotation, which are computed, and the other parts of an InternVL.
@@ -20,18 +20,31 @@ _KEYS = {
 # Published defaults of the sizes in which the families differ: vocabulary and MLP.
 _DEFAULTS = {'llama': (32000, 11008), 'qwen2': (151936, 22016), 'internlm2': (103168, 11008)}
 _LLAMA = {
-    'words': 'model.embed_tokens', 'head': 'lm_head', 'norm': 'model.norm',
-    'norm_1': 'input_layernorm', 'norm_2': 'post_attention_layernorm',
-    'query': 'self_attn.q_proj', 'key': 'self_attn.k_proj', 'value': 'self_attn.v_proj',
+    'words': 'model.embed_tokens',
+    'head': 'lm_head',
+    'norm': 'model.norm',
+    'norm_1': 'input_layernorm',
+    'norm_2': 'post_attention_layernorm',
+    'query': 'self_attn.q_proj',
+    'key': 'self_attn.k_proj',
+    'value': 'self_attn.v_proj',
     'out': 'self_attn.o_proj',
-    'gate': 'mlp.gate_proj', 'up': 'mlp.up_proj', 'down': 'mlp.down_proj',
-}  # fmt: skip
+    'gate': 'mlp.gate_proj',
+    'up': 'mlp.up_proj',
+    'down': 'mlp.down_proj',
+}
 _INTERNLM2 = {
-    'words': 'model.tok_embeddings', 'head': 'output', 'norm': 'model.norm',
-    'norm_1': 'attention_norm', 'norm_2': 'ffn_norm',
-    'fused': 'attention.wqkv', 'out': 'attention.wo',
-    'gate': 'feed_forward.w1', 'up': 'feed_forward.w3', 'down': 'feed_forward.w2',
-}  # fmt: skip
+    'words': 'model.tok_embeddings',
+    'head': 'output',
+    'norm': 'model.norm',
+    'norm_1': 'attention_norm',
+    'norm_2': 'ffn_norm',
+    'fused': 'attention.wqkv',
+    'out': 'attention.wo',
+    'gate': 'feed_forward.w1',
+    'up': 'feed_forward.w3',
+    'down': 'feed_forward.w2',
+}
 
 
 def fields(folder) -> dict[str, Any]:
@@ -41,7 +54,7 @@ def fields(folder) -> dict[str, Any]:
     InternVL, whose `llm_config` is one of these.
 
     Raises:
-      DataError: the config is missing, malformed, or of a decoder that Decoder does not compute.
+      UserError: the config is missing, malformed, or of a decoder that Decoder does not compute.
     """
     where, config = _config(folder)
     family = config['model_type']
@@ -74,9 +87,9 @@ def _config(folder) -> tuple[str, Mapping[str, Any]]:
     if 'llm_config' in config:
         where, config = f'{path}, llm_config', config['llm_config']
         if not isinstance(config, Mapping):
-            raise DataError(f"{path}: key 'llm_config' is {config!r}, not an object")
+            raise UserError(f"{path}: key 'llm_config' is {config!r}, not an object")
     if 'model_type' not in config:
-        raise DataError(f"{where}: key 'model_type' is missing")
+        raise UserError(f"{where}: key 'model_type' is missing")
     files.check_config(where, config, 'model_type', tuple(_DEFAULTS))
     return where, config
 
@@ -89,7 +102,7 @@ def closing(folder) -> int | None:
     it pads them with.
 
     Raises:
-      DataError: a file is malformed, or names a token that does not exist.
+      UserError: a file is malformed, or names a token that does not exist.
     """
     where, config = _config(folder)
     path = pathlib.Path(folder) / 'tokenizer_config.json'
@@ -100,14 +113,14 @@ def closing(folder) -> int | None:
             added = files.read_json(pathlib.Path(folder) / 'tokenizer.json').get('added_tokens', [])
             found = [one['id'] for one in added if one['content'] == token]
             if not found:
-                raise DataError(f"{path}: {kind}_token '{token}' is none of tokenizer.json")
+                raise UserError(f"{path}: {kind}_token '{token}' is none of tokenizer.json")
             return found[0]
         number = config.get(f'{kind}_token_id')
         number = next(iter(number), None) if isinstance(number, list) else number
         if number is not None:
             vocabulary = fields(folder)['vocabulary']
             if type(number) is not int or not 0 <= number < vocabulary:
-                raise DataError(
+                raise UserError(
                     f'{where}: {kind}_token_id {number!r} is not in 0 … {vocabulary - 1}'
                 )
             return number
@@ -156,8 +169,12 @@ def entries(
     inward = {'query': width, 'key': narrow, 'value': narrow}
     if fused:
         inward = {'fused': width + 2 * narrow}
-    outward = {'out': (width, width), 'gate': (mlp_width, width), 'up': (mlp_width, width),
-               'down': (width, mlp_width)}  # fmt: skip
+    outward = {
+        'out': (width, width),
+        'gate': (mlp_width, width),
+        'up': (mlp_width, width),
+        'down': (width, mlp_width),
+    }
     for index in range(depth):
         layer, block = f'model.layers.{index}', f'params/block_{index}'
         table += [
@@ -176,7 +193,7 @@ def load(folder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a decoder: (parameters of `models.decoder.Decoder`, {}), float32 NumPy arrays.
 
     Raises:
-      DataError: as `fields` and `files.load`.
+      UserError: as `fields` and `files.load`.
     """
     published, fused = fields(folder), _config(folder)[1]['model_type'] == 'internlm2'
     table = entries(**published, fused=fused)
@@ -217,9 +234,12 @@ def export(
     """
     family = 'qwen2' if fields['qkv_bias'] else 'llama'
     keys = {field: key for field, (key, _) in _KEYS.items()} | {
-        'vocabulary': 'vocab_size', 'mlp_width': 'intermediate_size',
-        'kv_heads': 'num_key_value_heads', 'theta': 'rope_theta', 'tied': 'tie_word_embeddings',
-    }  # fmt: skip
+        'vocabulary': 'vocab_size',
+        'mlp_width': 'intermediate_size',
+        'kv_heads': 'num_key_value_heads',
+        'theta': 'rope_theta',
+        'tied': 'tie_word_embeddings',
+    }
     config = {
         'model_type': family,
         'architectures': [f'{family.capitalize()}ForCausalLM'],

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 
 SINGLE, INDEX, CONFIG = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
 OPEN_CLIP = 'open_clip_model.safetensors'  # what open_clip calls SINGLE
@@ -67,26 +67,26 @@ class Weights:
     each tensor to its file.
 
     Raises:
-      DataError: a file is missing, unreadable or not what the index says, or two files hold the
+      UserError: a file is missing, unreadable or not what the index says, or two files hold the
         same tensor.
     """
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
         if not self.folder.is_dir():
-            raise DataError(f'{folder}: no such folder of pretrained weights')
+            raise UserError(f'{folder}: no such folder of pretrained weights')
         if (self.folder / INDEX).is_file():
             index = read_json(self.folder / INDEX)
             listed = index.get('weight_map')
             if not isinstance(listed, dict) or not listed:
-                raise DataError(f"{self.folder / INDEX}: key 'weight_map' is missing or empty")
+                raise UserError(f"{self.folder / INDEX}: key 'weight_map' is missing or empty")
             files = sorted(set(listed.values()))
         elif (self.folder / SINGLE).is_file():
             listed, files = None, [SINGLE]
         elif (self.folder / OPEN_CLIP).is_file():
             listed, files = None, [OPEN_CLIP]
         else:
-            raise DataError(
+            raise UserError(
                 f'{self.folder}: found neither {SINGLE} nor {INDEX}; other formats, such as '
                 'pytorch_model.bin, can run code when read and have to be converted first'
             )
@@ -95,11 +95,11 @@ class Weights:
             path = self.folder / file
             for name in self._open(path, lambda reader: list(reader.keys())):
                 if name in self.names:
-                    raise DataError(f"{path}: tensor '{name}' is in {self.names[name].name} too")
+                    raise UserError(f"{path}: tensor '{name}' is in {self.names[name].name} too")
                 self.names[name] = path
         for name, file in (listed or {}).items():
             if self.names.get(name) != self.folder / file:
-                raise DataError(f"{self.folder / file}: {INDEX} puts tensor '{name}' here")
+                raise UserError(f"{self.folder / file}: {INDEX} puts tensor '{name}' here")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor from its file's header."""
@@ -120,7 +120,7 @@ class Weights:
 
     def _file(self, name: str) -> pathlib.Path:
         if name not in self.names:
-            raise DataError(f"{self.folder}: tensor '{name}' is missing")
+            raise UserError(f"{self.folder}: tensor '{name}' is missing")
         return self.names[name]
 
     @staticmethod
@@ -129,31 +129,31 @@ class Weights:
             with safetensors.safe_open(path, framework='numpy') as reader:
                 return action(reader)
         except FileNotFoundError:
-            raise DataError(f'{path}: no such file') from None
+            raise UserError(f'{path}: no such file') from None
         except (OSError, safetensors.SafetensorError) as error:
-            raise DataError(f'{path}: not a readable safetensors file ({error})') from None
+            raise UserError(f'{path}: not a readable safetensors file ({error})') from None
 
 
 def read_json(path) -> dict:
-    """Reads a JSON object; DataError names the file, and the line where it is malformed."""
+    """Reads a JSON object; UserError names the file, and the line where it is malformed."""
     try:
         content = json.loads(pathlib.Path(path).read_text('utf-8'))
     except FileNotFoundError:
-        raise DataError(f'{path}: no such file') from None
+        raise UserError(f'{path}: no such file') from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{path}: cannot be read ({error})') from None
+        raise UserError(f'{path}: cannot be read ({error})') from None
     except json.JSONDecodeError as error:
-        raise DataError(f'{path}, line {error.lineno}: malformed JSON ({error.msg})') from None
+        raise UserError(f'{path}, line {error.lineno}: malformed JSON ({error.msg})') from None
     if not isinstance(content, dict):
-        raise DataError(f'{path}: expected a JSON object, found a {type(content).__name__}')
+        raise UserError(f'{path}: expected a JSON object, found a {type(content).__name__}')
     return content
 
 
 def check_config(path, config: Mapping[str, Any], key: str, allowed: Sequence[Any]) -> None:
-    """Raises DataError where `config` sets `key` to something this code does not compute."""
+    """Raises UserError where `config` sets `key` to something this code does not compute."""
     if key in config and config[key] not in allowed:
         known = ' or '.join(repr(value) for value in allowed)
-        raise DataError(f"{path}: key '{key}' is {config[key]!r}; expected {known}")
+        raise UserError(f"{path}: key '{key}' is {config[key]!r}; expected {known}")
 
 
 def sizes(path, config: Mapping[str, Any], keys: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def sizes(path, config: Mapping[str, Any], keys: Mapping[str, tuple[str, Any]]) 
         value = config.get(key, default)
         if isinstance(value, bool) or not isinstance(value, type(default)) or value <= 0:
             kind = 'a positive whole number' if isinstance(default, int) else 'a positive number'
-            raise DataError(f"{path}: key '{key}' is {value!r}, not {kind}")
+            raise UserError(f"{path}: key '{key}' is {value!r}, not {kind}")
         fields[field] = value
     return fields
 
@@ -190,7 +190,7 @@ def load(
       {'params': tree, 'batch_stats': tree} of float32 NumPy arrays; either may be empty.
 
     Raises:
-      DataError: a tensor is missing, unknown or has another shape; names tensor and file.
+      UserError: a tensor is missing, unknown or has another shape; names tensor and file.
     """
     weights = Weights(folder)
     table = {entry.name: entry for entry in entries}
@@ -198,17 +198,17 @@ def load(
     for name, file in weights.names.items():
         ours = rename(name)
         if ours in found:
-            raise DataError(f"{file}: tensors '{found[ours]}' and '{name}' are the same one")
+            raise UserError(f"{file}: tensors '{found[ours]}' and '{name}' are the same one")
         if ours in table:
             found[ours] = name
         elif not any(re.fullmatch(pattern, ours) for pattern in unused):
-            raise DataError(f"{file}: tensor '{name}' has no place in the model")
+            raise UserError(f"{file}: tensor '{name}' has no place in the model")
     for entry in entries:
         if entry.name not in found:
-            raise DataError(f"{weights.folder}: tensor '{entry.name}' is missing")
+            raise UserError(f"{weights.folder}: tensor '{entry.name}' is missing")
         shape = weights.shape(found[entry.name])
         if shape != entry.shape:
-            raise DataError(
+            raise UserError(
                 f"{weights.names[found[entry.name]]}: tensor '{found[entry.name]}' has shape "
                 f'{list(shape)}, the model needs {list(entry.shape)}'
             )
@@ -248,17 +248,17 @@ def graft(fresh: Mapping[str, Any], loaded: Mapping[str, Any], folder) -> dict[s
     """Returns `loaded` in place of the `fresh` subtree, after checking that it fits leaf by leaf.
 
     Raises:
-      DataError: the loaded weights lack a leaf, have one too many or one of another shape.
+      UserError: the loaded weights lack a leaf, have one too many or one of another shape.
     """
     ours = traverse_util.flatten_dict(dict(fresh), sep='/')
     theirs = traverse_util.flatten_dict(dict(loaded), sep='/')
     for path in sorted(ours.keys() | theirs.keys()):
         if path not in theirs:
-            raise DataError(f"{folder}: has no weights for the model's parameter '{path}'")
+            raise UserError(f"{folder}: has no weights for the model's parameter '{path}'")
         if path not in ours:
-            raise DataError(f"{folder}: parameter '{path}' is not in the model")
+            raise UserError(f"{folder}: parameter '{path}' is not in the model")
         if tuple(ours[path].shape) != theirs[path].shape:
-            raise DataError(
+            raise UserError(
                 f"{folder}: parameter '{path}' has shape {list(theirs[path].shape)}, the model "
                 f'in the config needs {list(ours[path].shape)}'
             )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 from mmjax.pretrained import files
 
 UNUSED = (r'fc\..*', r'.*\.num_batches_tracked')  # the classifier, and a counter
@@ -18,7 +18,7 @@ def fields(folder) -> dict[str, Any]:
     torchvision publishes no config. What no tensor shows is torchvision's: stem stride 2, max pool.
 
     Raises:
-      DataError: the names are not those of a ResNet.
+      UserError: the names are not those of a ResNet.
     """
     weights = files.Weights(folder)
     blocks = [re.match(r'layer(\d+)\.(\d+)\.', name) for name in weights.names]
@@ -27,10 +27,10 @@ def fields(folder) -> dict[str, Any]:
         stage, block = int(match[1]), int(match[2])
         counts[stage] = max(counts.get(stage, 0), block + 1)
     if not counts or sorted(counts) != list(range(1, len(counts) + 1)):
-        raise DataError(f"{folder}: the tensors are not named as torchvision's ResNets are")
+        raise UserError(f"{folder}: the tensors are not named as torchvision's ResNets are")
     stem = weights.shape('conv1.weight')
     if len(stem) != 4:
-        raise DataError(f"{weights.names['conv1.weight']}: tensor 'conv1.weight' is no convolution")
+        raise UserError(f"{weights.names['conv1.weight']}: tensor 'conv1.weight' is no convolution")
     return {
         'stage_sizes': tuple(counts[stage] for stage in sorted(counts)),
         'width': stem[0],
@@ -56,14 +56,24 @@ def entries(
                 plan = ((inputs, inner, 3), (inner, inner, 3))
             for number, (before, after, kernel) in enumerate(plan, start=1):
                 table += _conv(
-                    f'{name}.conv{number}', f'{name}.bn{number}',
-                    f'{path}/conv_{number}', f'{path}/norm_{number}', before, after, kernel,
-                )  # fmt: skip
+                    f'{name}.conv{number}',
+                    f'{name}.bn{number}',
+                    f'{path}/conv_{number}',
+                    f'{path}/norm_{number}',
+                    before,
+                    after,
+                    kernel,
+                )
             if inputs != outputs or (block == 0 and stage > 0):
                 table += _conv(
-                    f'{name}.downsample.0', f'{name}.downsample.1',
-                    f'{path}/shortcut', f'{path}/shortcut_norm', inputs, outputs, 1,
-                )  # fmt: skip
+                    f'{name}.downsample.0',
+                    f'{name}.downsample.1',
+                    f'{path}/shortcut',
+                    f'{path}/shortcut_norm',
+                    inputs,
+                    outputs,
+                    1,
+                )
             inputs, index = outputs, index + 1
     return table
 
@@ -84,7 +94,7 @@ def load(folder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a net: (parameters, running statistics) of `models.resnet.ResNet`, float32 NumPy.
 
     Raises:
-      DataError: as `files.load`.
+      UserError: as `files.load`.
     """
     variables = files.load(folder, entries(**fields(folder)), UNUSED)
     return variables['params'], variables['batch_stats']

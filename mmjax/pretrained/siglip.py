@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmjax.data.dataset import DataError
+from mmjax.errors import UserError
 from mmjax.pretrained import files
 
 # The text tower, its logit scale and bias, and a buffer that counts 0, 1, 2, …
@@ -32,7 +32,7 @@ def fields(folder) -> dict[str, Any]:
     """Returns the fields of `models.vit.ViT` that config.json describes.
 
     Raises:
-      DataError: the config is missing, malformed, or of a tower that ViT does not compute.
+      UserError: the config is missing, malformed, or of a tower that ViT does not compute.
     """
     path = pathlib.Path(folder) / files.CONFIG
     config = files.read_json(path)
@@ -52,22 +52,29 @@ def entries(
     table = [
         files.Entry(
             'vision_model.embeddings.patch_embedding.weight',
-            (width, 3, patch_size, patch_size), ('params/patch_embedding/kernel',), _PATCHES,
+            (width, 3, patch_size, patch_size),
+            ('params/patch_embedding/kernel',),
+            _PATCHES,
         ),
         files.Entry(
             'vision_model.embeddings.patch_embedding.bias',
-            (width,), ('params/patch_embedding/bias',),
+            (width,),
+            ('params/patch_embedding/bias',),
         ),
         files.Entry(
             'vision_model.embeddings.position_embedding.weight',
-            (patches, width), ('params/positions',),
+            (patches, width),
+            ('params/positions',),
         ),
-    ]  # fmt: skip
+    ]
     for index in range(depth):
         name, path = f'vision_model.encoder.layers.{index}', f'params/block_{index}'
         for theirs, ours in (
-            ('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value'), ('out_proj', 'out'),
-        ):  # fmt: skip
+            ('q_proj', 'query'),
+            ('k_proj', 'key'),
+            ('v_proj', 'value'),
+            ('out_proj', 'out'),
+        ):
             table += files.linear(
                 f'{name}.self_attn.{theirs}', f'{path}/attention/{ours}', width, width
             )
@@ -82,14 +89,17 @@ def entries(
     table += [
         files.Entry(f'{head}.probe', (1, 1, width), (f'{pool}/probe',), probe),
         files.Entry(
-            f'{head}.attention.in_proj_weight', (3 * width, width),
-            tuple(f'{path}/kernel' for path in inward), files.LINEAR,
+            f'{head}.attention.in_proj_weight',
+            (3 * width, width),
+            tuple(f'{path}/kernel' for path in inward),
+            files.LINEAR,
         ),
         files.Entry(
-            f'{head}.attention.in_proj_bias', (3 * width,),
+            f'{head}.attention.in_proj_bias',
+            (3 * width,),
             tuple(f'{path}/bias' for path in inward),
         ),
-    ]  # fmt: skip
+    ]
     table += files.linear(f'{head}.attention.out_proj', f'{pool}/attention/out', width, width)
     table += files.norm(f'{head}.layernorm', f'{pool}/norm', width)
     table += files.linear(f'{head}.mlp.fc1', f'{pool}/mlp/up', width, mlp_width)
@@ -115,7 +125,7 @@ def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[st
       (parameters of `models.vit.ViT`, {}), float32 NumPy arrays.
 
     Raises:
-      DataError: as `files.load`.
+      UserError: as `files.load`.
     """
     published = fields(folder)
     params = files.load(folder, entries(**published), UNUSED, _rename)['params']
@@ -123,7 +133,7 @@ def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[st
         grid = image_size // published['patch_size']
         if not grid:
             size = published['patch_size']
-            raise DataError(f'{folder}: image_size {image_size} is below the patch size {size}')
+            raise UserError(f'{folder}: image_size {image_size} is below the patch size {size}')
         params['positions'] = resize_positions(params['positions'], grid)
     return params, {}
 

@@ -1,0 +1,1 @@
+"""The recipes' configs, installed as `mmjax.configs`."""

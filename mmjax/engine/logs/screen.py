@@ -1,0 +1,115 @@
+"""What a person sees of a run: messages, and one progress line (plain lines without a terminal)."""
+
+import collections
+import contextlib
+import math
+import os
+import sys
+import time
+
+
+class Screen:
+    """Prints to `stream` (None: nowhere); switches itself off where the stream fails."""
+
+    def __init__(self, stream):
+        self._stream, self._live, self._console = stream, None, None
+        self._points = collections.deque(maxlen=64)  # (seconds, step) of this stage
+        self._started, self._printed, self._stage = time.monotonic(), -math.inf, (0, '')
+        with self._guard():
+            if stream is not None and stream.isatty():
+                from rich.console import Console
+
+                console = Console(file=stream)
+                self._console = None if console.is_dumb_terminal else console
+
+    def message(self, text: str) -> None:
+        with self._guard():
+            text = self._encodable(text)
+            if self._live:
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            elif self._stream is not None:
+                print(text, file=self._stream, flush=True)
+
+    def progress(self, stage, index, stages, epoch, step, steps, numbers: str) -> None:
+        now = time.monotonic()
+        entered, self._stage = (index, stage) != self._stage, (index, stage)
+        if entered:
+            self._points.clear()
+        self._points.append((now, step))
+        left = f'{_clock(self._seconds_left(steps - step))} left'
+        head = f'{stage} {index + 1}/{stages}'
+        tail = f'epoch {epoch:.2f}  step {step}/{steps}  {numbers}  {left}'
+        with self._guard():
+            if self._console:
+                self._show(self._encodable(head), step / max(steps, 1), tail)
+            elif self._stream is not None:
+                pause = min(max(5.0, (now - self._started) / 100), 60.0)
+                if entered or step >= steps or now - self._printed >= pause:
+                    self._printed = now
+                    print(self._encodable(f'{head}  {tail}'), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        with self._guard():
+            live, self._live = self._live, None
+            if live:
+                live.stop()
+
+    def _show(self, head: str, share: float, tail: str) -> None:
+        from rich.live import Live
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        line = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=1.0, completed=min(share, 1.0), width=16)
+        word = lambda text, style='': Text(text, style, no_wrap=True, overflow='ellipsis')
+        line.add_row(word(head, 'bold cyan'), bar, word(f'{share:4.0%}'), word(tail))
+        if self._live is None:
+            mine = self._stream is sys.stdout  # prints of others go above the line as well
+            self._live = Live(
+                line,
+                console=self._console,
+                auto_refresh=False,
+                redirect_stdout=mine,
+                redirect_stderr=mine and sys.stderr is not None and sys.stderr.isatty(),
+            )
+            self._live.start()
+            self._console.show_cursor(True)  # a killed run must not leave the cursor hidden
+        self._live.update(line, refresh=True)
+
+    def _seconds_left(self, steps: int) -> float | None:
+        (first, start), (last, end) = self._points[0], self._points[-1]
+        return (last - first) / (end - start) * max(steps, 0) if end > start else None
+
+    def _encodable(self, text: str) -> str:
+        encoding = getattr(self._stream, 'encoding', None) or 'utf-8'
+        return text.encode(encoding, 'replace').decode(encoding)
+
+    @contextlib.contextmanager
+    def _guard(self):
+        """Lets no fault of the screen out: a closed pipe or terminal ends the display only."""
+        try:
+            yield
+        except Exception as error:
+            broken, live = self._stream, self._live
+            self._stream = self._live = self._console = None
+            if live:
+                with contextlib.suppress(Exception):
+                    live.stop()  # gives sys.stdout back
+            if broken is sys.stdout and isinstance(error, BrokenPipeError):
+                # As Python's manual advises: later prints and the flush at exit stay quiet too.
+                with contextlib.suppress(Exception), open(os.devnull, 'wb') as nowhere:
+                    os.dup2(nowhere.fileno(), broken.fileno())
+
+
+def _clock(seconds: float | None) -> str:
+    """Formats a duration: '42s', '7:05', '3:07:05', '2d 03h'; '?' while it is unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return '?'
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f'{hours // 24}d {hours % 24:02d}h'
+    if hours:
+        return f'{hours}:{minutes:02d}:{seconds:02d}'
+    return f'{minutes}:{seconds:02d}' if minutes else f'{seconds}s'

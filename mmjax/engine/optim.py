@@ -1,0 +1,376 @@
+"""Parameter groups, learning-rate schedules, and an optimizer that can enter a new stage."""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from mmjax.engine.stages import Optimizer, Stage
+from mmjax.errors import UserError
+
+Tree = Mapping[str, Any]  # nested dicts of arrays, as Linen has them
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Returns {'a/b/kernel': leaf}; empty sub-trees vanish."""
+    return traverse_util.flatten_dict(dict(tree), sep='/')
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(dict(flat), sep='/')
+
+
+# Rules → groups ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The group of every parameter and batch statistic, by path. Hashable."""
+
+    items: tuple[tuple[str, str], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted({group for _, group in self.items}))
+
+    def of(self, tree: Tree) -> dict[str, str]:
+        """Returns {path: group} for the leaves of `tree`."""
+        known = dict(self.items)
+        return {path: known[path] for path in flatten(tree)}
+
+    def split(self, tree: Tree, stage: Stage) -> tuple[dict, dict]:
+        """Splits a tree of parameters to (trainable, frozen) in `stage`; either may be {}."""
+        flat, group = flatten(tree), dict(self.items)
+        trains = {path: stage.trains(group[path]) for path in flat}
+        pick = lambda wanted: unflatten({p: v for p, v in flat.items() if trains[p] == wanted})
+        return pick(True), pick(False)
+
+
+def join(*trees: Tree) -> dict:
+    """Puts split trees together again."""
+    flat = {}
+    for tree in trees:
+        flat.update(flatten(tree))
+    return unflatten(flat)
+
+
+def resolve(
+    params: Tree,
+    batch_stats: Tree,
+    rules: Sequence[tuple[str, str]],
+    defaults: Sequence[tuple[str, str]],
+) -> Groups:
+    """Assigns each leaf the group of the first (group, regex) rule that fully matches its path.
+
+    `rules` come from the config and stand before the task's `defaults`. A leaf that no rule
+    matches, a rule that matches no leaf, and a config rule whose leaves were all taken by
+    earlier ones are errors.
+    """
+    compiled = []
+    for rule in (*rules, *defaults):
+        if len(rule) != 2 or not all(isinstance(part, str) for part in rule):
+            raise UserError(f'config.rules holds (group, regex) pairs, not {rule!r}')
+        try:
+            compiled.append((rule[0], re.compile(rule[1])))
+        except re.error as error:
+            raise UserError(
+                f"config.rules: '{rule[1]}' is no regular expression: {error}"
+            ) from None
+    matched, won = [0] * len(compiled), [0] * len(compiled)
+    items, missing = [], []
+    for path in dict.fromkeys((*flatten(params), *flatten(batch_stats))):
+        hits = [i for i, (_, regex) in enumerate(compiled) if regex.fullmatch(path)]
+        for i in hits:
+            matched[i] += 1
+        if hits:
+            won[hits[0]] += 1
+            items.append((path, compiled[hits[0]][0]))
+        else:
+            missing.append(path)
+    for i, (group, regex) in enumerate(compiled):
+        if not matched[i] or (i < len(rules) and not won[i]):
+            why = 'matches no parameter' if not matched[i] else 'comes after rules that took all'
+            raise UserError(f"rule ('{group}', '{regex.pattern}') {why}")
+    if missing:
+        more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
+        raise UserError(f'no rule gives a group to {", ".join(missing[:5])}{more}')
+    return Groups(tuple(items))
+
+
+def check_groups(groups: Groups, stages: Sequence[Stage]) -> None:
+    """Raises where a stage names a group that no rule makes, or trains nothing."""
+    for stage in stages:
+        for group, _ in stage.learning_rates:
+            if group not in groups.names:
+                raise UserError(
+                    f"stage.{stage.name}.learning_rates names group '{group}'; "
+                    f'the rules make {", ".join(groups.names)}'
+                )
+        if not any(stage.trains(group) for group in groups.names):
+            raise UserError(f'stage.{stage.name} freezes every group: nothing would learn')
+
+
+def doubts(groups: Groups, stages: Sequence[Stage]) -> list[str]:
+    """Returns what may not be meant: groups that no stage trains, warm-ups that never end."""
+    found = [
+        f"no stage trains group '{name}': it stays as it is made or loaded"
+        for name in groups.names
+        if not any(stage.trains(name) for stage in stages)
+    ]
+    last = max((s.start + s.steps for s in stages if s.optimizer.span == 'run'), default=0)
+    late = {}
+    for stage in stages:
+        run = stage.optimizer.span == 'run'
+        total, reached = (stage.run_steps, last) if run else (stage.steps, stage.steps)
+        warmup = _steps(stage.optimizer, 'warmup', total, stage.steps_per_epoch)
+        if warmup and warmup >= reached:
+            name = 'the run' if run else f'stage.{stage.name}'
+            late[name] = (
+                f'{name} warms up for {warmup:g} updates and makes {reached} of them: '
+                'the full rate is never reached'
+            )
+    return found + list(late.values())
+
+
+def summary(params: Tree, groups: Groups, stage: Stage) -> list[dict[str, Any]]:
+    """Returns a row a group: group, parameters, tensors, rate (absolute, 0 when frozen)."""
+    label = groups.of(params)
+    rows = collections.defaultdict(lambda: [0, 0])
+    for path, leaf in flatten(params).items():
+        rows[label[path]][0] += math.prod(leaf.shape)
+        rows[label[path]][1] += 1
+    return [
+        dict(
+            group=group,
+            parameters=count,
+            tensors=tensors,
+            rate=stage.rate(group) * stage.optimizer.learning_rate,
+        )
+        for group, (count, tensors) in sorted(rows.items())
+    ]
+
+
+def table(params: Tree, groups: Groups, stage: Stage) -> str:
+    """Returns the resolved table as text: path, shape, count, group, rate.
+
+    Leaves that differ only in a number in their path (the blocks of a tower) share a line.
+    """
+    label = groups.of(params)
+    lines: dict[tuple, list[str]] = collections.defaultdict(list)
+    for path, leaf in flatten(params).items():
+        lines[re.sub(r'_\d+', '_#', path), tuple(leaf.shape), label[path]].append(path)
+    rows = [('parameter', 'shape', 'count', 'group', 'rate')]
+    for (pattern, shape, group), paths in lines.items():
+        name = paths[0] if len(paths) == 1 else f'{pattern} ×{len(paths)}'
+        rate = stage.rate(group) * stage.optimizer.learning_rate
+        count = len(paths) * math.prod(shape)
+        rows.append((name, str(shape), f'{count:,}', group, f'{rate:g}' if rate else 'frozen'))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return '\n'.join(
+        '  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+# Schedules -----------------------------------------------------------------------------------
+
+
+def _steps(spec: Optimizer, name: str, total: int, per_epoch: int) -> float:
+    steps = getattr(spec, f'{name}_steps')
+    epochs = getattr(spec, f'{name}_epochs')
+    fraction = getattr(spec, f'{name}_fraction', 0.0)
+    return steps or epochs * per_epoch or fraction * total
+
+
+def schedule(spec: Optimizer, step: int, total: int, per_epoch: int = 1) -> float:
+    """Returns the multiple of the base rate for the update made after `step` of `total` updates.
+
+    The warm-up rises linearly from `warmup_init` to 1; the schedule follows over what remains
+    and is at `end` exactly when step = total (`linear`, `cosine`). Computed in float64 on the
+    host and handed to the step as an argument, so that no counter is kept or rebuilt.
+    """
+    warmup = _steps(spec, 'warmup', total, per_epoch)
+    if step < warmup:
+        return spec.warmup_init + (1 - spec.warmup_init) * step / warmup
+    t, length = step - warmup, max(total - warmup, 1e-9)
+    x = min(t / length, 1.0)
+    if spec.schedule == 'constant':
+        return 1.0
+    if spec.schedule == 'linear':
+        return 1 - (1 - spec.end) * x
+    if spec.schedule == 'cosine':
+        return spec.end + (1 - spec.end) * _half_cosine(x)
+    if spec.schedule == 'one_cycle':  # up to 1 over the first 30 %, then down to 1e-5 (Smith 2018)
+        if x < 0.3:
+            return 1 / 25 + (1 - 1 / 25) * (1 - _half_cosine(x / 0.3))
+        return spec.end + (1 - spec.end) * _half_cosine((x - 0.3) / 0.7)
+    period = max(_steps(spec, 'period', total, per_epoch), 1.0)
+    if spec.schedule == 'step':
+        return spec.gamma ** (t // period)
+    while t >= period:  # cosine with restarts (Loshchilov & Hutter 2017)
+        t, period = t - period, period * spec.period_factor
+    return spec.end + (1 - spec.end) * _half_cosine(t / period)
+
+
+def _half_cosine(x: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * x)) if x < 1 else 0.0
+
+
+def rates(stage: Stage, groups: Sequence[str], step: int) -> dict[str, np.float32]:
+    """Returns the learning rate of every trained group at `step` updates into the stage."""
+    spec = stage.optimizer
+    at, total = (step, stage.steps)
+    if spec.span == 'run':
+        at, total = stage.start + step, stage.run_steps
+    base = spec.learning_rate * schedule(spec, at, total, stage.steps_per_epoch)
+    return {group: np.float32(base * stage.rate(group)) for group in groups if stage.trains(group)}
+
+
+# Updates -------------------------------------------------------------------------------------
+
+
+def moments(trainable: Tree, groups: Groups) -> dict[str, Any]:
+    """Returns zero Adam moments: {'count': {group: int32}, 'mu': tree, 'nu': tree}, float32.
+
+    The count belongs to a group, not to the run: a group that thaws late starts at 0, so that
+    its bias correction is right and its first update equals its rate.
+    """
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), dict(trainable))
+    names = sorted(set(groups.of(trainable).values()))
+    return {
+        'count': {name: jnp.zeros((), jnp.int32) for name in names},
+        'mu': zeros(),
+        'nu': zeros(),
+    }
+
+
+def enter(old: Tree, fresh: Tree, groups: Groups) -> tuple[dict, list[str]]:
+    """Carries the moments of whatever keeps learning into the `fresh` ones of the next stage.
+
+    Returns (moments, the groups that were carried).
+    """
+    carried = sorted(set(old['count']) & set(fresh['count']))
+    out = {'count': {**fresh['count'], **{name: old['count'][name] for name in carried}}}
+    for key in ('mu', 'nu'):
+        before = flatten(old[key])
+        out[key] = unflatten({p: before.get(p, zero) for p, zero in flatten(fresh[key]).items()})
+    return out, carried
+
+
+def _scale_by_adam(spec: Optimizer, labels: Tree, ok: jax.Array) -> optax.GradientTransformation:
+    """Adam's direction (Kingma & Ba 2015) with a count a group; the state stays where not ok."""
+
+    def update(gradients, state, params=None):
+        del params
+        new = {
+            'count': {name: value + 1 for name, value in state['count'].items()},
+            'mu': optax.tree.update_moment(gradients, state['mu'], spec.b1, 1),
+            'nu': optax.tree.update_moment(gradients, state['nu'], spec.b2, 2),
+        }
+        state = jax.tree.map(lambda new, old: stored(jnp.where(ok, new, old)), new, state)
+        correct = {
+            name: tuple(1 - beta ** value.astype(jnp.float32) for beta in (spec.b1, spec.b2))
+            for name, value in state['count'].items()
+        }
+        direction = jax.tree.map(
+            lambda m, v, label: (
+                (m / correct[label][0]) / (jnp.sqrt(v / correct[label][1]) + spec.eps)
+            ),
+            state['mu'],
+            state['nu'],
+            labels,
+        )
+        return direction, state
+
+    return optax.GradientTransformation(lambda params: None, update)
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """Returns x, which on CPU is stored before anything reads it.
+
+    XLA:CPU would compute new moments a second time for the weights that they change, from old ones
+    that it then had to copy before they are overwritten; and weights likewise for their average.
+    """
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
+
+
+def norm(tree: Any) -> jax.Array:
+    """Returns the Euclidean norm of all leaves together; float32 scalar, 0 of none.
+
+    Summed row by row first, on any backend: left to itself XLA:CPU may sum the squares of a large
+    matrix in windows on one core, which takes a third of the time of the product that made it.
+    Where the last axis is sharded, a number a row crosses devices instead of one.
+    """
+    squares = [jnp.square(jnp.asarray(x, jnp.float32)) for x in jax.tree.leaves(tree)]
+    rows = [x.sum(-1) if x.ndim else x for x in squares]
+    rows = jax.lax.optimization_barrier(rows)
+    return jnp.sqrt(sum((x.sum() for x in rows), jnp.float32(0)))
+
+
+def reach(size: jax.Array, rates: Mapping[str, Any], stage: Stage) -> jax.Array:
+    """Returns what no weight exceeds after an `update` by finite gradients; float32 scalar.
+
+    size: the `norm` of the weights before it; not finite if one of them is not. A norm of gradients
+    that float32 can hold means that none exceeds √max, now or when the moments were made, and so
+    Adam's direction no √max / (1 - b1) / eps: moments that only `update` has made are finite for
+    ever. Infinite only of weights, or rates above 1e3, that no training has.
+    """
+    spec, limit = stage.optimizer, jnp.finfo(jnp.float32).max
+    direction = np.float32(np.sqrt(limit) / (1 - spec.b1) / spec.eps)
+    bounds = [size + rate * (direction + spec.weight_decay * size) for rate in rates.values()]
+    return functools.reduce(jnp.maximum, bounds)
+
+
+def decays(params: Tree) -> dict:
+    """Returns a tree of bools: True where weight decay acts (not on biases, norms, scalars)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.ndim > 1 and path[-1].key not in ('bias', 'scale'), params
+    )
+
+
+def update(
+    gradients: Tree,
+    state: Tree,
+    trainable: Tree,
+    rate: Mapping[str, Any],
+    stage: Stage,
+    groups: Groups,
+    size: jax.Array,
+    ok: jax.Array | bool = True,
+) -> tuple[Tree, Tree]:
+    """Returns (updates to add to `trainable`, new moments).
+
+    Where not `ok`, moments are those of `state`, and updates are not to be used: they may be NaN.
+
+    size: the `norm` of the gradients.
+
+    clip by the global norm → Adam → per group decoupled decay and learning rate. All but Adam is
+    without state, so that only moments are stored and carried.
+    """
+    spec = stage.optimizer
+    label = groups.of(trainable)
+    labels = unflatten(label)
+    if spec.clip > 0:
+        factor = jnp.where(size < spec.clip, 1.0, spec.clip / size)
+        gradients = jax.tree.map(lambda g: g * factor, gradients)
+    direction, state = _scale_by_adam(spec, labels, ok).update(gradients, state)
+    by_group = optax.multi_transform(
+        {
+            name: optax.chain(
+                optax.add_decayed_weights(spec.weight_decay, mask=decays),
+                optax.scale_by_learning_rate(rate[name]),
+            )
+            for name in sorted(set(label.values()))
+        },
+        labels,
+    )
+    updates, _ = by_group.update(direction, by_group.init(trainable), trainable)
+    return updates, state

@@ -1,0 +1,13 @@
+"""`python -m mmjax.report WORKDIR` makes the page of a run and prints its path."""
+
+import sys
+
+from mmjax.engine import report
+from mmjax.errors import UserError
+
+if len(sys.argv) != 2:
+    sys.exit('usage: python -m mmjax.report WORKDIR')
+try:
+    print(report.write(sys.argv[1]))
+except UserError as error:
+    sys.exit(f'mmjax: {error}')

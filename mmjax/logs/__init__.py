@@ -1,6 +1,0 @@
-"""A run's record: metrics.jsonl, results.json, pictures, TensorBoard, and the progress line."""
-
-from mmjax.logs.files import plain, read, replace, truncate, write_json, write_results
-from mmjax.logs.record import Logs
-
-__all__ = ['Logs', 'plain', 'read', 'replace', 'truncate', 'write_json', 'write_results']

@@ -1,0 +1,283 @@
+"""The comic model: one embedding a panel from its picture, its text and its place on the page."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from mmjax.models.bert import Bert, masked_mean
+from mmjax.models.layers import Dense, MaskedBatchNorm, normalize_pixels
+from mmjax.models.resnet import ResNet
+from mmjax.models.vit import ViT
+
+FUSIONS = ('attention', 'gate', 'concat')
+# Mean and standard deviation of pixels in 0-1, as each backbone was trained with.
+SIGLIP_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# What `frozen` may name: both visual backbones, one of them, the text backbone, and the rest.
+PARTS = (
+    'vision',
+    'siglip',
+    'resnet',
+    'text',
+    'vision_head',
+    'text_head',
+    'composition',
+    'fusion',
+    'reconstruction',
+)
+
+
+class Projector(nn.Module):
+    """Linear to `hidden`, LayerNorm, GELU, dropout, linear to `features`."""
+
+    hidden: int
+    features: int
+    dropout: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = Dense(self.hidden, dtype=self.dtype, name='hidden')(x)
+        x = nn.LayerNorm(1e-5, dtype=self.dtype, name='norm')(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(nn.gelu(x, approximate=False))
+        return Dense(self.features, dtype=self.dtype, name='out')(x)
+
+
+class VisionHead(nn.Module):
+    """Projects the pooled output of each visual backbone, and fuses two.
+
+    `fusion`: 'attention' weighs them by a softmax of Linear(2D → 2), 'gate' by one of
+    Linear(2D → D), GELU, Linear(2); 'concat' projects both together, Linear(2D → D).
+    """
+
+    features: int = 512
+    siglip_hidden: int = 384
+    resnet_hidden: int = 1024
+    fusion: str = 'attention'
+    dropout: float = 0.1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, siglip: jax.Array | None, resnet: jax.Array | None, *, train: bool
+    ) -> jax.Array:
+        """Maps pooled outputs [rows, width], one of which may be None, to [rows, features]."""
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion '{self.fusion}' is not one of {', '.join(FUSIONS)}")
+        views = []
+        for name, pooled, hidden in (
+            ('siglip_projector', siglip, self.siglip_hidden),
+            ('resnet_projector', resnet, self.resnet_hidden),
+        ):
+            if pooled is not None:
+                project = Projector(hidden, self.features, self.dropout, self.dtype, name=name)
+                views.append(project(pooled, train=train))
+        if len(views) == 1:
+            return views[0]
+        both = jnp.concatenate(views, -1)  # [rows, 2 features]
+        dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
+        if self.fusion == 'concat':
+            return dense(self.features, 'concat')(both)
+        if self.fusion == 'gate':
+            both = nn.gelu(dense(self.features, 'gate_hidden')(both), approximate=False)
+        logits = dense(2, self.fusion)(both).astype(jnp.float32)
+        weights = jax.nn.softmax(logits).astype(self.dtype)  # [rows, 2]
+        return weights[:, :1] * views[0] + weights[:, 1:] * views[1]
+
+
+class CompositionEncoder(nn.Module):
+    """Two times linear, batch norm, ReLU and dropout, then linear to `features`."""
+
+    hidden: int = 256
+    features: int = 512
+    dropout: float = 0.1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+        """Maps x [rows, 7] to [rows, features]; statistics over the rows that `mask` allows."""
+        for index in range(2):
+            x = Dense(self.hidden, dtype=self.dtype, name=f'hidden_{index}')(x)
+            x = MaskedBatchNorm(dtype=self.dtype, name=f'norm_{index}')(x, mask, train=train)
+            x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+        return Dense(self.features, dtype=self.dtype, name='out')(x)
+
+
+class AdaptiveFusion(nn.Module):
+    """Weighs the modalities that a panel has: Σ g·x + ρ · mean of the present x.
+
+    x are the layer-normed modalities, 0 where absent; g = softmax of a gate that sees them all
+    and the mask, absent ones at −1e4; ρ is learnt and starts at 0.1. A row that has no modality
+    gives zeros.
+    """
+
+    hidden: int = 512
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, modalities: tuple[jax.Array, ...], present: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Fuses three arrays [rows, D] under `present` bool [rows, 3].
+
+        Returns:
+          (fused float32 [rows, D], gates float32 [rows, 3], 0 on absent modalities).
+        """
+        names = ('vision_norm', 'text_norm', 'composition_norm')
+        normed = [
+            nn.LayerNorm(1e-5, dtype=self.dtype, name=name)(x)
+            for name, x in zip(names, modalities, strict=True)
+        ]
+        x = jnp.where(present[..., None], jnp.stack(normed, -2), 0)  # [rows, 3, D]
+        seen = jnp.concatenate([x.reshape(x.shape[0], -1), present.astype(x.dtype)], -1)
+        gate = Dense(self.hidden, dtype=self.dtype, name='gate_hidden')(seen)
+        # From zeros all modalities weigh the same at first: a random gate soon shuts all but the
+        # one that learns fastest, and those it shuts get no gradient.
+        gate = Dense(3, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='gate')(
+            nn.gelu(gate, approximate=False)
+        )
+        gates = jax.nn.softmax(jnp.where(present, gate.astype(jnp.float32), -1e4))
+        gates = jnp.where(present, gates, 0.0)
+        residual = self.param('residual', nn.initializers.constant(0.1), ())
+        count = jnp.maximum(present.sum(-1, keepdims=True, dtype=jnp.float32), 1.0)
+        weights = gates + residual / count  # [rows, 3]; x is 0 where absent
+        return jnp.einsum('rm,rmd->rd', weights, x.astype(jnp.float32)), gates
+
+
+class ReconstructionHead(nn.Module):
+    """Linear to `hidden`, GELU, dropout, linear back: predicts a hidden panel's embedding."""
+
+    hidden: int = 1024
+    dropout: float = 0.1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps x [rows, D] to float32 [rows, D]."""
+        y = Dense(self.hidden, dtype=self.dtype, name='hidden')(x)
+        y = nn.Dropout(self.dropout, deterministic=not train)(nn.gelu(y, approximate=False))
+        return Dense(x.shape[-1], dtype=self.dtype, name='out')(y).astype(jnp.float32)
+
+
+class ComicModel(nn.Module):
+    """Towers, fusion and reconstruction head of the comic recipe.
+
+    The backbones are given as modules and own the subtrees `siglip`, `resnet` and `bert`; leave
+    out `siglip` or `resnet` for a single visual backbone. The rest: `vision_head`, `text_head`,
+    `composition`, `fusion`, `reconstruction`. The default widths are the published ones.
+    """
+
+    siglip: ViT | None
+    resnet: ResNet | None
+    bert: Bert
+    features: int = 512
+    siglip_hidden: int = 384
+    resnet_hidden: int = 1024
+    composition_hidden: int = 256
+    gate_hidden: int = 512
+    reconstruction_hidden: int = 1024
+    visual_fusion: str = 'attention'
+    dropout: float = 0.1
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        if self.siglip is None and self.resnet is None:
+            raise ValueError('ComicModel needs a visual backbone: siglip, resnet or both')
+        self.vision_head = VisionHead(
+            self.features,
+            self.siglip_hidden,
+            self.resnet_hidden,
+            self.visual_fusion,
+            self.dropout,
+            self.dtype,
+        )
+        self.text_head = Dense(self.features, dtype=self.dtype)
+        self.composition = CompositionEncoder(
+            self.composition_hidden, self.features, self.dropout, self.dtype
+        )
+        self.fusion = AdaptiveFusion(self.gate_hidden, self.dtype)
+        self.reconstruction = ReconstructionHead(
+            self.reconstruction_hidden, self.dropout, self.dtype
+        )
+
+    def __call__(self, *inputs: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """Runs every part once, for initialisation; inputs as in `encode`."""
+        outputs = self.encode(*inputs, train=train)
+        return {**outputs, 'predicted': self.reconstruct(outputs['fused'][:, 0], train=train)}
+
+    def encode(
+        self,
+        images: jax.Array,
+        tokens: jax.Array,
+        token_mask: jax.Array,
+        composition: jax.Array,
+        modality: jax.Array,
+        panels: jax.Array,
+        train: bool,
+        frozen: frozenset[str] = frozenset(),
+    ) -> dict[str, jax.Array]:
+        """Embeds the panels of a batch of pages.
+
+        What a padded panel or an absent modality holds has no influence on other panels, nor on
+        the fused embedding of its own.
+
+        Args:
+          images: uint8 [batch, panels, size, size, 3]; each backbone normalises its own way.
+          tokens: int [batch, panels, length].
+          token_mask: bool [batch, panels, length].
+          composition: float [batch, panels, 7].
+          modality: bool [batch, panels, 3], which of vision, text, composition a panel has.
+          panels: bool [batch, panels], False on padding.
+          train: whether dropout and batch statistics are live.
+          frozen: names among `PARTS` that do not learn: they run as at evaluation, and the
+            outputs of frozen backbones are named 'frozen' for `jax.checkpoint` policies.
+
+        Returns:
+          'fused', 'vision', 'text': float32 [batch, panels, features]; 'gates': float32
+          [batch, panels, 3]. 'fused' and 'gates' are 0 on padding; 'vision' and 'text' are finite
+          everywhere and mean something where the panel has that modality.
+        """
+        self._check(frozen)
+        shape = panels.shape  # [batch, panels]
+        rows = lambda x: x.reshape(-1, *x.shape[2:])
+        present = rows(modality.astype(bool) & panels.astype(bool)[..., None])
+        live = lambda part: train and part not in frozen
+        views = self._see(rows(images), present[:, 0], train, frozen)
+        vision = self.vision_head(*views, train=live('vision_head'))
+        allowed = rows(token_mask.astype(bool)) & present[:, 1:2]
+        text = self.bert(rows(tokens), allowed, train=live('text'))
+        text = self.text_head(_named(masked_mean(text, allowed), 'text' in frozen))
+        place = self.composition(rows(composition), present[:, 2], train=live('composition'))
+        fused, gates = self.fusion((vision, text, place), present)
+        outputs = {'fused': fused, 'vision': vision, 'text': text, 'gates': gates}
+        return {name: x.astype(jnp.float32).reshape(*shape, -1) for name, x in outputs.items()}
+
+    def reconstruct(
+        self, context: jax.Array, train: bool, frozen: frozenset[str] = frozenset()
+    ) -> jax.Array:
+        """Predicts hidden panels from the mean of the others: [batch, features] to the same."""
+        self._check(frozen)
+        return self.reconstruction(context, train=train and 'reconstruction' not in frozen)
+
+    def _see(self, images: jax.Array, mask: jax.Array, train: bool, frozen: frozenset[str]):
+        """Returns the pooled outputs of (siglip, resnet) [rows, width], None where it is absent."""
+        siglip = resnet = None
+        if self.siglip is not None:
+            pixels = normalize_pixels(images, SIGLIP_PIXELS)
+            still = not frozen.isdisjoint(('vision', 'siglip'))
+            siglip = _named(self.siglip(pixels, train=train and not still), still)
+        if self.resnet is not None:
+            pixels = normalize_pixels(images, IMAGENET_PIXELS)
+            still = not frozen.isdisjoint(('vision', 'resnet'))
+            resnet = _named(self.resnet(pixels, mask, train=train and not still), still)
+        return siglip, resnet
+
+    def _check(self, frozen: frozenset[str]) -> None:
+        unknown = sorted(set(frozen) - set(PARTS))
+        if unknown:
+            raise ValueError(f"frozen names '{unknown[0]}'; the parts are {', '.join(PARTS)}")
+
+
+def _named(x: jax.Array, frozen: bool) -> jax.Array:
+    return checkpoint_name(x, 'frozen') if frozen else x

@@ -1,0 +1,315 @@
+"""Compiles C files of unknown origin within limits, and returns what became of their functions.
+
+Nothing is ever linked or run. The compiler works with a clean environment, in a folder of its own,
+within limits of time, memory and output. It may read the project and the system's headers, which is
+checked by its own list of what it read, and so is the assembler's. Precompiled headers, which would
+be loaded into the compiler unchecked, are never taken.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+
+from mmjax.errors import RecordError, UserError
+from mmjax.recipes.contrabin.c_projects import canonical
+
+LEVELS = ('O0', 'O1', 'O2', 'O3')
+_INPUT = 2_000_000  # bytes of a C file
+_MEMORY, _OUTPUT = 2 << 30, 64 << 20  # bytes, of a process and of a file that it writes
+_HEADER_FOLDERS = 64
+
+# One machine's defaults are not another's, so that what changes the code is written out.
+_COMMON = ('-g0', '-w', '-fPIE', '-fno-stack-protector', '-fno-asynchronous-unwind-tables')
+_FLAGS = {
+    # Static functions that were inlined everywhere stay too, which also keeps them from being
+    # cloned or merged; none is cut in two, so that all of it stands under its name. Inlining into
+    # callers is left as it is in any binary.
+    'gcc': (
+        *_COMMON,
+        '-fmax-errors=1',
+        '-fcf-protection=none',
+        '-ffunction-sections',
+        '-fkeep-static-functions',
+        '-fkeep-inline-functions',
+        '-fno-partial-inlining',
+        '-fno-reorder-blocks-and-partition',
+    ),
+    'clang': (*_COMMON, '-ferror-limit=1', '-emit-llvm'),
+}
+_FLAG = re.compile(r'-D[A-Za-z_]\w*(=.*)?|-I.+|-std=(c|gnu|iso)[\w:]+', re.S)
+_ABSOLUTE = re.compile(rb'^\s*(?:#|%:|\?\?=)\s*(?:include(?:_next)?|import|embed)\s*[<"]\s*/', re.M)
+_EMBED = re.compile(rb'^\s*(?:#|%:|\?\?=)\s*embed\b', re.M)
+# Directives of the assembler that read files, or that could spell one of those, as what a macro
+# substitutes after a backslash could. No compiler emits one, nor a backslash but in a text.
+_READS = re.compile(
+    r'(?<![\w$.])\.(inc\w*|macro|endm|exitm|purgem|i?re?p\w*|endr|altmacro|mri)\b', re.I
+)
+_TEXT = re.compile(
+    r'\s*(?:\.(?:string|ascii|asciz|file|ident)\s+|#\s*\d+\s+)"(\\.|[^"\\])*"[\s\d]*'
+)
+
+
+@dataclasses.dataclass
+class Projects:
+    """What a folder holds, by top-level folder ('.' for files of the root itself).
+
+    files: its C files; headers: folders with headers, and those above them, whose headers are
+    included as "folder/name.h"; skipped: reason → files passed over.
+    """
+
+    files: dict[str, list[pathlib.Path]]
+    headers: dict[str, dict[pathlib.Path, None]]  # sets that keep their order
+    skipped: Counter[str]
+
+
+def find_projects(root: pathlib.Path) -> Projects:
+    """Lists the C files under an absolute folder, sorted; no link is followed.
+
+    Raises:
+      UserError: no folder, or no C file in it.
+    """
+    if not root.is_dir():
+        raise UserError(f'the folder of C code {root} is not a folder')
+    found = Projects({}, {}, Counter())
+    for place, folders, names in os.walk(root):
+        folders.sort()
+        here = pathlib.Path(place)
+        project = '.' if here == root else here.relative_to(root).parts[0]
+        headers = found.headers.setdefault(project, {})
+        if any(name.endswith('.h') for name in names):
+            above = (folder for folder in here.parents if folder.is_relative_to(root / project))
+            headers |= dict.fromkeys((here, *above))
+        for name in sorted([*names, *folders]):
+            path = here / name
+            if path.is_symlink():  # one that stays inside leads to what is found by its own name
+                if name.endswith('.c') or name in folders:
+                    inside = pathlib.Path(os.path.realpath(path)).is_relative_to(root)
+                    found.skipped['link_inside' if inside else 'link_outside'] += 1
+            elif name.endswith('.c') and name not in folders:
+                if not path.is_file():
+                    found.skipped['no_file'] += 1
+                elif path.stat().st_size > _INPUT:
+                    found.skipped['too_large'] += 1
+                else:
+                    found.files.setdefault(project, []).append(path)
+    if not found.files:
+        raise UserError(f'{root} holds no C file (*.c)')
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """A compiler of this machine; kind: 'gcc' (binaries are assembly) or 'clang' (LLVM IR)."""
+
+    kind: str
+    path: str
+    version: str
+    headers: tuple[str, ...]  # folders of the system's headers
+    identity: str  # the first line of `--version` of each program
+
+    @property
+    def name(self) -> str:
+        return f'{self.kind}-{self.version}'
+
+
+def find_compiler(choice: str = 'auto') -> Compiler:
+    """Finds clang or else gcc ('auto'), or the one named; gcc needs objdump too.
+
+    Raises:
+      UserError: another choice, or a program that is not on the PATH or does not answer.
+    """
+    if choice not in ('auto', 'gcc', 'clang'):
+        raise UserError(f"the compiler is {choice!r}; it may be 'auto', 'gcc' or 'clang'")
+    kind = choice if choice != 'auto' else ('clang' if shutil.which('clang') else 'gcc')
+    programs = (kind, 'objdump') if kind == 'gcc' else (kind,)
+    for program in programs:
+        if not shutil.which(program):
+            raise UserError(f'{program} is not on the PATH: install it (Debian: clang, binutils)')
+    path = shutil.which(kind)
+    version = '-dumpfullversion' if kind == 'gcc' else '-dumpversion'
+    try:
+        ask = functools.partial(
+            subprocess.run,
+            env=_environment('/tmp'),
+            stdin=subprocess.DEVNULL,
+            text=True,
+            capture_output=True,
+            timeout=60,
+            check=True,
+        )
+        number = ask([path, version]).stdout.strip()
+        told = ask([path, '-E', '-v', '-x', 'c', os.devnull]).stderr
+        lines = [ask([program, '--version']).stdout.partition('\n')[0] for program in programs]
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f'{path} does not answer: {error}') from error
+    listed = told.partition('#include <...>')[2].partition('End of search list')[0]
+    folders = [line.strip() for line in listed.splitlines()[1:]]
+    return Compiler(kind, path, number, tuple(map(os.path.realpath, folders)), '; '.join(lines))
+
+
+def check_flags(flags: Sequence[str]) -> tuple[str, ...]:
+    """Returns the user's flags, folders of `-I` made absolute; only -D, -I and -std are allowed.
+
+    Raises:
+      UserError: another flag, or an `-I` that is no folder.
+    """
+    checked = []
+    for flag in flags:
+        if not _FLAG.fullmatch(flag) or '\0' in flag:
+            raise UserError(f'the compiler flag {flag!r} is none of -DNAME[=…], -IFOLDER, -std=…')
+        if flag.startswith('-I'):
+            folder = pathlib.Path(flag[2:]).expanduser()
+            if not folder.is_dir():
+                raise UserError(f'the compiler flag {flag!r} names no folder')
+            flag = f'-I{folder.resolve()}'
+        checked.append(flag)
+    return tuple(checked)
+
+
+def check_text(text: bytes, name: str) -> None:
+    """Raises RecordError 'refused' for text that includes an absolute path or embeds files."""
+    if _ABSOLUTE.search(text) or _EMBED.search(text):
+        raise RecordError('refused', f'{name}: includes an absolute path or embeds a file')
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """Compiles the files of one project.
+
+    root: the project's folder, absolute and without links; header_folders: those within it that
+    hold headers, or lie above some; flags: of `check_flags`; time_limit: seconds a run of a
+    program; base: where the paths of messages begin, the root by default.
+    """
+
+    compiler: Compiler
+    root: pathlib.Path
+    header_folders: tuple[pathlib.Path, ...] = ()
+    flags: tuple[str, ...] = ()
+    time_limit: float = 20.0
+    base: pathlib.Path | None = None
+
+    def functions(self, file: pathlib.Path, level: str, folder: pathlib.Path) -> dict[str, str]:
+        """Compiles one file of the root and returns symbol → listing of objdump or LLVM IR.
+
+        Args:
+          file: absolute path; level: 'O0' to 'O3'; folder: an empty folder to work in.
+
+        Raises:
+          RecordError: 'does_not_compile' with the first line of what the compiler says,
+            'time_limit', or 'refused': it or the assembler read files outside the project, or its
+            assembly might.
+        """
+        name = file.relative_to(self.base or self.root).as_posix()
+        standard = () if any(f.startswith('-std=') for f in self.flags) else ('-std=gnu17',)
+        made, read, first = folder / 'out.s', folder / 'out.d', folder / 'first.h'
+        made.unlink(missing_ok=True)
+        # A token before all else: gcc takes no precompiled header after the first one, and whoever
+        # wrote NAME.h.gch beside NAME.h would otherwise write into the compiler's memory.
+        first.write_text(';\n')
+        self._run(
+            [
+                self.compiler.path,
+                *_FLAGS[self.compiler.kind],
+                *standard,
+                f'-{level}',
+                *self.flags,
+                *_searched(self.root, self.header_folders, file.parent),
+                '-include',
+                str(first),
+                '-S',
+                '-MD',
+                '-MF',
+                str(read),
+                '-o',
+                str(made),
+                str(file),
+            ],
+            folder,
+            name,
+        )
+        self._check_read(read, name)
+        text = made.read_text(errors='replace')
+        if self.compiler.kind == 'clang':
+            return canonical.split_llvm(text)
+        for line in text.splitlines():
+            if (_READS.search(line) or '\\' in line) and not _TEXT.fullmatch(line):
+                raise RecordError('refused', f'{name}: its assembly has {line.strip():.60}')
+        assemble = [self.compiler.path, '-c', f'-Wa,--MD,{read.name}', '-o', 'out.o', str(made)]
+        self._run(assemble, folder, name)
+        self._check_read(read, name)
+        listed = self._run(['objdump', '-d', '-r', '--no-show-raw-insn', 'out.o'], folder, name)
+        return canonical.split_assembly(listed)
+
+    def _check_read(self, listing: pathlib.Path, name: str) -> None:
+        """Raises RecordError where a program's own list names a file it may not read."""
+        rule = listing.read_text(errors='replace').replace('\\\n', ' ')
+        own = [flag[2:] for flag in self.flags if flag.startswith('-I')]
+        ours = map(os.path.realpath, (self.root, listing.parent))
+        allowed = (*ours, *self.compiler.headers, *own)
+        for escaped in re.findall(r'(?:\\.|\S)+', rule.partition(': ')[2]):
+            path = re.sub(r'\\(.)', r'\1', escaped).replace('$$', '$')
+            real = os.path.realpath(listing.parent / path)
+            if not any(real.startswith(folder.rstrip('/') + '/') for folder in allowed):
+                raise RecordError('refused', f'{name}: reads {path}, outside the project')
+
+    def _run(self, argv: list[str], folder: pathlib.Path, name: str) -> str:
+        """Runs a program within the limits and returns what it wrote to standard output."""
+        # Set by the shell: code of ours between fork and exec may hang where there are threads.
+        limits = (
+            f'ulimit -t {math.ceil(self.time_limit) + 1} && ulimit -v {_MEMORY >> 10} && '
+            f'ulimit -f {_OUTPUT >> 9} && ulimit -c 0 && exec "$@"'
+        )
+        said, told = folder / 'stdout', folder / 'stderr'
+        with said.open('wb') as out, told.open('wb') as err:
+            process = subprocess.Popen(
+                ['/bin/sh', '-c', limits, 'sh', *argv],
+                cwd=folder,
+                env=_environment(str(folder)),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(self.time_limit)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)  # the group: the driver has children
+                process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                late = f'{name}: {pathlib.Path(argv[0]).name} took over {self.time_limit:g} s'
+                raise RecordError('time_limit', late) from None
+        if code:
+            with told.open(errors='replace') as file:
+                lines = [line.strip() for line in file.read(1 << 16).splitlines() if line.strip()]
+            first = next((line for line in lines if 'error' in line), (lines or ['no word'])[0])
+            first = first.replace(f'{self.base or self.root}/', '')
+            text = first if first.startswith(name) else f'{name}: {first}'
+            raise RecordError('does_not_compile', f'{text:.300}')
+        return said.read_text(errors='replace') if said.stat().st_size else ''
+
+
+@functools.lru_cache(maxsize=64)  # for all files of a folder, at all levels
+def _searched(
+    root: pathlib.Path, header_folders: tuple[pathlib.Path, ...], place: pathlib.Path
+) -> tuple[str, ...]:
+    """Returns where headers are sought: nearest folders first, the system's before `<…>`."""
+    distance = lambda folder: len(os.path.relpath(folder, place).split(os.sep))
+    nearest = sorted({root, *header_folders}, key=lambda f: (distance(f), f))
+    flags = []
+    for folder in nearest[:_HEADER_FOLDERS]:  # never -I: a string.h of theirs would be taken
+        flags += ['-iquote', str(folder), '-idirafter', str(folder)]
+    return tuple(flags)
+
+
+def _environment(temporary: str) -> dict[str, str]:
+    path = os.environ.get('PATH', os.defpath)
+    return {'PATH': path, 'LC_ALL': 'C', 'TMPDIR': temporary}

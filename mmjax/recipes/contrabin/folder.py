@@ -1,0 +1,151 @@
+"""Reads and writes rows of (source, comment, binary), one JSON object a line. Free of jax.
+
+    {"source": str, "binary": str, "comment": str,
+     "metadata": {"path", "label", "compiler", "opt_level", "language", "name": all str}}
+
+label: the algorithm, '' where it is not known; opt_level: O0, O1, O2 or O3, or
+'-O2' and so on; comment: may be ''. Other keys are passed over.
+"""
+
+import collections
+import contextlib
+import gzip
+import json
+import os
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from mmjax.data.faults import Ledger
+from mmjax.errors import RecordError, UserError
+
+TEXTS = ('source', 'binary', 'comment')
+METADATA = ('path', 'label', 'compiler', 'opt_level', 'language', 'name')
+MAX_LINE = 16 << 20  # bytes: a small gzip file can hold a line that fills the memory
+
+
+def read(path: str | os.PathLike, ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Yields {source, binary, comment, path, name, label, opt_level, compiler, language, line}.
+
+    All values are strings but `line`, which counts the file's lines from 1; blank lines are no
+    rows. Rows are counted first, into `ledger.rows`. A row that is no JSON object, lacks a key, has
+    one twice, a value that is no text, or an empty source or binary is a fault of the ledger.
+
+    Args:
+      path: a .jsonl file, or compressed by gzip if its name ends in .gz.
+
+    Raises:
+      UserError: no file, one that cannot be read or decompressed to its end, a line of more than
+        16 MiB, no row, or more faults than the ledger allows.
+    """
+    path = pathlib.Path(path).expanduser()
+    ledger.rows = sum(1 for _ in _lines(path))
+    if not ledger.rows:
+        raise UserError(f'{path} has no rows')
+    for number, line in _lines(path):
+        try:
+            yield {**_row(line, f'{path} line {number}'), 'line': number}
+        except RecordError as error:
+            ledger.fault(error, number)
+        ledger.tick()
+
+
+class Writer:
+    """Writes SPLIT.jsonl.gz of several splits and report.json to a folder: all of them, or none.
+
+    Files have temporary names until `finish`; leaving the block without it removes them. The same
+    rows make the same bytes.
+    """
+
+    def __init__(self, folder: pathlib.Path, splits: Sequence[str]):
+        self._folder = folder
+        self._names = [*(f'{split}.jsonl.gz' for split in splits), 'report.json']
+        self._files: dict[str, IO[bytes]] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> 'Writer':
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name in self._names[:-1]:
+                raw = self._stack.enter_context(self._temporary(name).open('wb'))
+                file = gzip.GzipFile(filename='', mode='wb', fileobj=raw, mtime=0)
+                self._files[name] = self._stack.enter_context(file)
+        except OSError as error:
+            self.__exit__()
+            raise UserError(f'{self._folder} cannot be written to: {error}') from error
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+        for name in self._names:
+            with contextlib.suppress(OSError):  # it may be that there is no such folder
+                self._temporary(name).unlink()
+
+    def write(self, split: str, row: Mapping[str, Any]) -> None:
+        self._files[f'{split}.jsonl.gz'].write(json.dumps(row).encode() + b'\n')
+
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Gives the files their names, report.json last."""
+        self._stack.close()
+        self._temporary('report.json').write_text(json.dumps(report, indent=1) + '\n')
+        for name in self._names:
+            os.replace(self._temporary(name), self._folder / name)
+
+    def _temporary(self, name: str) -> pathlib.Path:
+        return self._folder / f'.{name}.{os.getpid()}.tmp'
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """Yields (number, line) of lines that are not blank."""
+    try:
+        with gzip.open(path) if path.name.endswith('.gz') else path.open('rb') as file:
+            number = 0
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise UserError(f'{path} line {number} is longer than {MAX_LINE >> 20} MiB')
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError as error:
+        raise UserError(f'{path} does not exist') from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f'{path} is a truncated or damaged gzip file: {error}') from error
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error}') from error
+
+
+def _row(line: bytes, where: str) -> dict[str, str]:
+    def once(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise RecordError('malformed_json', f'{where}: {twice!r} stands twice in one object')
+        return found
+
+    try:
+        row = json.loads(line.decode('utf-8-sig'), object_pairs_hook=once)
+    except UnicodeDecodeError as error:
+        raise RecordError('malformed_json', f'{where}: not UTF-8') from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError('malformed_json', f'{where}: {error}') from error
+    texts = _texts(row, TEXTS, where)
+    texts |= _texts(row.get('metadata'), METADATA, f'{where}: metadata')
+    for key in ('source', 'binary'):
+        if not texts[key].strip():
+            raise RecordError(f'empty_{key}', f'{where}: the {key} is empty')
+    return texts
+
+
+def _texts(values: Any, keys: Sequence[str], where: str) -> dict[str, str]:
+    if not isinstance(values, dict):
+        raise RecordError('malformed_row', f'{where}: {values!r:.60} is not an object')
+    for key in keys:
+        if key not in values:
+            raise RecordError('missing_key', f'{where} has no {key!r}')
+        if not isinstance(values[key], str):
+            raise RecordError('malformed_row', f'{where}: {key!r} is {values[key]!r:.60}, no text')
+        if re.search('[\ud800-\udfff]', values[key]):
+            raise RecordError('malformed_row', f'{where}: half a surrogate pair stands in {key!r}')
+    return {key: values[key] for key in keys}

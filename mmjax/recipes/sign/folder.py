@@ -1,0 +1,282 @@
+"""Reads a folder of signed sentences: tables and vocabulary, landmark files, the streams' columns.
+
+    annotations/<split>.corpus.csv  id|signer|annotation, or id|folder|signer|annotation as
+                                    PHOENIX-2014 has them; glosses apart by blanks, nothing quoted
+    features/<split>/<id>.npz       `features`: float16, float32 or float64 [frames, F]
+    streams.json                    {name: [start, end]} over the F columns; those in none are
+                                    left out. [start, end, n]: landmarks of n numbers each
+
+Splits are train, dev (or val, and then called so) and, where there is one, test. Faults of the
+folder's structure raise UserError at once; faults of a row or its file raise RecordError, for the
+ledger to list and count. `features` or a split of it may be a link to elsewhere.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.data import records
+from mmjax.data.faults import Ledger
+from mmjax.data.tables import file_stamp
+from mmjax.errors import RecordError, UserError
+from mmjax.recipes.sign import streams as sign_streams
+from mmjax.recipes.sign.streams import Columns
+
+BLANK, BLANK_ID = '<blank>', 0
+UNKNOWN, UNKNOWN_ID = '<unknown>', -1  # of a word that training lacks: no model can predict it
+_COLUMNS = ('id', 'signer', 'annotation')  # and `folder`, which nothing needs
+_STAMPED = 50_000  # files whose size and time enter the digest; of more every n-th
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The words a model can predict; `words[id]` is a word, `words[0]` the blank."""
+
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sentences: Iterable[Iterable[str]]) -> 'Vocabulary':
+        """Makes the vocabulary of the training split: the blank, then words as first seen."""
+        return cls((BLANK, *dict.fromkeys(word for words in sentences for word in words)))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> 'Vocabulary':
+        """Reads `vocabulary.txt`, a word a line; the line's number, from 0, is the id.
+
+        Raises:
+          UserError: no such file, another first word than '<blank>', a word that stands twice, an
+            empty line.
+        """
+        path = pathlib.Path(path)
+        if not path.is_file():
+            raise UserError(f'{path} does not exist')
+        words, seen = path.read_text('utf-8').removesuffix('\n').split('\n'), set()
+        if words[0] != BLANK:
+            raise UserError(f'{path}: line 1 is {words[0]!r:.60}, not {BLANK!r}')
+        for line, word in enumerate(words, start=1):
+            if word.split() != [word]:
+                raise UserError(f'{path}: line {line} is {word!r:.60}, not one word')
+            if word in seen:
+                raise UserError(f'{path}: line {line}: {word!r} stands twice')
+            seen.add(word)
+        return cls(tuple(words))
+
+    def save(self, path: str | os.PathLike) -> None:
+        pathlib.Path(path).write_text('\n'.join(self.words) + '\n', 'utf-8')
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {word: place for place, word in enumerate(self.words) if place != BLANK_ID}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, words: Iterable[str]) -> np.ndarray:
+        """Returns int32 [words]: 1 … len − 1, or UNKNOWN_ID; never the blank."""
+        return np.array([self._ids.get(word, UNKNOWN_ID) for word in words], np.int32)
+
+    def decode(self, ids: Iterable[int]) -> tuple[str, ...]:
+        """Reverses `encode`; UNKNOWN_ID becomes '<unknown>', an id beyond raises IndexError."""
+        ids = [int(i) for i in ids]
+        if beyond := [i for i in ids if not UNKNOWN_ID <= i < len(self)]:
+            raise IndexError(f'id {beyond[0]} in a vocabulary of {len(self)} words')
+        return tuple(UNKNOWN if i == UNKNOWN_ID else self.words[i] for i in ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sentence of a table; `line` counts from 1, the header's."""
+
+    line: int
+    id: str
+    signer: str
+    words: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SignFolder:
+    """A folder whose structure has been checked.
+
+    rows: split → its sentences in order; malformed: split → (line, what is wrong); streams: name
+    → columns, from left to right; width: F of the files; digest: of the tables and the files'
+    sizes and times.
+    """
+
+    root: pathlib.Path
+    rows: dict[str, list[Row]]
+    malformed: dict[str, list[tuple[int, str]]]
+    streams: dict[str, Columns]
+    width: int
+    digest: str
+
+    def records(self, split: str, ledger: Ledger) -> Iterator[dict[str, Any]]:
+        """Yields {'id', 'signer', 'words', 'line', 'features'}, booking what is left out."""
+        rows, malformed = self.rows[split], self.malformed[split]
+        ledger.rows = len(rows) + len(malformed)
+        for line, what in malformed:
+            reason = 'no_glosses' if what == 'has no gloss' else 'malformed_row'
+            message = f'{_table(self.root, split)}: line {line} {what}'
+            ledger.fault(RecordError(reason, message), line)
+            ledger.tick()
+        for row in rows:
+            path = self.root / 'features' / split / f'{row.id}.npz'
+            try:
+                features = read_features(path, self.width)
+            except RecordError as error:
+                ledger.fault(error, row.line)
+            else:
+                if lost := int((~np.isfinite(features)).sum()):
+                    ledger.counts['values_not_finite'] += lost
+                fields = {'id': row.id, 'signer': row.signer, 'words': row.words, 'line': row.line}
+                yield {**fields, 'features': records.pack(features)}
+            ledger.tick()
+
+
+def open_folder(
+    root: str | os.PathLike,
+    splits: Sequence[str] | None = None,
+    streams: Mapping[str, Columns] | None = None,
+) -> SignFolder:
+    """Checks the structure of a folder, and of its files the first that can be read.
+
+    Args:
+      splits: those needed; None for train, dev or val, and test where there is one.
+      streams: checked ones, instead of those of streams.json.
+
+    Raises:
+      UserError: a missing root, table or streams.json; a table without its columns or with an id
+        twice, an id that leads elsewhere, the gloss '<blank>'; streams that overlap, or go
+        beyond the columns of the files.
+    """
+    root = pathlib.Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f'the data root {root} is not a folder')
+    splits = tuple(splits) if splits is not None else _splits(root)
+    streams = streams or sign_streams.read(root)
+    tables = {split: _read_table(_table(root, split)) for split in splits}
+    rows = {split: found for split, (found, _) in tables.items()}
+    width, name = _width(root, rows)
+    last, (_, end, _) = list(streams.items())[-1]
+    if width < end:
+        raise UserError(f'{root}: stream {last!r} ends at {end}, but {name} has {width}')
+    malformed = {split: wrong for split, (_, wrong) in tables.items()}
+    return SignFolder(root, rows, malformed, streams, width, _digest(root, rows))
+
+
+def read_features(path: pathlib.Path, width: int | None = None) -> np.ndarray:
+    """Reads the `features` of a file: float16 or float32 [frames, F].
+
+    Raises:
+      RecordError: no such file, not an .npz of plain arrays, another key, type or shape, another
+        F than `width`, or more than half of the values not finite.
+    """
+    name = '/'.join(path.parts[-3:])
+    if not os.path.isfile(path):  # unlike pathlib's, never raises
+        raise RecordError('missing_features', f'{name} does not exist')
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            keys = list(arrays.files)
+            features = arrays['features'] if 'features' in keys else None
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds
+        raise RecordError('unreadable_features', f'{name} cannot be read: {error}') from error
+    wrong = functools.partial(RecordError, 'malformed_features')
+    if features is None:
+        raise wrong(f"{name} has no 'features', but {keys}")
+    if features.dtype.kind != 'f' or features.dtype.itemsize > 8:
+        raise wrong(f'{name}: features are {features.dtype}, not float16, float32 or float64')
+    if features.ndim != 2 or not features.size or features.shape[1] != (width or features.shape[1]):
+        raise wrong(f'{name}: features are {features.shape}, not [frames, {width or "F"}]')
+    if features.dtype.itemsize > 2:
+        with np.errstate(over='ignore'):  # beyond float32 they count as not finite
+            features = features.astype(np.float32)
+    share = float(np.mean(~np.isfinite(features)))
+    if share > 0.5:
+        raise RecordError('not_finite', f'{name}: {share:.0%} of the values are not finite')
+    return features.astype(features.dtype.newbyteorder('='), order='C', copy=False)
+
+
+def _table(root: pathlib.Path, split: str) -> pathlib.Path:
+    return root / 'annotations' / f'{split}.corpus.csv'
+
+
+def _splits(root: pathlib.Path) -> tuple[str, ...]:
+    found = [s for s in ('train', 'dev', 'val', 'test') if _table(root, s).is_file()]
+    if {'dev', 'val'} <= set(found):
+        raise UserError(f'{root / "annotations"} has both dev.corpus.csv and val.corpus.csv')
+    for needed, names in (('train', {'train'}), ('dev', {'dev', 'val'})):
+        if not names & set(found):
+            raise UserError(f'{_table(root, needed)} does not exist')
+    return tuple(found)
+
+
+def _read_table(path: pathlib.Path) -> tuple[list[Row], list[tuple[int, str]]]:
+    """Returns the rows of a table and (line, what is wrong) of those that are none."""
+    if not path.is_file():
+        raise UserError(f'{path} does not exist')
+    data = path.read_bytes()
+    try:
+        text = data.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b'\n') + 1
+        raise UserError(f'{path}: line {line} is not UTF-8') from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split('\n'), start=1)]
+    lines = [(number, line) for number, line in lines if line]
+    columns = [name.strip() for name in lines[0][1].split('|')] if lines else []
+    if sorted({*columns} - {'folder'}) != sorted(_COLUMNS) or len({*columns}) != len(columns):
+        raise UserError(
+            f'{path}: the columns are {"|".join(columns) or "none"}, not id|signer|annotation or '
+            'id|folder|signer|annotation'
+        )
+    rows, malformed, seen = [], [], {}
+    for number, line in lines[1:]:
+        fields = line.split('|')
+        if len(fields) != len(columns):
+            malformed.append((number, f'has {len(fields)} fields for {len(columns)} columns'))
+            continue
+        row = {name: field.strip() for name, field in zip(columns, fields, strict=True)}
+        words = tuple(row['annotation'].split())
+        if '/' in row['id'] or '\0' in row['id'] or row['id'] in ('.', '..'):
+            raise UserError(f'{path}: line {number}: id {row["id"]!r} leads elsewhere')
+        if BLANK in words:
+            raise UserError(f'{path}: line {number}: the gloss {BLANK!r} is taken by CTC')
+        if row['id'] in seen:
+            raise UserError(
+                f'{path}: lines {seen[row["id"]]} and {number} have the id {row["id"]!r}'
+            )
+        if not row['id'] or not words:
+            malformed.append((number, 'has no gloss' if row['id'] else 'has no id'))
+            continue
+        seen[row['id']] = number
+        rows.append(Row(number, row['id'], row['signer'], words))
+    if not rows:
+        raise UserError(f'{path} has no sentence')
+    return rows, malformed
+
+
+def _width(root: pathlib.Path, rows: dict[str, list[Row]]) -> tuple[int, str]:
+    """Returns F of the first file that can be read, and that file's name."""
+    fault = None
+    for split, found in rows.items():
+        for row in found[:100]:
+            try:
+                path = root / 'features' / split / f'{row.id}.npz'
+                return read_features(path).shape[1], '/'.join(path.parts[-3:])
+            except RecordError as error:
+                fault = fault or error
+    raise UserError(f'{root}: of the first hundred files of a split none can be read: {fault}')
+
+
+def _digest(root: pathlib.Path, rows: dict[str, list[Row]]) -> str:
+    digest = hashlib.sha256()
+    for split in rows:
+        digest.update(_table(root, split).read_bytes())
+    files = [root / 'features' / split / f'{row.id}.npz' for split in rows for row in rows[split]]
+    for path in files[:: -(-len(files) // _STAMPED)]:
+        digest.update(repr(file_stamp(path)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""Streams: which columns of a frame are the pose, a hand, a face, and how landmarks fill them."""
+
+import itertools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mmjax.data.tables import read_json
+from mmjax.errors import RecordError, UserError
+
+STREAMS = 'streams.json'
+
+
+class Columns(NamedTuple):
+    """Columns [start, end) of a frame; coordinates: numbers of a landmark, 0 for none."""
+
+    start: int
+    end: int
+    coordinates: int = 0
+
+
+def read(root: pathlib.Path) -> dict[str, Columns]:
+    """Returns the streams of a folder's `streams.json`; raises UserError where it is none."""
+    path = root / STREAMS
+    if not path.is_file():
+        raise UserError(f'{path} does not exist: it says {{name: [start, end]}} of the columns')
+    try:
+        return check(read_json(path, str(path)), str(path))
+    except RecordError as error:
+        raise UserError(str(error)) from error
+
+
+def told(rows: Sequence[Any], where: str) -> dict[str, Columns]:
+    """Returns the streams of (name, start, end) or (name, start, end, coordinates) tuples.
+
+    Args:
+      where: their key, for error messages.
+
+    Raises:
+      UserError: a row that is no such tuple, or a name that stands twice.
+    """
+    content = {}
+    for row in rows:
+        if not isinstance(row, list | tuple) or not row or not isinstance(row[0], str):
+            raise UserError(
+                f'{where} holds (name, start, end) or (name, start, end, coordinates) tuples, '
+                f'not {row!r:.60}'
+            )
+        name, *span = row
+        if name in content:
+            raise UserError(f'{where} names the stream {name!r} twice')
+        content[name] = span
+    return check(content, where) if content else {}
+
+
+def check(content: Any, where: str) -> dict[str, Columns]:
+    """Returns streams from left to right.
+
+    Args:
+      content: {name: [start, end] or [start, end, coordinates]}.
+      where: file or key, for error messages.
+
+    Raises:
+      UserError: another content, streams that overlap, landmarks that do not fill their stream.
+    """
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f'{where} is not an object of streams {{name: [start, end]}}')
+    for name, span in content.items():
+        numbers = isinstance(span, list | tuple) and len(span) in (2, 3)
+        numbers = numbers and all(type(n) is int for n in span)
+        if not numbers or not 0 <= span[0] < span[1] or min(span) < 0:
+            raise UserError(
+                f'{where}: stream {name!r} is {span!r:.60}, not [start, end] or '
+                '[start, end, coordinates]'
+            )
+        start, end, coordinates = Columns(*span)
+        if coordinates and (end - start) % coordinates:
+            raise UserError(
+                f'{where}: stream {name!r} has {end - start} columns, which landmarks of '
+                f'{coordinates} coordinates do not fill'
+            )
+    streams = dict(sorted(content.items(), key=lambda item: tuple(item[1])))
+    for (one, first), (two, second) in itertools.pairwise(streams.items()):
+        if second[0] < first[1]:
+            raise UserError(f'{where}: streams {one!r} {first} and {two!r} {second} overlap')
+    return {name: Columns(*span) for name, span in streams.items()}

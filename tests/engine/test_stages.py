@@ -1,0 +1,161 @@
+"""The plan of a run: lengths, weights, errors that name the key."""
+
+import dataclasses
+import math
+
+import ml_collections
+import pytest
+
+from mmjax.engine import config as config_lib
+from mmjax.engine import stages
+from mmjax.engine.config import View
+from mmjax.errors import UserError
+
+
+def make(**changes):
+    config = config_lib.default()
+    config.stages = ('a', 'b')
+    config.stage = dict(
+        a=dict(epochs=2.5, learning_rates=dict(tower=0.0)),
+        b=dict(steps=7, loss_weights=dict(x=dict(start=0.0, end=1.0)), options=dict(kind='linear')),
+    )
+    config.loss_weights = dict(x=1.0, y=0.5)
+    with config.unlocked():
+        for key, value in changes.items():
+            config[key] = value
+    return config
+
+
+def planned(config, per_epoch=10, batch_size=4):
+    return stages.plan(stages.parse(View(config)), lambda stage: per_epoch, batch_size)
+
+
+def test_lengths_in_epochs_steps_and_examples_follow_one_another():
+    config = make()
+    config.stages = ('a', 'b', 'c')
+    config.stage.c = dict(examples=9)
+    a, b, c = planned(config)
+    assert [(s.start, s.steps) for s in (a, b, c)] == [(0, 25), (25, 7), (32, 3)]
+    assert {s.run_steps for s in (a, b, c)} == {35}
+
+
+def test_stage_overrides_merge_with_the_shared_defaults():
+    a, b = planned(make())
+    assert a.weights(0) == {'x': 1.0, 'y': 0.5}
+    assert not a.trains('tower') and a.rate('head') == 1.0
+    assert b.option('kind') == 'linear' and b.trains('tower')
+
+
+def test_a_ramp_runs_from_start_to_end():
+    _, b = planned(make())
+    assert b.weights(0)['x'] == 0.0
+    assert b.weights(7)['x'] == 1.0
+    assert math.isclose(b.weights(3)['x'], 3 / 7)
+    half = stages.Ramp(0.0, 1.0, 'cosine', 0.5)
+    assert math.isclose(half(25, 100), 0.5) and half(50, 100) == half(99, 100) == 1.0
+
+
+def test_position_takes_no_part_in_equality_so_an_early_stop_does_not_recompile():
+    config = make()
+    config.stage.b = dict(steps=9, learning_rates=dict(tower=0.0))
+    config.stage.a = dict(steps=3, learning_rates=dict(tower=0.0))
+    a, b = planned(config)
+    assert a.start != b.start and a.steps != b.steps
+    b = dataclasses.replace(b, name='a')
+    assert b == a and hash(b) == hash(a)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'same'),
+    [
+        (dict(learning_rates=dict(tower=0.0, head=0.3)), True),
+        (dict(learning_rates=dict(head=0.0)), False),
+        (dict(learning_rates=dict(tower=0.1)), False),
+        (dict(loss_weights=dict(x=0.2)), True),
+        (dict(loss_weights=dict(x=dict(start=0.0, end=1.0))), True),
+        (dict(loss_weights=dict(x=0.0)), False),
+        (dict(optimizer=dict(learning_rate=1.0, schedule='constant', warmup_steps=2)), True),
+        (dict(optimizer=dict(clip=0.0)), False),
+        (dict(optimizer=dict(weight_decay=0.5)), False),
+        (dict(options=dict(kind='linear')), False),
+        (dict(early_stop=dict(metric='val/loss', patience=1)), True),
+    ],
+)
+def test_stages_share_a_program_unless_what_is_traced_differs(changes, same):
+    config = make()
+    config.stage.a = dict(steps=3, learning_rates=dict(tower=0.0))
+    config.stage.b = dict(steps=9, **dict(dict(learning_rates=dict(tower=0.0)), **changes))
+    a, b = planned(config)
+    assert (a.program == b.program) is same
+    assert (hash(a.program) == hash(b.program)) is same
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(stages=()), 'config.stages is empty'),
+        (dict(stages=('a', 'a')), 'twice'),
+        (dict(stages=('a', 'nope')), "names 'nope'"),
+        (dict(stages=('z',), stage=dict(z=dict())), 'stage.z needs exactly one of'),
+        (dict(stages=('z',), stage=dict(z=dict(steps=1, epochs=1))), 'it has steps, epochs'),
+        (dict(stages=('z',), stage=dict(z=dict(steps=1, sped=1))), "'stage.z.sped'"),
+        (dict(stages=('z',), stage=dict(z=dict(epochs=-1.0))), 'less than one update'),
+        (
+            dict(stages=('z',), stage=dict(z=dict(steps=1, optimizer=dict(learning_rte=1.0)))),
+            "did you mean 'learning_rate'",
+        ),
+        (dict(loss_weights=dict(x=float('nan'))), 'loss_weights.x must be a number'),
+        (dict(loss_weights=dict()), 'no loss has a weight'),
+        (
+            dict(stages=('z',), stage=dict(z=dict(steps=1, learning_rates=dict(t=-1.0)))),
+            'stage.z.learning_rates.t must be 0 or more',
+        ),
+        (
+            dict(stages=('z',), stage=dict(z=dict(steps=1, optimizer=dict(schedule='cos')))),
+            "unknown optimizer.schedule 'cos'",
+        ),
+        (
+            dict(stages=('z',), stage=dict(z=dict(steps=1, optimizer=dict(eps=0.0)))),
+            'optimizer.eps is from 1e-12 to 1, not 0.0',
+        ),
+        (
+            dict(stages=('z',), stage=dict(z=dict(steps=1, optimizer=dict(b1=1.0)))),
+            'optimizer.b1 is from 0 to 0.9999, not 1.0',
+        ),
+        (dict(early_stop=dict(metric='val/x', mode='min', patience=0, min_delta=0.0)), 'patience'),
+    ],
+)
+def test_a_wrong_stage_is_an_error_that_names_it(changes, message):
+    config = make()
+    with config.unlocked():
+        for key, value in changes.items():
+            config[key] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=message):
+        planned(config)
+
+
+def test_unlisted_stages_are_reported_and_count_as_read():
+    config = make(stages=('a',))
+    view = View(config)
+    assert stages.unused(view) == ['b']
+    stages.parse(view)
+    assert not [key for key in view.unread() if key.startswith('stage')]
+
+
+def test_a_key_that_nobody_reads_is_known():
+    config = make(wrong_key=3)
+    view = View(config)
+    stages.parse(view)
+    assert 'wrong_key' in view.unread() and 'optimizer.learning_rate' not in view.unread()
+
+
+def test_unknown_words_list_the_known_ones():
+    assert config_lib.words('smoke,published', ('smoke', 'published')) == {'smoke', 'published'}
+    with pytest.raises(UserError, match="unknown config word 'smok'; known: smoke, published"):
+        config_lib.words('smok', ('smoke', 'published'))
+
+
+def test_hashable_and_thaw_are_inverse():
+    value = {'name': 'stratified', 'minimum': 2, 'rich': {'n_text': 2, 'n_panels': 2}}
+    assert config_lib.thaw(config_lib.hashable(value)) == value
+    hash(config_lib.hashable({'a': [1, [2, 3]]}))

@@ -1,0 +1,251 @@
+"""The ContraBin recipe without a run: what its options reach, its batches, and every mode."""
+
+import functools
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from mmjax.data import pipeline
+from mmjax.engine import build, evaluate, modes, optim, step
+from mmjax.engine.task import gather
+from mmjax.errors import UserError
+from tests import runs
+from tests.recipes.contrabin.test_data import LEVELS, row, write
+
+MODES = dict(
+    argv=['main'],
+    existing=False,
+    overwrite=False,
+    input=None,
+    question=None,
+    output=None,
+    init_from=None,
+    allow_data_change=False,
+    processes=(None, None, None),
+)
+
+
+def tiny(cache, **changes):
+    config = runs.recipe('contrabin', 'smoke')
+    config.log.tensorboard = False
+    config.data.cache, config.checkpoint.keep = str(cache), 9
+    return runs.change(config, **changes)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp('cache')
+
+
+def write_functions(root):
+    """Functions at four levels: some without comment, some that share one; no test split."""
+    for split, start, count in (('train', 0, 20), ('val', 50, 12)):
+        rows = []
+        for n in range(start, start + count):
+            comment = {0: '', 1: 'Adds a number.'}.get(n % 4, f'Adds {n}.')
+            label = {'label': ['even', 'odd'][n % 2]}
+            made = [row(n, level, comment=comment) for level in LEVELS]
+            rows += [{**one, 'metadata': one['metadata'] | label} for one in made]
+        write(root / f'{split}.jsonl', rows)
+    return str(root)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return write_functions(tmp_path_factory.mktemp('rows'))
+
+
+@pytest.fixture(scope='module')
+def bare(cache, folder):
+    """Returns the run of `folder`, not trained."""
+    return build.run(tiny(cache, data__root=folder))
+
+
+@pytest.fixture(scope='module')
+def fresh(bare):
+    """Applies the run of `folder` with the weights that it starts from."""
+    with jax.set_mesh(bare.mesh):
+        yield evaluate.Apply(bare.task, bare.init_variables(), bare.mesh)
+
+
+def first_batch(built, stage):
+    options = dict(seed=0, stage=stage.index, stop=1, train=True, threads=0)
+    return next(iter(pipeline.batches(built.data, built.sampler(stage), **options)))
+
+
+def program(built, stage):
+    call = functools.partial(
+        step.train_step, task=built.task, stage=stage, groups=built.groups, settings=built.settings
+    )
+    rates = optim.rates(stage, built.groups.names, 2)
+    return jax.jit(call), rates, {name: np.float32(1) for name in stage.losses}
+
+
+def test_a_kept_anchor_changes_no_output(bare, fresh):
+    anchor, naive = bare.stages[:2]
+    assert bare.task.keep(anchor) is None
+    spec, train = bare.task.keep(naive), bare.task.splits['train']
+    assert len(train) == 80 and len(spec.dataset) == 20  # four binaries of one text
+    for at in range(80):
+        own, other = train.record(at), spec.dataset.record(int(spec.place[at]))
+        assert (own['source'], own['comment']) == (other['source'], other['comment'])
+    found, _ = gather(fresh, spec.method, spec.dataset, 7)
+    batch = first_batch(bare, naive)
+    kept = {f'kept_{name}': x[spec.place[batch['row']]] for name, x in found.items()}
+    key = jax.random.key(1)
+    with jax.set_mesh(bare.mesh):
+        outputs = [
+            bare.task.forward(fresh.variables, one, naive, train=True, key=key)[0]
+            for one in (batch, batch | kept)
+        ]
+    chex.assert_trees_all_close(*outputs, rtol=1e-5, atol=1e-6)
+
+
+# Options ------------------------------------------------------------------------------------
+
+
+def test_precision_accumulation_and_clip_reach_the_step(cache, folder, fresh):
+    def first(**changes):
+        shared = dict(data__root=folder, model__dropout=0.0, optimizer__clip=1e-3)
+        built = build.run(tiny(cache, **shared, **changes))
+        stage = built.stages[-1]
+        with jax.set_mesh(built.mesh):
+            state = step.create(fresh.variables, stage, built.groups, built.settings)
+            call, *rest = program(built, stage)
+            state, metrics = call(state, first_batch(built, stage), *rest)
+        assert metrics['ok'] and all(np.isfinite(value) for value in metrics.values())
+        mu = np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(state['moments']['mu'])))
+        return {name: float(value) for name, value in metrics.items()}, mu
+
+    whole, mu = first()
+    assert whole['grad_norm'] > 0.01 and mu == pytest.approx(0.1 * 1e-3, rel=1e-4)
+    micro, _ = first(accumulation=2)
+    for name, value in whole.items():
+        if name.split('/')[0] in ('loss', 'count', 'lambda_mean'):
+            assert micro[name] == pytest.approx(value, rel=1e-5), name
+    assert micro['grad_norm'] == pytest.approx(whole['grad_norm'], rel=1e-4)
+    half, _ = first(precision='bfloat16')
+    assert half['loss'] != whole['loss'] and half['loss'] == pytest.approx(whole['loss'], 0.05)
+    # XLA has no such products on CPU: traced, not run.
+    built = build.run(tiny(cache, data__root=folder, precision='float16'))
+    call, *rest = program(built, built.stages[-1])
+    _, traced = call.eval_shape(built.abstract_state(built.stages[-1]), built.batch, *rest)
+    assert 'loss_scale' in traced and 'loss_scale' not in half
+    assert built.task.model.binary.dtype == built.task.model.dtype == jnp.float16
+
+
+def test_no_function_is_twice_in_a_batch(bare):
+    identity = bare.data.index['identity']
+    for stage in bare.stages:
+        sampler, shown = bare.sampler(stage), set()
+        for epoch in range(60):
+            rows = sampler.plan(epoch).rows
+            assert all(len(set(identity[batch])) == 16 for batch in rows)
+            shown |= set(rows.ravel())
+        assert shown == set(range(len(bare.data)))  # every level, in time
+
+
+# Modes --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def embedded(bare, fresh, tmp_path_factory):
+    output = tmp_path_factory.mktemp('embed')
+    bare.task.embed(fresh, output)
+    index = [json.loads(line) for line in (output / 'index.jsonl').read_text().splitlines()]
+    return np.load(output / 'embeddings.npz'), np.load(output / 'embeddings.npy'), index
+
+
+def test_embed_writes_what_encode_returns(bare, fresh, embedded):
+    arrays, binaries, index = embedded
+    sizes = [len(bare.task.dataset(s)) for s in ('train', 'val')]
+    assert [entry['row'] for entry in index] == list(range(sum(sizes)))
+    assert [entry['split'] for entry in index] == ['train'] * sizes[0] + ['val'] * sizes[1]
+    np.testing.assert_array_equal(arrays['binary'], binaries)
+    val = bare.task.dataset('val')
+    for outputs, _ in fresh('encode', val.subset(np.array([9, 2])), 2):
+        for place, r in enumerate((9, 2)):
+            assert index[sizes[0] + r]['name'] == val.record(r)['name']
+            for text in arrays.files:
+                np.testing.assert_allclose(
+                    arrays[text][sizes[0] + r], outputs[text][place], atol=1e-5
+                )
+    np.testing.assert_allclose(np.linalg.norm(binaries, axis=1), 1, atol=1e-5)
+
+
+def test_predict_finds_as_the_scores_do(cache, folder, bare, fresh, embedded, tmp_path):
+    arrays, _, index = embedded
+    val = bare.task.dataset('val')  # there is no test split
+    start, each = next(e['row'] for e in index if e['split'] == 'val'), val.one_each()
+    published = build.run(tiny(cache, data__root=folder, losses__normalize=False))
+    plain = evaluate.Apply(published.task, fresh.variables, published.mesh)
+    record = val.record(17)
+    (tmp_path / 'f.s').write_text(record['binary'])
+    (tmp_path / 'f.c').write_text(record['source'].replace(' ', '\n\t  '))
+    (tmp_path / 'f.txt').write_text(record['comment'])
+    for name, kind, other in (
+        ('f.s', 'binary', 'source'),
+        ('f.c', 'source', 'binary'),
+        ('f.txt', 'comment', 'binary'),
+    ):
+        cosines = arrays[other][start:][each] @ arrays[kind][start + 17]
+        for run, weights in ((bare, fresh), (published, plain))[: 1 + (kind == 'binary')]:
+            told = run.task.predict(weights, str(tmp_path / name), tmp_path / 'out')
+            found = json.loads((tmp_path / 'out/nearest.json').read_text())['nearest']
+            np.testing.assert_allclose(
+                [hit['cosine'] for hit in found], np.sort(cosines)[::-1][:10], atol=1e-5
+            )
+            assert len(told.splitlines()) == 11 and f'this {kind}, by {other}' in told
+            assert found[0]['name'] == val.record(each[cosines.argmax()])['name']
+
+
+def test_predict_takes_a_long_sentence_and_names_a_missing_file(bare, fresh, tmp_path):
+    told = bare.task.predict(fresh, 'Sorts the numbers given. ' * 20, tmp_path / 'out')
+    assert told.startswith('nearest to this comment, by binary, in split val:')
+    with pytest.raises(UserError, match=r'no/such\.c does not exist'):
+        bare.task.predict(fresh, 'no/such.c', tmp_path / 'out')
+    told = bare.task.predict(fresh, 'Like strtok in lib.c', tmp_path / 'out')
+    assert told.startswith('nearest to this comment')
+    with pytest.raises(UserError, match=r'absent\.txt does not exist'):
+        bare.task.predict(fresh, 'absent.txt', tmp_path / 'out')
+    (tmp_path / 'empty.s').write_text('\n')
+    with pytest.raises(UserError, match=r'empty\.s.* holds no text'):
+        bare.task.predict(fresh, str(tmp_path / 'empty.s'), tmp_path / 'out')
+
+
+@pytest.mark.skipif(
+    not (shutil.which('gcc') and shutil.which('objdump')), reason='gcc and objdump are needed'
+)
+def test_prepare_compiles_c_files(cache, tmp_path, capsys):
+    pytest.importorskip('tree_sitter_c')
+    (tmp_path / 'c').mkdir()
+    one = '/* Scales it by {0} or so. */\nint scale_{0}(int n) {{ return n * {0} + n / 7; }}\n'
+    for name, numbers in (('a', (3, 5, 9)), ('b', (11, 13, 17))):
+        (tmp_path / f'c/{name}.c').write_text(''.join(map(one.format, numbers)))
+    config = tiny(cache, data__c_files=str(tmp_path / 'c'), batch_size=2)
+    for key, value in dict(compiler='gcc', split_by='file', val=0.5, test=0.0, workers=1).items():
+        config.data.compile[key] = value
+    run = lambda: modes.run(
+        'prepare',
+        config,
+        config.to_dict(),
+        epath.Path(tmp_path / 'run'),
+        **{**MODES, 'output': str(tmp_path / 'out')},
+    )
+    assert run() == 0
+    told = capsys.readouterr().out
+    assert 'split by file' in told and 'prepared 12 records' in told and 'written:' in told
+    report = json.loads((tmp_path / 'out/report.json').read_text())
+    assert report['rows'] == {'train': 12, 'val': 12}
+    assert (tmp_path / 'out/train.jsonl.gz').stat().st_size > 0
+    config.data.compile.val = 0.0
+    with pytest.raises(UserError, match='split val has no row'):
+        run()
+    config.data.compile.val, config.batch_size = 0.5, 64  # more than there are functions
+    assert run() == 0

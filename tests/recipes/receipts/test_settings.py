@@ -1,0 +1,292 @@
+"""Settings of the receipts recipe: sizes that fit, words of the config, published weights."""
+
+import functools
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mmjax.data import pipeline, tokenizers
+from mmjax.engine import build, step
+from mmjax.errors import UserError
+from mmjax.pretrained import decoder
+from tests import runs
+from tests.recipes.receipts.test_folder import Folder
+from tests.recipes.receipts.test_task import PICTURES, program, tiny
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick():
+    """Runs once a shape: fast code would take longer to make than it saves."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp('cache')
+
+
+def small(words, cache):
+    """Returns configs/receipts.py:<words> on few and small pictures, its model as it is."""
+    config = runs.recipe('receipts', words)
+    config.data.update(cache=str(cache), built_in=PICTURES, built_in_side=32)
+    return config
+
+
+# Words --------------------------------------------------------------------------------------
+
+
+def count(tree):
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def test_the_default_is_built_and_traced(cache):
+    built = build.run(small('', cache))
+    build.check_terms(built)
+    assert [stage.name for stage in built.stages] == ['scratch', 'heads', 'top', 'all']
+    assert set(built.groups.names) == {'vision', 'vision_top', 'language', 'heads'}
+
+
+def test_published_has_its_sizes_and_can_stop_early(cache):
+    config = small('published', cache)
+    config.optimizer.warmup_steps = 5  # few pictures make 30 updates
+    built = build.run(config)
+    tower = built.abstract['params']['vision']
+    assert count(tower) == 304_012_288 - 2 * 1024
+    assert built.task.model.vision.remat and built.task.model.language.remat
+    assert [stage.name for stage in built.stages] == ['heads', 'top', 'all']
+    assert built.notes == ['config.stage.scratch is not in config.stages']
+    for stage in built.stages:
+        scored = sum(built.cadence.evaluates(stage, at) for at in range(1, stage.steps + 1))
+        assert stage.early_stop.metric == 'val/loss' and scored > stage.early_stop.patience
+
+
+def test_smoke_wins_over_published(cache):
+    config = small('smoke,published', cache)
+    smoke = runs.recipe('receipts', 'smoke')
+    assert (config.batch_size, config.stages) == (smoke.batch_size, smoke.stages)
+    for key in ('image_size', 'buckets'):
+        assert config.data[key] == smoke.data[key]
+    built = build.run(config)
+    assert count(built.abstract['params']) < 200_000
+    build.check_terms(built)
+
+
+# Stages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('count', 'top'), [(1, (11,)), (2, (10, 11)), (12, range(12))])
+def test_the_last_blocks_are_the_last_by_number(cache, count, top):
+    """The original thawed the last third of its parameters by name; and 1 is not 10 or 11."""
+    config = tiny(cache, model__thaw_blocks=count, model__vision__depth=12)
+    config.stages = ('one',)
+    config.stage.one = dict(steps=1)
+    built = build.run(config)
+    groups = {path: group for path, group in built.groups.items if path.startswith('vision/')}
+    blocks = {int(path.split('/')[1][6:]) for path in groups if path.startswith('vision/block_')}
+    assert blocks == set(range(12))
+    for path, group in groups.items():
+        part = path.split('/')[1]
+        last = part.startswith('block_') and int(part[6:]) in top
+        assert group == ('vision_top' if last else 'vision'), path
+    others = {group for path, group in built.groups.items if path not in groups}
+    assert others == {'language', 'heads'}
+
+
+def test_rows_that_fill_a_batch_train_nothing(cache):
+    """What stands in them changes no loss, no statistic and no weight."""
+    built = build.run(tiny(cache, data__built_in=PICTURES | {'train': 7}))
+    stage = built.stages[1]
+    options = dict(seed=0, stage=0, stop=9, train=True, threads=0)
+    batches = pipeline.batches(built.data, built.sampler(stage), **options)
+    batch = next(batch for batch in batches if not batch['mask'].all())
+    real = batch['mask']
+    assert 0 < real.sum() < len(real)
+    other = {key: np.array(value) for key, value in batch.items()}
+    other['images'][~real] = 255 - other['images'][~real]
+    other['label'][~real] = (other['label'][~real] + 1) % 3
+    for name in ('question', 'answer'):
+        other[name][~real] = 7
+        other[f'{name}_mask'][~real] = True
+    with jax.set_mesh(built.mesh):
+        state = step.create(built.init_variables(), stage, built.groups, built.settings)
+        call, *rest = program(built, stage)
+        found, wanted = (jax.tree.map(np.asarray, call(state, b, *rest)) for b in (other, batch))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, wanted)
+    assert wanted[1]['count/classification'] == real.sum()
+    assert wanted[1]['count/language'] == batch['answer_mask'][real].sum()
+
+
+def test_blocks_are_rematerialised_where_the_config_says(cache):
+    """Two of the tower and one of the decoder; nothing where it does not."""
+    for remat, blocks in ((False, 0), (True, 3)):
+        built = build.run(tiny(cache, model__remat=remat))
+        call, *rest = program(built, built.stages[1])
+        state = built.abstract_state(built.stages[1])
+        text = str(jax.make_jaxpr(call)(state, built.batch, *rest))
+        assert len(re.findall(r'= (?:remat|checkpoint)\w*\[', text)) == blocks
+
+
+# Published weights --------------------------------------------------------------------------
+
+
+SIZES = {
+    'model_type': 'qwen2',
+    'hidden_act': 'silu',
+    'vocab_size': 300,
+    'hidden_size': 8,
+    'num_hidden_layers': 1,
+    'num_attention_heads': 2,
+    'num_key_value_heads': 1,
+    'intermediate_size': 12,
+    'rms_norm_eps': 1e-6,
+    'rope_theta': 10000.0,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A random decoder, and a tokenizer that opens texts, closes none and names no padding."""
+    folder = tmp_path / 'decoder'
+    folder.mkdir()
+    made = tokenizers.train_tokenizer(['How many receipts?', 'There are two.'] * 3, 290)
+    made = made.__getstate__().replace('[PAD]', '<nul>').replace('[SEP]', '</s>')
+    made = json.loads(made)
+    del made['post_processor']['single'][2]
+    (folder / 'tokenizer.json').write_text(json.dumps(made))
+    (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': {'content': '</s>'}}))
+    (folder / 'config.json').write_text(json.dumps(SIZES))
+    rng = np.random.default_rng(0)
+    tensors = {
+        entry.name: rng.normal(0, 0.1, entry.shape).astype('f')
+        for entry in decoder.entries(**decoder.fields(folder))
+    }
+    save_file(tensors, folder / 'model.safetensors')
+    return folder
+
+
+def test_a_published_decoder_brings_weights_tokenizer_and_closing_token(cache, folder, tmp_path):
+    config = tiny(cache, model__pretrained__language=str(folder))
+    built = build.run(config)
+    task = built.task
+    assert task.model.language.width == 8 and task.tokenizer.size < 300
+    with jax.set_mesh(built.mesh):
+        variables = built.init_variables()
+    loaded, _ = decoder.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, variables['params']['language'], loaded)
+    assert task.opening == 3  # </s>; padding is the id 0, for want of another
+    example = task.dataset('val').example(0, None, False)
+    assert example['answer'][example['answer_mask']][-1] == 3
+    batch = {key: np.asarray(x)[None] for key, x in example.items()}
+    found = jax.jit(task.measure)(variables, batch | {'mask': np.ones(1, bool)})
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    task.save_assets(tmp_path)
+    again = build.run(config, assets=tmp_path).task
+    assert again.opening == 3 and again.tokenizer.__getstate__() == task.tokenizer.__getstate__()
+
+
+@pytest.mark.parametrize(
+    ('named', 'numbers', 'closing'),
+    [
+        ({'eos_token': '</s>'}, {'eos_token_id': 2}, 3),
+        ({'eos_token': None}, {'eos_token_id': [3, 2]}, 3),
+        (None, {'eos_token_id': 2}, 2),
+        ({'pad_token': '</s>'}, {}, 3),
+        (None, {'pad_token_id': 3}, 3),
+        (None, {}, None),
+        ({'eos_token': '<end>'}, {}, "eos_token '<end>' is none of tokenizer.json"),
+        (None, {'eos_token_id': 300}, r'config\.json: eos_token_id 300 is not in 0 … 299'),
+    ],
+)
+def test_what_closes_texts_is_read_from_the_folder(folder, named, numbers, closing):
+    (folder / 'tokenizer_config.json').write_text(json.dumps(named or {}))
+    if named is None:
+        (folder / 'tokenizer_config.json').unlink()
+    (folder / 'config.json').write_text(json.dumps(SIZES | numbers))
+    if isinstance(closing, str):
+        with pytest.raises(UserError, match=closing):
+            decoder.closing(folder)
+    else:
+        assert decoder.closing(folder) == closing
+
+
+# Faults -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(model__thaw_blocks=3), 'thaw_blocks is 3, the vision tower has 2 blocks'),
+        (dict(model__thaw_blocks=0), 'thaw_blocks is 0, .* leave the stage out of config.stages'),
+        (
+            dict(data__image_size=36, model__shuffle=2),
+            'data.image_size=36 is no multiple of 8, the product',
+        ),
+        (dict(data__image_size=0), 'data.image_size=0 is no multiple'),
+        (dict(model__shuffle=0), 'model.shuffle=0 is less than 1'),
+        (dict(model__vision__heads=3), 'model.vision.heads=3 does not divide model.vision.width=8'),
+        (dict(model__vision__norm='batch'), "model.vision.norm 'batch' is not one of layer, rms"),
+        (
+            dict(model__vision__stem='convolutions', model__vision__patch_size=6),
+            'model.vision.patch_size=6 is no power of 2',
+        ),
+        (dict(model__vision__dropout=1.0), r'model.vision.dropout=1.0 is not in \[0, 1\)'),
+        (
+            dict(model__language__heads=3),
+            'model.language.heads=3 does not divide model.language.width=16',
+        ),
+        (
+            dict(model__language__heads=4, model__language__kv_heads=3),
+            'model.language.kv_heads=3 does not divide model.language.heads=4',
+        ),
+        (dict(model__language__heads=16), 'heads=16 makes heads of an odd size'),
+        (dict(model__language__depth=0), 'model.language.depth=0 is less than 1'),
+        (
+            dict(model__cross_attention__heads=3),
+            'model.cross_attention.heads=3 does not divide model.language.width=16',
+        ),
+        (dict(model__attention='flash'), "model.attention 'flash' is not one of xla, cudnn, auto"),
+        (dict(model__attention='cudnn'), "model.attention 'cudnn' needs a GPU, not cpu"),
+        (dict(data__vocabulary=200), 'data.vocabulary=200 is less than 260'),
+        (dict(losses__smoothing=1.5), r'losses.smoothing=1.5 is not in \[0, 1\)'),
+        (dict(decode__final__method='best'), "decode.final.method 'best' is not greedy"),
+        (dict(decode__final__beams=0), 'decode.final.beams=0'),
+        (dict(decode__running__top_p=0.0), 'decode.running.top_p=0.0'),
+        (dict(decode__running__temperature=0.0), 'decode.running.temperature=0.0'),
+        (dict(loss_weights=dict(answers=1.0)), "names 'answers'; there are classification"),
+        (dict(data__root='no/such/folder'), 'no/such/folder'),
+    ],
+)
+def test_wrong_settings_end_before_the_first_step(cache, changes, message):
+    with pytest.raises(UserError, match=message):
+        build.run(tiny(cache, **changes))
+
+
+@pytest.mark.parametrize('gone', ['train', 'val', 'train val'])
+def test_a_folder_without_a_table_is_told_which(cache, tmp_path, gone):
+    root = Folder(tmp_path / 'root', {'train': 5, 'val': 2, 'test': 2}).root
+    for split in gone.split():
+        (root / split / 'metadata.csv').unlink()
+    message = rf'root/{gone.split()[0]}/metadata\.csv does not exist \(splits: .*test\)'
+    with pytest.raises(UserError, match=message):
+        build.run(tiny(cache, data__root=str(root)))
+
+
+@pytest.mark.slow
+def test_a_missing_column_is_one_sentence_and_exit_code_1(tmp_path):
+    folder = Folder(tmp_path / 'root', {'train': 5, 'val': 2})
+    folder.header = tuple(name.replace('answer', 'reply') for name in folder.header)
+    folder.write()
+    done = runs.command(
+        '--config=configs/receipts.py:smoke',
+        f'--workdir={tmp_path}/run',
+        f'--config.data.root={folder.root}',
+    )
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith('mmjax: ')]
+    assert len(told) == 1 and "train/metadata.csv has no column 'answer' (columns:" in told[0]

@@ -1,0 +1,363 @@
+"""The receipts recipe: what its stages move and cost, scores of each split alone, every mode."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from mmjax.data import pipeline
+from mmjax.decode import autoregressive
+from mmjax.engine import build, evaluate, modes, optim, parallel, step
+from mmjax.engine.checkpoint import load_weights
+from mmjax.engine.train import weights_from
+from mmjax.errors import UserError
+from mmjax.recipes.receipts import scores
+from tests import runs
+
+PICTURES = {'train': 8, 'val': 3, 'test': 4}
+RATES = {
+    'heads': dict(vision=0.0, vision_top=0.0, language=0.1),
+    'top': dict(vision=0.0, vision_top=0.01, language=0.1),
+    'all': dict(vision=0.1, vision_top=0.1, language=0.1),
+}
+
+
+def tiny(cache, **changes):
+    """Returns the smoke config, still smaller; changes as in runs.toy."""
+    config = runs.recipe('receipts', 'smoke')
+    config.data.update(image_size=16, cache=str(cache), vocabulary=300, built_in=PICTURES)
+    config.model.vision.update(patch_size=4, width=8, mlp_width=8, stem='patch')
+    config.model.cross_attention.heads = 2
+    config.optimizer.learning_rate = 0.02
+    config.stages = ('heads', 'top')
+    for name, rates in RATES.items():
+        config.stage[name] = dict(steps=2, learning_rates=rates)
+    config.checkpoint.update(every_steps=2, keep=9)
+    config.log.tensorboard = False
+    return runs.change(config, **changes)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick():
+    """Runs once a shape: fast code would take longer to make than it saves."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, cache):
+    """Returns (workdir, config, results) of a finished run."""
+    workdir, config = tmp_path_factory.mktemp('run') / 'run', tiny(cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, 'SHOWN', 1)
+        return workdir, config, runs.run(config, workdir)
+
+
+@pytest.fixture(scope='module')
+def model(trained):
+    """Returns (built run, apply) with the best weights."""
+    workdir, config, _ = trained
+    built = build.run(config, assets=workdir)
+    with jax.set_mesh(built.mesh):
+        variables, _ = weights_from(built, str(workdir))
+        yield built, evaluate.Apply(built.task, variables, built.mesh)
+
+
+def weights(tree):
+    return {path: np.asarray(leaf) for path, leaf in optim.flatten(tree).items()}
+
+
+# Stages -------------------------------------------------------------------------------------
+
+
+def test_each_stage_moves_what_it_names(trained):
+    workdir, config, _ = trained
+    fresh = build.run(config)
+    with jax.set_mesh(fresh.mesh):
+        states = [weights(fresh.init_variables()['params'])]
+    states += [weights(load_weights(str(workdir / f'checkpoints/{at}'))[0]) for at in (2, 4)]
+    for at, top in ((0, False), (1, True)):
+        old, new = states[at], states[at + 1]
+        moved = {path for path in old if not np.array_equal(old[path], new[path])}
+        tower = {path for path in moved if path.startswith('vision/')}
+        assert all(path.startswith('vision/block_1/') for path in tower) and bool(tower) == top
+        for part in ('language', 'cross_attention', 'classifier', 'projector_up'):
+            assert any(path.startswith(part) for path in moved), part
+    for line in runs.lines(workdir, 'lr'):
+        shares = RATES[line['stage']]
+        for name in ('language', 'vision_top'):
+            if shares[name]:
+                assert line[f'lr/{name}'] == pytest.approx(shares[name] * line['lr/heads'])
+            else:
+                assert f'lr/{name}' not in line
+        assert 'lr/vision' not in line
+
+
+def program(built, stage):
+    call = functools.partial(
+        step.train_step, task=built.task, stage=stage, groups=built.groups, settings=built.settings
+    )
+    rates = optim.rates(stage, built.groups.names, 1)
+    return jax.jit(call), rates, {name: np.float32(1) for name in stage.losses}
+
+
+def test_a_frozen_tower_costs_no_backward_pass(cache):
+    config = tiny(cache, stages=('heads', 'top', 'all'))
+    built, flops = build.run(config), []
+    for stage in built.stages:
+        call, *rest = program(built, stage)
+        lowered = call.lower(built.abstract_state(stage), built.batch, *rest)
+        flops.append(lowered.cost_analysis()['flops'])
+    # Two products a layer come back: of its weights, and of its input.
+    block = 2 * 8 * 16 * (4 * 8**2 + 2 * 8 * 8)
+    assert flops[1] - flops[0] >= block and flops[2] - flops[1] >= 2 * block
+
+
+def test_accumulation_changes_no_loss_of_tokens(cache, model):
+    """A step of two micro-batches loses what the whole batch does in one forward pass."""
+    built = build.run(tiny(cache, accumulation=2, model__cross_attention__dropout=0.0))
+    stage, variables = built.stages[0], model[1].variables
+    options = dict(seed=0, stage=0, stop=1, train=True, threads=0)
+    batch = next(iter(pipeline.batches(built.data, built.sampler(stage), **options)))
+    with jax.set_mesh(built.mesh):
+        state = step.create(variables, stage, built.groups, built.settings)
+        call, *rest = program(built, stage)
+        micro = call(state, batch, *rest)[1]
+    whole = jax.jit(built.task.measure)(variables, batch)
+    tokens = batch['answer_mask'].sum()
+    assert float(micro['count/language']) == tokens
+    for name, part in (('loss/language', 'language'), ('token_accuracy', 'tokens_correct')):
+        expected = float(whole[part].sum() / tokens)
+        assert float(micro[name]) == pytest.approx(expected, rel=1e-5), name
+
+
+# Scores -------------------------------------------------------------------------------------
+
+
+def test_results_hold_every_score_of_each_split_alone(trained):
+    _, _, results = trained
+    assert set(results['final']) == {'val', 'test'}
+    for split, found in results['final'].items():
+        names = (
+            'accuracy',
+            'precision',
+            'recall',
+            'f1',
+            'rouge1',
+            'rouge2',
+            'rougeL',
+            'exact_match',
+            *(f'bleu{n}' for n in range(1, 5)),
+        )
+        assert all(0 <= found[name] <= 1 for name in names)
+        assert (found['pictures'], found['questions']) == (PICTURES[split], 3 * PICTURES[split])
+        assert found['perplexity'] == pytest.approx(np.exp(found['language']))
+        assert found['loss'] == pytest.approx(found['classification'] + found['language'])
+        assert found['decoding'] == 'beam'
+    running = [
+        line
+        for line in map(json.loads, (trained[0] / 'metrics.jsonl').open())
+        if 'eval/val/decoding' in line
+    ]
+    assert running and running[0]['eval/val/decoding'] == 'greedy'
+
+
+def rows_of(data):
+    examples = [data.example(row, None, False) for row in range(len(data))]
+    batch = {key: np.stack([one[key] for one in examples]) for key in examples[0]}
+    return batch | {'row': np.arange(len(data)), 'mask': np.ones(len(data), bool)}
+
+
+@pytest.mark.parametrize('final', [False, True])
+def test_scores_are_those_of_a_hand_count(model, monkeypatch, final):
+    """Rows come in any order; a picture counts once, a question's answer belongs to its row."""
+    task, asked = model[0].task, []
+    data = task.dataset('test')
+    labels = data.index['label']
+    order, encode = np.random.default_rng(0).permutation(len(data)), task.tokenizer.encode
+    answers = [data.record(row)['answer'] for row in range(len(data))]
+    said = [text if row % 3 else 'purple' for row, text in enumerate(answers)]
+    guess = np.where(data.index['picture'] == 1, (labels + 1) % 3, labels)
+
+    def apply(method, dataset, batch_size):
+        assert dataset is data
+        asked.append(method)
+        for part in (order[:5], order[5:]):
+            if method == 'measure':
+                yield (
+                    {
+                        'classes': np.eye(3)[guess[part]],
+                        'classification': 1.0 * part // 3,
+                        'language': 2.0 * part,
+                        'tokens': 1.0 + part,
+                        'tokens_correct': 0.5 * part,
+                    },
+                    {'row': part},
+                )
+            else:
+                ids, mask = encode([said[row] for row in part], 40)
+                yield (ids, mask.sum(1)), {'row': part}
+
+    monkeypatch.setattr(scores.ReceiptScores, '_examples', lambda *_: {})
+    found = task.evaluators()['test'].run(apply, final=final)
+    metrics, rows = found.metrics, np.arange(12)
+    assert asked == ['measure', 'answer_last' if final else 'answer_now']
+    assert metrics['accuracy'] == 0.75 and metrics['exact_match'] == pytest.approx(8 / 12)
+    assert metrics['classification'] == np.mean([0, 1, 2, 3])
+    assert metrics['language'] == pytest.approx((2 * rows).sum() / (1 + rows).sum())
+    assert metrics['token_accuracy'] == pytest.approx((0.5 * rows).sum() / (1 + rows).sum())
+    assert metrics['content_accuracy'] == pytest.approx(8 / 12)
+    assert set(found.figures) == ({'confusion'} if final else set())
+
+
+def test_an_error_in_generation_is_an_error(model):
+    """The original's was swallowed, and its BLEU was 0 for ever."""
+
+    def apply(method, dataset, batch_size):
+        if method == 'answer_now':
+            raise RuntimeError('no answer')
+        return model[1](method, dataset, batch_size)
+
+    with pytest.raises(RuntimeError, match='no answer'):
+        model[0].task.evaluators()['val'].run(apply, final=False)
+
+
+def test_texts_cut_and_rows_skipped_of_a_split_are_told(cache, model):
+    task = build.run(tiny(cache, data__buckets=(8,))).task
+    val = task.dataset('val')
+    val.skipped = {'unreadable_picture': 2, 'malformed_row': 1}
+    found = task.evaluators()['val'].run(
+        lambda method, data, size: model[1](method, model[0].task.dataset('val'), size), final=False
+    )
+    assert found.metrics['rows_skipped'] == 3
+    assert found.metrics['texts_cut'] == val.texts_cut > 0
+    train = task.dataset('train')
+    assert train.skipped == {'train texts_cut, rows kept': train.texts_cut}
+    assert model[0].task.dataset('train').skipped == {}
+
+
+def test_answers_are_decoded_as_configured(cache, model, monkeypatch):
+    asked = []
+
+    def generate(*arguments, **options):
+        asked.append(options)
+        return autoregressive.Generated(jnp.zeros((9, 24), jnp.int32), jnp.zeros(9), None)
+
+    config = tiny(cache, decode__running__method='sample', decode__running__top_k=7)
+    task = build.run(config).task
+    batch = rows_of(task.dataset('val'))
+    monkeypatch.setattr(autoregressive, 'generate', generate)
+    for method in (task.answer_now, task.answer_last):
+        jax.eval_shape(method, model[1].variables, batch)
+    now, last = asked
+    assert (now['method'], now['beams'], now['top_k'], now['top_p']) == ('sample', 1, 7, 0.9)
+    assert now['temperature'] == 0.7 and now['keys'].shape == (9,)
+    assert (last['method'], last['beams'], last['length_penalty']) == ('beam', 4, 1.0)
+    for options in asked:
+        assert options['max_tokens'] == 24 and options['eos'] == task.opening
+
+
+def test_greedy_answers_are_what_the_teacher_forced_model_finds_most_probable(model):
+    built, apply = model
+    val = built.task.dataset('val')
+    ((tokens, lengths), batch), *rest = apply('answer_now', val, 16)
+    assert not rest and tokens.shape == (9, 24) and lengths.min() >= 1
+    mask = np.arange(24) < lengths[:, None]
+    batch = {**batch, 'answer': tokens, 'answer_mask': mask}
+    found = jax.jit(built.task.measure)(apply.variables, batch)
+    assert found['tokens_correct'].tolist() == found['tokens'].tolist() == lengths.tolist()
+
+
+# Modes --------------------------------------------------------------------------------------
+
+
+def call(mode, config, workdir, **changes):
+    arguments = (
+        dict(
+            argv=['main'],
+            existing=True,
+            overwrite=False,
+            input=None,
+            question=None,
+            output=None,
+            init_from=None,
+            allow_data_change=False,
+            processes=(None, None, None),
+        )
+        | changes
+    )
+    return modes.run(mode, config, config.to_dict(), epath.Path(workdir), **arguments)
+
+
+def test_predict_answers_the_question_about_the_picture(trained, tmp_path, capsys):
+    workdir, config, _ = trained
+    path = tmp_path / 'p.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(path)
+    options = dict(input=str(path), output=str(tmp_path / 'out'))
+    call('predict', config, workdir, question='Is there a receipt?', **options)
+    told = capsys.readouterr().out
+    found = json.loads((tmp_path / 'out/answer.json').read_text())
+    assert found['question'] == 'Is there a receipt?' and found['picture'] == str(path)
+    assert found['class'] in ('0', '1', '2+') and 1 / 3 <= found['probability'] <= 1
+    assert f'{found["class"]} receipt(s), probability {found["probability"]:.3f}' in told
+    assert found['answer'] in told
+    with Image.open(tmp_path / 'out/attention.png') as drawn:
+        assert drawn.size[0] > 200
+    with pytest.raises(UserError, match='the question is empty'):
+        call('predict', config, workdir, question='', **options)
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_one_host_writes_what_all_compute(trained, tmp_path, monkeypatch, capsys, first):
+    workdir, config, _ = trained
+    monkeypatch.setattr(parallel, 'is_first', lambda: first)
+    call('embed', config, workdir, output=str(tmp_path / 'out'))
+    assert (tmp_path / 'out/embeddings.npy').exists() is first
+    assert bool(capsys.readouterr().out) is first
+
+
+def test_predict_names_a_missing_picture(model, tmp_path):
+    with pytest.raises(UserError, match=r'gone\.png does not exist'):
+        model[0].task.predict(model[1], str(tmp_path / 'gone.png'), tmp_path / 'out')
+    (tmp_path / 'no.png').write_text('no picture')
+    with pytest.raises(UserError, match=r'no\.png'):
+        model[0].task.predict(model[1], str(tmp_path / 'no.png'), tmp_path / 'out')
+
+
+def test_a_task_that_answers_none_refuses_a_question(tmp_path, monkeypatch):
+    monkeypatch.setattr(modes, 'weights_from', lambda *_: ({}, 0))
+    with pytest.raises(UserError, match=r"'tests\.toy_tasks:PK' takes no --question"):
+        call('predict', runs.toy('PK'), tmp_path, input='x', question='What is it?')
+
+
+def test_embed_writes_the_mean_picture_token_of_every_row(model, tmp_path):
+    built, apply = model
+    assert '45 rows' in built.task.embed(apply, tmp_path)
+    found = np.load(tmp_path / 'embeddings.npy')
+    index = [json.loads(line) for line in (tmp_path / 'index.jsonl').read_text().splitlines()]
+    assert found.shape == (45, 16) and [entry['row'] for entry in index] == list(range(45))
+    for split, pictures in PICTURES.items():
+        assert sum(entry['split'] == split for entry in index) == 3 * pictures
+    val = built.task.dataset('val')
+    see = functools.partial(built.task.model.apply, train=False, method='see')
+    pictures = jax.jit(see)(apply.variables, rows_of(val)['images']).mean(1)
+    for row in range(9):
+        entry = next(
+            e
+            for e in index
+            if e['split'] == 'val'
+            and e['path'] == val.record(row)['image_path']
+            and e['question'] == val.record(row)['question']
+        )
+        np.testing.assert_allclose(found[entry['row']], pictures[row], atol=1e-5)
