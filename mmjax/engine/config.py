@@ -1,162 +1,443 @@
-"""Configs: the engine's defaults, words after the colon, and a view that knows what was read."""
+"""The config of a run: typed sections that every recipe shares, config files, command-line keys.
 
+A config is an `ml_collections.ConfigDict` that a file's `get_config(words)` returns. It is read
+once, by `resolve`, into the dataclass that the recipe declares (a subclass of `Config`): types,
+ranges, choices and unknown keys are checked there and nowhere else.
+"""
+
+import ast
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+import importlib
+import importlib.util
+import inspect
+import math
+import pathlib
+import sys
+import traceback
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import ClassVar
 
 import ml_collections
-from ml_collections import config_dict
 
+from mmjax import sections
 from mmjax.errors import UserError
+from mmjax.sections import field
+
+SCHEDULES = ('constant', 'linear', 'cosine', 'cosine_restarts', 'one_cycle', 'step')
+OPTIMIZERS = ('adamw', 'lion', 'sgd', 'adafactor', 'muon')
 
 
-def default() -> ml_collections.ConfigDict:
-    """Returns the keys that every recipe shares, at the engine's defaults."""
-    config = ml_collections.ConfigDict()
-    config.task = ''  # a folder of mmjax.recipes, or 'package.module:Class'
-    config.seed = 0
-    config.precision = 'float32'  # of the computation: float32 | bfloat16 | float16
-    config.batch_size = 32  # examples an update, over all devices and hosts
-    config.accumulation = 1  # micro-batches an update; contrastive terms stay exact
-    config.quick_compile = False  # XLA optimises little: for runs of a few updates
-    config.mesh = dict(data=-1, fsdp=1)  # devices along each axis; -1 takes what is left
-    config.rules = ()  # (group, regex) pairs put before the task's own
-    config.loss_weights = dict()  # term → number or dict(start=, end=, schedule=, fraction=)
-    config.optimizer = dict(
-        learning_rate=1e-3,  # of a group with multiple 1, per update
-        schedule='cosine',  # constant linear cosine cosine_restarts one_cycle step
-        span='stage',  # or 'run': whether the schedule spans a stage or all of them
-        end=0.0,  # multiple of the rate that the schedule ends on
-        warmup_steps=0,  # at most one of the three warm-ups
-        warmup_epochs=0.0,
-        warmup_fraction=0.0,
-        warmup_init=0.0,  # multiple of the rate at the first update
-        period_steps=0,  # cosine_restarts and step: length of a period
-        period_epochs=0.0,
-        period_factor=1.0,  # cosine_restarts: each period is so much longer than the last
-        gamma=0.1,  # step: factor at each period's end
-        weight_decay=0.0,  # decoupled; skips biases, norms and scalars
-        clip=1.0,  # global norm of the trainable gradients; 0 is off
-        b1=0.9,  # up to .9999
-        b2=0.999,
-        eps=1e-8,  # from 1e-12
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis of the mesh."""
+
+    data: int = field(-1, 'devices that share the rows alone; -1: all that are left', least=-1)
+    fsdp: int = field(1, 'devices that share rows and parameters; -1: all that are left', least=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The optimizer; a stage may override any of its keys."""
+
+    name: str = field('adamw', 'the update rule', choices=OPTIMIZERS)
+    learning_rate: float = field(1e-3, 'of a group with multiple 1', least=0, most=1e3)
+    schedule: str = field('cosine', 'of the learning rate', choices=SCHEDULES)
+    span: str = field('stage', 'what the schedule spans', choices=('stage', 'run'))
+    end: float = field(0.0, 'multiple of the rate that the schedule ends on', least=0)
+    warmup_steps: int = field(0, 'updates of linear warm-up', least=0)
+    warmup_epochs: float = field(0.0, 'the same in epochs', least=0)
+    warmup_fraction: float = field(0.0, 'the same as a fraction of the span', least=0, most=1)
+    warmup_init: float = field(0.0, 'multiple of the rate at the first update', least=0)
+    period_steps: int = field(0, 'updates per period of cosine_restarts and step', least=0)
+    period_epochs: float = field(0.0, 'the same in epochs', least=0)
+    period_factor: float = field(1.0, 'cosine_restarts: growth of each period', least=1)
+    gamma: float = field(0.1, 'step: factor at the end of each period', above=0)
+    weight_decay: float = field(
+        0.0, 'decoupled; not on biases, norms and scalars', least=0, most=1e3
     )
-    config.sampler = dict(name='shuffle')
-    config.stages = ()
-    config.stage = ml_collections.ConfigDict()
-    config.ema = 0.0  # decay of the averaged weights that evaluation uses; 0 is off
-    config.not_finite = dict(policy='stop', budget=0)  # or 'skip', at most `budget` updates a run
-    config.evaluate = dict(every_steps=0, every_epochs=0.0, at_start=False)  # 0: at stage ends
-    config.best = dict(metric='', mode='min')  # 'val/loss': keeps its checkpoint; '' is off
-    config.early_stop = dict(metric='', mode='min', patience=0, min_delta=0.0)  # in evaluations
-    config.checkpoint = dict(every_steps=500, keep=2)
-    config.log = dict(every_steps=10, tensorboard=True)
-    config.init = dict(
-        allow_fresh=(),  # regexes of leaves that --init_from may miss,
-        allow_unused=(),  # or have beyond the model's
-        assets=True,  # takes the tokenizer and the like of --init_from's run too
+    clip: float = field(1.0, 'global norm of the trainable gradients; 0 is off', least=0)
+    b1: float = field(0.9, 'decay of the first moment; momentum of sgd', least=0, most=0.9999)
+    b2: float = field(0.999, 'decay of the second moment', least=0, most=0.999999)
+    eps: float = field(1e-8, 'added to the root of the second moment', least=1e-12, most=1)
+
+    def check(self, where: str) -> None:
+        if sum(bool(w) for w in (self.warmup_steps, self.warmup_epochs, self.warmup_fraction)) > 1:
+            raise UserError(f'{where}: give one of warmup_steps, warmup_epochs, warmup_fraction')
+        periods = bool(self.period_steps) + bool(self.period_epochs)
+        if periods > 1:
+            raise UserError(f'{where}: give one of period_steps and period_epochs')
+        if self.schedule in ('cosine_restarts', 'step') and not periods:
+            raise UserError(f"{where}.schedule '{self.schedule}' needs period_steps or _epochs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """A loss weight that moves from `start` to `end` over the first `fraction` of its stage."""
+
+    start: float = field(help='weight at the first update')
+    end: float = field(help='weight after `fraction` of the stage')
+    schedule: str = field('linear', 'of the way between', choices=('linear', 'cosine'))
+    fraction: float = field(1.0, 'of the stage', above=0, most=1)
+
+    def __call__(self, step: int, steps: int) -> float:
+        x = min(step / max(steps * self.fraction, 1e-9), 1.0)
+        if self.schedule == 'cosine':
+            x = 0.5 - 0.5 * math.cos(math.pi * x)
+        return self.start + (self.end - self.start) * x
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The metric that picks the checkpoint kept as best."""
+
+    metric: str = field('', "'<evaluator>/<metric>'; '' keeps none")
+    mode: str = field('min', 'which values are better', choices=('min', 'max'))
+    min_delta: float = field(0.0, 'least improvement that counts', least=0)
+
+    def improved(self, value: float, best: float | None) -> bool:
+        """Whether `value` beats `best` by more than min_delta; NaN never does."""
+        if math.isnan(value):
+            return False
+        if best is None:
+            return True
+        gain = best - value if self.mode == 'min' else value - best
+        return gain > self.min_delta
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStop(Best):
+    """Leaves a stage when `metric` has not improved in `patience` evaluations."""
+
+    metric: str = field('', "'<evaluator>/<metric>'; '' never stops")
+    patience: int = field(0, 'evaluations without improvement', least=0)
+
+    def check(self, where: str) -> None:
+        if self.metric and self.patience < 1:
+            raise UserError(
+                f'{where}.patience={self.patience} must be at least 1 with {where}.metric'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """When evaluations happen, besides the end of each stage."""
+
+    every_steps: int = field(0, 'updates between two evaluations; 0 is off', least=0)
+    every_epochs: float = field(0.0, 'the same in epochs', least=0)
+    at_start: bool = field(False, 'evaluate before the first update')
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When the state is saved, besides the end of each stage."""
+
+    every_steps: int = field(500, 'updates between two checkpoints', least=1)
+    keep: int = field(2, 'newest checkpoints kept', least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What is logged, and how often."""
+
+    every_steps: int = field(10, 'updates between two lines of metrics.jsonl', least=1)
+    tensorboard: bool = field(True, 'write TensorBoard events too')
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """What --init_from may leave out."""
+
+    allow_fresh: tuple[str, ...] = field((), 'regexes of leaves it may miss')
+    allow_unused: tuple[str, ...] = field((), "regexes of leaves it may have beyond the model's")
+    assets: bool = field(True, 'take its tokenizer, vocabulary and normalization too')
+
+
+@dataclasses.dataclass(frozen=True)
+class NotFinite:
+    """What to do about an update that is not finite; it is never made."""
+
+    policy: str = field('stop', 'stop, or skip at most `budget` updates', choices=('stop', 'skip'))
+    budget: int = field(0, 'updates of a run that may be skipped', least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where data come from; a recipe adds its own keys."""
+
+    root: str | None = field(None, 'your folder; None: built-in data')
+    cache: str | None = field(None, 'folder of prepared records; None: ~/.cache/mmjax')
+    seed: int = field(0, 'of built-in data, splits and tokenizers', least=0)
+    max_fault_share: float = field(0.01, 'fraction of the rows that may be faulty', least=0, most=1)
+    workers: int = field(0, 'loader processes; 0: threads of this one', least=0)
+    threads: int = field(2, 'loader threads', least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """Options of a stage, for recipes that have none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """An entry of `config.stage`: give one of steps, epochs, examples."""
+
+    steps: int | None = field(None, 'length in updates', least=1)
+    epochs: float | None = field(None, 'length in epochs of its sampler', above=0)
+    examples: int | None = field(None, 'length in examples', least=1)
+    learning_rates: Mapping[str, float] = field(
+        {}, 'group → multiple of the rate; 0 freezes; 1 if not named'
     )
-    config.data = dict(
-        root=config_dict.placeholder(str),  # the user's folder; none: built-in data
-        cache=config_dict.placeholder(str),  # prepared records; none: ~/.cache/mmjax
-        workers=0,  # loader processes; 0: threads of this one
-        threads=2,
+    loss_weights: Mapping[str, object] = field({}, 'overrides of loss_weights')
+    optimizer: Mapping[str, object] = field({}, 'overrides of optimizer')
+    sampler: Mapping[str, object] = field({}, 'overrides of sampler')
+    early_stop: Mapping[str, object] = field({}, 'overrides of early_stop')
+    options: Mapping[str, object] = field({}, 'options of the recipe')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The keys that every recipe shares; a recipe's `Config` adds sections of its own."""
+
+    StageOptions: ClassVar[type] = NoOptions  # of `stage.<name>.options`
+
+    task: str = field('', "a folder of mmjax.recipes, or 'package.module:Class'")
+    seed: int = field(0, 'of training: weights, order, augmentation, dropout', least=0)
+    precision: str = field(
+        'float32', 'of the computation', choices=('float32', 'bfloat16', 'float16')
     )
-    return config
+    batch_size: int = field(32, 'examples per update, over all devices and hosts', least=1)
+    accumulation: int = field(1, 'micro-batches per update; losses stay exact', least=1)
+    quick_compile: bool = field(False, 'optimise compiled programs little, for short runs')
+    ema: float = field(0.0, 'decay of averaged weights for evaluation; 0 is off', least=0, below=1)
+    rules: tuple[tuple[str, str], ...] = field((), "(group, regex) pairs before the recipe's own")
+    loss_weights: Mapping[str, object] = field({}, 'term → number or dict(start=, end=)')
+    sampler: Mapping[str, object] = field({'name': 'shuffle'}, 'name and options of the sampler')
+    stages: tuple[str, ...] = field((), 'names of the stages, in order')
+    stage: Mapping[str, StageConfig] = field({}, 'name → what the stage does')
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    evaluate: Evaluate = Evaluate()
+    best: Best = Best()
+    early_stop: EarlyStop = EarlyStop()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    init: Init = Init()
+    not_finite: NotFinite = NotFinite()
+    data: Data = Data()
+
+
+# Config files ---------------------------------------------------------------------------------
+
+
+def default(cls: type[Config] = Config) -> ml_collections.ConfigDict:
+    """Returns the declared defaults of a config class, to be changed by a config file."""
+    return ml_collections.ConfigDict(sections.to_dict(cls()), type_safe=False)
 
 
 def words(argument: str | None, known: Iterable[str]) -> frozenset[str]:
     """Splits the text after the colon of `--config=FILE:a,b`; an unknown word is an error."""
     known = tuple(known)
-    found = frozenset(word for word in (argument or '').split(',') if word)
-    for word in sorted(found):
+    given = frozenset(word for word in (argument or '').split(',') if word)
+    for word in sorted(given):
         if word not in known:
             raise UserError(f"unknown config word '{word}'; known: {', '.join(known)}")
-    return found
+    return given
 
 
-def one_of(found: Iterable[str], choices: tuple[str, ...], default: str) -> str:
-    """Returns which of `choices` is among the words found; two of them are an error."""
-    named = [word for word in choices if word in found]
+def one_of(given: Iterable[str], choices: tuple[str, ...], default: str) -> str:
+    """Returns which of `choices` is among the words given; two of them are an error."""
+    named = [word for word in choices if word in given]
     if len(named) > 1:
         raise UserError(f"the config words '{named[0]}' and '{named[1]}' exclude each other")
     return named[0] if named else default
 
 
-class View:
-    """A read-only view of a ConfigDict that records which leaves were read.
+def find(name: str) -> pathlib.Path:
+    """Returns the path of a config, given as a file or as the name of an installed one."""
+    if pathlib.Path(name).is_file():
+        return pathlib.Path(name)
+    package = pathlib.Path(__file__).parent.parent
+    known: dict[str, pathlib.Path] = {}
+    for folder in (package.parent / 'configs', package / 'configs'):
+        known |= {path.stem: path for path in sorted(folder.glob('[a-z]*.py'))}
+    if name not in known:
+        raise UserError(f"no config file '{name}'; installed configs: {', '.join(known)}")
+    return known[name]
 
-    Attribute access returns a leaf or a nested view. `to_dict` reads everything beneath.
+
+def load(spec: str) -> ml_collections.ConfigDict:
+    """Returns `get_config(words)` of 'FILE.py:words' or 'name:words', unlocked."""
+    name, _, argument = spec.partition(':')
+    path = find(name)
+    try:
+        config = _module(path).get_config(argument)
+    except UserError:
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        for entry in traceback.extract_tb(error.__traceback__):
+            if pathlib.Path(entry.filename) == path:
+                line = entry
+        raise UserError(
+            f'{line.filename} line {line.lineno}: {type(error).__name__}: {error}'
+        ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f'{path}: get_config returns no ml_collections.ConfigDict')
+    return config.unlock()
+
+
+def _module(path: pathlib.Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f'mmjax_config_{path.stem}', path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config_class(task: str) -> type[Config]:
+    """Returns the config class of a task; for the installed recipes without importing JAX."""
+    module, _, name = task.partition(':')
+    if not name:
+        return import_task_module(f'mmjax.recipes.{module}.config', task).Config
+    cls = getattr(import_task_module(module, task), name, None)
+    if not inspect.isclass(cls) or not hasattr(cls, 'Config'):
+        raise UserError(f"config.task '{task}' names no Task")
+    return cls.Config
+
+
+def import_task_module(module: str, task: str) -> ModuleType:
+    """Imports the module that `config.task` names; one that does not exist is a UserError."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and not module.startswith(error.name):
+            raise
+        raise UserError(f"config.task '{task}' is no module: {error}") from None
+
+
+def resolve(config: Mapping, cls: type[Config] | None = None) -> Config:
+    """Checks a config as a whole and returns it as the typed config of its recipe."""
+    if cls is None:
+        cls = config_class(str(config.get('task') or ''))
+    resolved = sections.parse(cls, config)
+    if not resolved.stages:
+        raise UserError('stages is empty: name at least one stage')
+    if len(set(resolved.stages)) != len(resolved.stages):
+        raise UserError(f'stages names a stage twice: {", ".join(resolved.stages)}')
+    for name in resolved.stages:
+        if name not in resolved.stage:
+            raise UserError(f"stages names '{name}', but stage.{name} does not exist")
+    return resolved
+
+
+# Command line ---------------------------------------------------------------------------------
+
+_PARTIAL = {'optimizer': Optimizer, 'early_stop': EarlyStop}  # of a stage, overrides of a section
+_LENGTHS = ('steps', 'epochs', 'examples')
+
+
+def override(config: ml_collections.ConfigDict, changes: Sequence[tuple[str, str]]) -> None:
+    """Sets keys of a config to values given as text; the command line wins or says why not.
+
+    Args:
+      config: changed in place.
+      changes: (dotted key, text) pairs of `--config.key=text`.
+
+    Raises:
+      UserError: an unknown key, text that is no value of the key's type, or a key that a stage
+        overrides, so that it would have no effect there.
     """
-
-    def __init__(self, config: Mapping, path: str = '', read: set[str] | None = None):
-        self._config, self._path = config, path
-        self._read = set() if read is None else read
-
-    def _key(self, name: str) -> str:
-        return f'{self._path}.{name}' if self._path else name
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith('__'):
-            raise AttributeError(name)
-        if name not in self._config:
-            raise UserError(f"the config has no key '{self._key(name)}', which this task needs")
-        value = self._config[name]
-        if isinstance(value, ml_collections.ConfigDict):
-            return View(value, self._key(name), self._read)
-        self._read.add(self._key(name))
-        return value
-
-    __getitem__ = __getattr__
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._config
-
-    def __iter__(self):
-        return iter(self._config)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain nested dicts; every key beneath counts as read."""
-        out = {}
-        for name in self._config:
-            value = self[name]
-            out[name] = value.to_dict() if isinstance(value, View) else value
-        return out
-
-    def ignore(self, *names: str) -> None:
-        """Counts keys as read that this mode has no use for."""
-        for name in names:
-            value = self[name]
-            if isinstance(value, View):
-                value.to_dict()
-
-    def unread(self) -> list[str]:
-        """Returns the leaves beneath this view that nobody has read."""
-        return [key for key in _leaves(self._config, self._path) if key not in self._read]
+    cls = config_class(str(config.get('task') or ''))
+    given = {key for key, _ in changes}
+    for key, text in changes:
+        value = sections.coerce(_annotation(cls, key), text, key)
+        *parents, leaf = key.split('.')
+        where = config
+        for parent in parents:
+            if not isinstance(where.get(parent), ml_collections.ConfigDict):
+                where[parent] = ml_collections.ConfigDict(type_safe=False)
+            where = where[parent]
+        if len(parents) == 2 and parents[0] == 'stage' and leaf in _LENGTHS:
+            for unit in _LENGTHS:
+                if unit in where and f'stage.{parents[1]}.{unit}' not in given:
+                    where[unit] = None
+        if isinstance(where.get(leaf), ml_collections.ConfigDict) and isinstance(value, Mapping):
+            where[leaf].update(value)
+        else:
+            where[leaf] = value
+    for key in sorted(given):
+        _check_shadowed(config, key, given)
 
 
-def _leaves(config: Mapping, path: str) -> list[str]:
-    out = []
-    for name in config:
-        key = f'{path}.{name}' if path else name
-        value = config[name]
-        out += _leaves(value, key) if isinstance(value, ml_collections.ConfigDict) else [key]
-    return out
+def _check_shadowed(config: ml_collections.ConfigDict, key: str, given: set[str]) -> None:
+    """Raises where a stage has its own value for a shared key set on the command line."""
+    section, _, rest = key.partition('.')
+    if section not in ('optimizer', 'sampler', 'early_stop', 'loss_weights') or not rest:
+        return
+    acting = []
+    for name in config.stages:
+        own = config.stage.get(name, {}).get(section) or {}
+        replaced = section == 'sampler' and 'name' in own and rest != 'name'
+        stage_key = f'stage.{name}.{key}'
+        if (rest.split('.')[0] in own or replaced) and stage_key not in given:
+            acting.append(f'--config.{stage_key}')
+    if acting:
+        raise UserError(
+            f'{key} has no effect in stages with a value of their own: set {", ".join(acting)}'
+        )
 
 
-def build(cls, values: Mapping[str, Any], where: str):
-    """Makes the dataclass `cls` from a dict; an unknown key is an error that names it."""
-    known = [field.name for field in dataclasses.fields(cls) if field.init]
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean '{close[0]}'?" if close else f'; known: {", ".join(known)}'
-            raise UserError(f"unknown key '{where}.{key}'{hint}")
-    return cls(**values)
+def _annotation(cls: type, key: str) -> object:
+    """Returns the declared type of a dotted key."""
+    annotation: object = cls
+    done: list[str] = []
+    for part in key.split('.'):
+        known: Iterable[str] = ()
+        where = '.'.join(done)
+        if len(done) == 2 and done[0] == 'stage' and part == 'options':
+            annotation = cls.StageOptions  # type: ignore[attr-defined]  # cls is a Config here
+        elif len(done) == 2 and done[0] == 'stage' and part in _PARTIAL:
+            annotation = _PARTIAL[part]
+        elif dataclasses.is_dataclass(annotation):
+            hints = typing.get_type_hints(annotation)
+            known = [f.name for f in dataclasses.fields(annotation)]
+            if part not in known:
+                close = difflib.get_close_matches(part, known, 1)
+                hint = f"did you mean '{close[0]}'?" if close else f'known: {", ".join(known)}'
+                full = f'{where}.{part}' if where else part
+                raise UserError(f"the config has no key '{full}'; {hint}")
+            annotation = hints[part]
+        elif typing.get_origin(annotation) in (Mapping, dict) or (
+            inspect.isclass(typing.get_origin(annotation))
+            and issubclass(typing.get_origin(annotation), Mapping)
+        ):
+            annotation = typing.get_args(annotation)[1]
+        elif annotation is not object:
+            raise UserError(f"the config has no key '{key}': {where} has no keys")
+        done.append(part)
+    return annotation
 
 
-def hashable(value: Any) -> Any:
+def help_text(cls: type[Config]) -> str:
+    """Returns a line per key: name, type, default, meaning."""
+    rows = sections.describe(cls)
+    for name, text, default, meaning in sections.describe(StageConfig, 'stage.NAME'):
+        rows.append((name, text, default, meaning))
+    for name, text, default, meaning in sections.describe(cls.StageOptions, 'stage.NAME.options'):
+        rows.append((name, text, default, meaning))
+    return '\n'.join(
+        f'  --config.{key}={default}\n      {meaning} ({text})'
+        for key, text, default, meaning in rows
+    )
+
+
+# Values ---------------------------------------------------------------------------------------
+
+
+def hashable(value: object) -> object:
     """Turns nested dicts and lists to sorted tuples of pairs and tuples."""
     if isinstance(value, Mapping):
         return tuple((key, hashable(value[key])) for key in sorted(value))
@@ -165,7 +446,18 @@ def hashable(value: Any) -> Any:
     return value
 
 
-def differences(old: Mapping, new: Mapping, path: str = '') -> list[tuple[str, Any, Any]]:
+def thaw(value: object) -> object:
+    """Undoes `hashable`: tuples of (name, value) pairs become dicts again."""
+    if isinstance(value, tuple):
+        if value and all(
+            isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in value
+        ):
+            return {key: thaw(item) for key, item in value}
+        return tuple(thaw(item) for item in value)
+    return value
+
+
+def differences(old: Mapping, new: Mapping, path: str = '') -> list[tuple[str, object, object]]:
     """Returns (key, old value, new value) of every leaf that two nested dicts do not share."""
     out = []
     for name in sorted({*old, *new}):
@@ -176,14 +468,3 @@ def differences(old: Mapping, new: Mapping, path: str = '') -> list[tuple[str, A
         elif a != b:
             out.append((key, a, b))
     return out
-
-
-def thaw(value: Any) -> Any:
-    """Undoes `hashable`: tuples of (name, value) pairs become dicts again."""
-    if isinstance(value, tuple):
-        if value and all(
-            isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in value
-        ):
-            return {key: thaw(item) for key, item in value}
-        return tuple(thaw(item) for item in value)
-    return value

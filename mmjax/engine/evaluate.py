@@ -1,49 +1,87 @@
-"""Runs a task's methods over a split: every example once, in order, on any number of hosts."""
+"""Evaluation: a task's methods over a split, the losses of a split, the scores of evaluators."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax.data import pipeline, samplers
 from mmjax.data.dataset import Dataset
 from mmjax.engine import parallel
-from mmjax.engine.task import Scores
+from mmjax.engine.stages import Stage
+from mmjax.engine.task import Evaluator, Outputs, Scores, Task, Variables, join_padded
+from mmjax.losses.term import Term
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _call(task, method: str, variables, batch):
+def _call(task: Task, method: str, variables: Variables, batch: Mapping) -> Outputs:
     return getattr(task, method)(variables, batch)
 
 
-class Apply:
-    """`apply(method, dataset, batch_size)` as `mmjax.engine.task.Apply` describes it.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(task: Task, stage: Stage, variables: Variables, batch: Mapping) -> Outputs:
+    return forward(task, stage, variables, batch)
 
-    The last batch is padded with masked rows, so that a method is compiled once a shape; the
+
+def forward(task: Task, stage: Stage, variables: Variables, batch: Mapping) -> Outputs:
+    """Runs the forward pass of evaluation; what is random for a row follows from its number."""
+    key = jax.random.key(0)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch['row'])
+    train = dict.fromkeys(task.towers, False)
+    outputs, _ = task.forward(variables, {**batch, 'key': keys}, stage, train=train, key=None)
+    return outputs
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _terms(
+    task: Task, stage: Stage, variables: Variables, outputs: Outputs, batch: Mapping
+) -> dict[str, Any]:
+    return task.terms(variables, outputs, batch, stage)
+
+
+class Predictor:
+    """The `Predictor` of evaluators, over the devices of a mesh.
+
+    The last batch is padded with masked rows, so that a method is compiled once per shape; the
     padding is cut before the caller sees it. `check` runs between batches and may raise.
-    `variables` are the weights it applies, for what is no split.
     """
 
-    def __init__(self, task, variables, mesh, *, threads=2, check: Callable = lambda: None):
-        self._task, self.variables, self._mesh = task, variables, mesh
-        self._threads, self._check = threads, check
+    def __init__(
+        self,
+        task: Task,
+        variables: Variables,
+        mesh: jax.sharding.Mesh,
+        *,
+        threads: int = 2,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.variables = variables
+        self._task = task
+        self._mesh = mesh
+        self._threads = threads
+        self._check = check
 
     def __call__(
         self, method: str, dataset: Dataset, batch_size: int
-    ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
+    ) -> Iterator[tuple[Outputs, dict[str, np.ndarray]]]:
+        return self._map(functools.partial(_call, self._task, method), dataset, batch_size)
+
+    def forward(
+        self, stage: Stage, dataset: Dataset, batch_size: int
+    ) -> Iterator[tuple[Outputs, dict[str, np.ndarray]]]:
+        """Applies the task's forward pass in the same way."""
+        return self._map(functools.partial(_forward, self._task, stage), dataset, batch_size)
+
+    def _map(
+        self, call: Callable, dataset: Dataset, batch_size: int
+    ) -> Iterator[tuple[Outputs, dict[str, np.ndarray]]]:
         devices = self._mesh.size
         batch_size = -(-min(batch_size, len(dataset)) // devices) * devices
-        sampler = samplers.make(
-            {'name': 'sequential', 'by': dataset.length_key},
-            dataset.index,
-            len(dataset),
-            batch_size,
-            seed=0,
-            stage=0,
-            lengths=dataset.lengths,
-        )
+        sampler = _sequential(dataset, batch_size)
         host = pipeline.batches(
             dataset,
             sampler,
@@ -58,7 +96,7 @@ class Apply:
         try:
             for batch, _ in pipeline.to_device(host, parallel.rows(self._mesh)):
                 self._check()
-                outputs = _call(self._task, method, self.variables, batch)
+                outputs = call(self.variables, batch)
                 outputs, batch = parallel.fetch((outputs, dict(batch)))
                 real = batch['mask']
                 yield jax.tree.map(lambda x: x[real], (outputs, batch))
@@ -66,6 +104,132 @@ class Apply:
             host.close()
 
 
-def run(evaluators, apply: Apply, *, final: bool) -> dict[str, Scores]:
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The loss weights that an evaluation sums with."""
+
+    stage: Stage  # program whose options and losses are evaluated
+    now: Mapping[str, float]  # weights of the stage where it stands
+    final: Mapping[str, float]  # weights of the run after every ramp
+
+    @staticmethod
+    def of(stage: Stage, stage_step: int, final: Mapping[str, float]) -> 'Weights':
+        now = stage.weights(stage_step)
+        both = tuple((name, 1.0) for name in sorted({*now, *final}))
+        return Weights(dataclasses.replace(stage.program, loss_weights=both), now, final)
+
+
+class _Reads(dict):
+    """A batch that records which of its arrays are read."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def arrays_read(task: Task, stage: Stage, variables: Variables, batch: Mapping) -> set[str]:
+    """Returns the names of the batch's arrays that `task.terms` reads, without computing."""
+    reads = _Reads()
+
+    def trace(variables: Variables, batch: Mapping) -> Any:
+        outputs = forward(task, stage, variables, batch)
+        reads.update(batch)
+        terms = task.terms(variables, outputs, reads, stage)
+        return {name: x.total if isinstance(x, Term) else x for name, x in terms.items()}
+
+    jax.eval_shape(trace, variables, dict(batch))
+    return reads.names & set(batch)
+
+
+def losses(
+    predictor: Predictor, task: Task, evaluator: Evaluator, weights: Weights
+) -> tuple[dict[str, float], Outputs, dict[str, np.ndarray]]:
+    """Computes the losses of an evaluator's split by the task's own forward and terms.
+
+    Returns:
+      ({term: mean, 'loss': with the stage's weights, 'final_loss': with the run's final ones},
+      outputs of all rows, arrays of their batches that the terms read).
+    """
+    assert evaluator.dataset is not None
+    parts = []
+    batches = []
+    names: set[str] | None = None
+    for outputs, batch in predictor.forward(weights.stage, evaluator.dataset, evaluator.batch_size):
+        if names is None:
+            names = arrays_read(task, weights.stage, predictor.variables, batch) | {'row', 'mask'}
+        parts.append(outputs)
+        batches.append({name: batch[name] for name in sorted(names)})
+    outputs = jax.tree.map(join_padded, *parts)
+    batch = jax.tree.map(join_padded, *batches)
+    rows = evaluator.loss_batches() or [np.arange(len(batch['row']))]
+    totals: dict[str, list[float]] = {}
+    for chosen in rows:
+        part = jax.tree.map(lambda x: jnp.asarray(x[chosen]), (outputs, batch))  # noqa: B023
+        for name, term in _terms(task, weights.stage, predictor.variables, *part).items():
+            pair = (term.total, term.count) if isinstance(term, Term) else (term, 1.0)
+            sums = totals.setdefault(name, [0.0, 0.0])
+            sums[0] += float(pair[0])
+            sums[1] += float(pair[1])
+    means = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
+    for name, by in (('loss', weights.now), ('final_loss', weights.final)):
+        means[name] = sum(weight * means[term] for term, weight in by.items())
+    return means, outputs, batch
+
+
+def run(
+    evaluators: Mapping[str, Evaluator],
+    predictor: Predictor,
+    task: Task,
+    weights: Weights,
+    *,
+    final: bool,
+) -> dict[str, Scores]:
     """Runs every evaluator; returns {its name: Scores}. A metric that is NaN stays NaN."""
-    return {name: evaluator.run(apply, final=final) for name, evaluator in evaluators.items()}
+    out = {}
+    for name, evaluator in evaluators.items():
+        if evaluator.final_only and not final:
+            continue
+        if evaluator.dataset is None:
+            out[name] = evaluator.run(predictor, final=final)
+            continue
+        means, outputs, batch = losses(predictor, task, evaluator, weights)
+        scores = evaluator.run(predictor, final=final, outputs=outputs, batch=batch)
+        out[name] = Scores({**means, **scores.metrics}, scores.figures)
+    return out
+
+
+def check(
+    evaluators: Mapping[str, Evaluator], task: Task, weights: Weights, variables: Variables
+) -> None:
+    """Traces the losses and methods of every evaluator, without computing."""
+    for evaluator in evaluators.values():
+        if evaluator.dataset is None:
+            continue
+        batch = blank_batch(evaluator.dataset, min(evaluator.batch_size, len(evaluator.dataset)))
+        arrays_read(task, weights.stage, variables, batch)
+        for method in evaluator.methods:
+            jax.eval_shape(functools.partial(getattr(task, method)), variables, batch)
+
+
+def blank_batch(dataset: Dataset, batch_size: int) -> dict[str, np.ndarray]:
+    """Returns an evaluation batch with zeros in it: shapes and types to trace with."""
+    sampler = _sequential(dataset, batch_size)
+    batches = pipeline.batches(dataset, sampler, seed=0, stage=0, stop=1, train=False, threads=0)
+    first = next(iter(batches))
+    return {key: np.zeros_like(value) for key, value in first.items()}
+
+
+def _sequential(dataset: Dataset, batch_size: int) -> samplers.Sampler:
+    return samplers.make(
+        {'name': 'sequential', 'by': dataset.length_key},
+        dataset.index,
+        len(dataset),
+        batch_size,
+        seed=0,
+        stage=0,
+        lengths=dataset.lengths,
+    )

@@ -2,22 +2,23 @@
 
 import collections
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
+import optax.contrib
+from flax import serialization, traverse_util
 
-from mmjax.engine.stages import Optimizer, Stage
+from mmjax.engine.config import Optimizer
+from mmjax.engine.stages import Stage
 from mmjax.errors import UserError
 
-Tree = Mapping[str, Any]  # nested dicts of arrays, as Linen has them
+Tree = Mapping[str, Any]  # nested dicts of arrays
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -85,8 +86,10 @@ def resolve(
             raise UserError(
                 f"config.rules: '{rule[1]}' is no regular expression: {error}"
             ) from None
-    matched, won = [0] * len(compiled), [0] * len(compiled)
-    items, missing = [], []
+    matched = [0] * len(compiled)
+    won = [0] * len(compiled)
+    items = []
+    missing = []
     for path in dict.fromkeys((*flatten(params), *flatten(batch_stats))):
         hits = [i for i, (_, regex) in enumerate(compiled) if regex.fullmatch(path)]
         for i in hits:
@@ -119,9 +122,9 @@ def check_groups(groups: Groups, stages: Sequence[Stage]) -> None:
             raise UserError(f'stage.{stage.name} freezes every group: nothing would learn')
 
 
-def doubts(groups: Groups, stages: Sequence[Stage]) -> list[str]:
-    """Returns what may not be meant: groups that no stage trains, warm-ups that never end."""
-    found = [
+def warnings(groups: Groups, stages: Sequence[Stage]) -> list[str]:
+    """Returns sentences on groups that no stage trains and warm-ups that never end."""
+    out = [
         f"no stage trains group '{name}': it stays as it is made or loaded"
         for name in groups.names
         if not any(stage.trains(name) for stage in stages)
@@ -138,11 +141,11 @@ def doubts(groups: Groups, stages: Sequence[Stage]) -> list[str]:
                 f'{name} warms up for {warmup:g} updates and makes {reached} of them: '
                 'the full rate is never reached'
             )
-    return found + list(late.values())
+    return out + list(late.values())
 
 
 def summary(params: Tree, groups: Groups, stage: Stage) -> list[dict[str, Any]]:
-    """Returns a row a group: group, parameters, tensors, rate (absolute, 0 when frozen)."""
+    """Returns a row per group: group, parameters, tensors, rate (absolute, 0 when frozen)."""
     label = groups.of(params)
     rows = collections.defaultdict(lambda: [0, 0])
     for path, leaf in flatten(params).items():
@@ -227,9 +230,11 @@ def _half_cosine(x: float) -> float:
 def rates(stage: Stage, groups: Sequence[str], step: int) -> dict[str, np.float32]:
     """Returns the learning rate of every trained group at `step` updates into the stage."""
     spec = stage.optimizer
-    at, total = (step, stage.steps)
+    at = step
+    total = stage.steps
     if spec.span == 'run':
-        at, total = stage.start + step, stage.run_steps
+        at = stage.start + step
+        total = stage.run_steps
     base = spec.learning_rate * schedule(spec, at, total, stage.steps_per_epoch)
     return {group: np.float32(base * stage.rate(group)) for group in groups if stage.trains(group)}
 
@@ -237,67 +242,137 @@ def rates(stage: Stage, groups: Sequence[str], step: int) -> dict[str, np.float3
 # Updates -------------------------------------------------------------------------------------
 
 
-def moments(trainable: Tree, groups: Groups) -> dict[str, Any]:
-    """Returns zero Adam moments: {'count': {group: int32}, 'mu': tree, 'nu': tree}, float32.
+class Rule(NamedTuple):
+    """An update rule without learning rate and weight decay, over the leaves of one group.
 
-    The count belongs to a group, not to the run: a group that thaws late starts at 0, so that
-    its bias correction is right and its first update equals its rate.
+    init(params) returns its moments; update(gradients, moments, params, ok) returns (direction,
+    new moments), which are the old ones where `ok` is False.
     """
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), dict(trainable))
-    names = sorted(set(groups.of(trainable).values()))
-    return {
-        'count': {name: jnp.zeros((), jnp.int32) for name in names},
-        'mu': zeros(),
-        'nu': zeros(),
-    }
+
+    init: Callable[[Tree], Tree]
+    update: Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree]]
 
 
-def enter(old: Tree, fresh: Tree, groups: Groups) -> tuple[dict, list[str]]:
-    """Carries the moments of whatever keeps learning into the `fresh` ones of the next stage.
+def _adam(spec: Optimizer) -> Rule:
+    """Adam (Kingma & Ba 2015), as `optax.scale_by_adam`, with moments that are written once."""
 
-    Returns (moments, the groups that were carried).
-    """
-    carried = sorted(set(old['count']) & set(fresh['count']))
-    out = {'count': {**fresh['count'], **{name: old['count'][name] for name in carried}}}
-    for key in ('mu', 'nu'):
-        before = flatten(old[key])
-        out[key] = unflatten({p: before.get(p, zero) for p, zero in flatten(fresh[key]).items()})
-    return out, carried
+    def init(params: Tree) -> Tree:
+        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), dict(params))
+        return {'count': jnp.zeros((), jnp.int32), 'mu': zeros(), 'nu': zeros()}
 
-
-def _scale_by_adam(spec: Optimizer, labels: Tree, ok: jax.Array) -> optax.GradientTransformation:
-    """Adam's direction (Kingma & Ba 2015) with a count a group; the state stays where not ok."""
-
-    def update(gradients, state, params=None):
+    def update(gradients: Tree, state: Tree, params: Tree, ok: jax.Array) -> tuple[Tree, Tree]:
         del params
         new = {
-            'count': {name: value + 1 for name, value in state['count'].items()},
+            'count': state['count'] + 1,
             'mu': optax.tree.update_moment(gradients, state['mu'], spec.b1, 1),
             'nu': optax.tree.update_moment(gradients, state['nu'], spec.b2, 2),
         }
-        state = jax.tree.map(lambda new, old: stored(jnp.where(ok, new, old)), new, state)
-        correct = {
-            name: tuple(1 - beta ** value.astype(jnp.float32) for beta in (spec.b1, spec.b2))
-            for name, value in state['count'].items()
-        }
+        state = jax.tree.map(lambda new, old: materialize(jnp.where(ok, new, old)), new, state)
+        count = state['count'].astype(jnp.float32)
+        first = 1 - spec.b1**count
+        second = 1 - spec.b2**count
         direction = jax.tree.map(
-            lambda m, v, label: (
-                (m / correct[label][0]) / (jnp.sqrt(v / correct[label][1]) + spec.eps)
-            ),
-            state['mu'],
-            state['nu'],
-            labels,
+            lambda m, v: (m / first) / (jnp.sqrt(v / second) + spec.eps), state['mu'], state['nu']
         )
         return direction, state
 
-    return optax.GradientTransformation(lambda params: None, update)
+    return Rule(init, update)
 
 
-def stored(x: jax.Array) -> jax.Array:
-    """Returns x, which on CPU is stored before anything reads it.
+def _of_optax(transformation: optax.GradientTransformation) -> Rule:
+    """Wraps a transformation of optax; its state is kept as nested dicts, as checkpoints are."""
 
-    XLA:CPU would compute new moments a second time for the weights that they change, from old ones
-    that it then had to copy before they are overwritten; and weights likewise for their average.
+    def init(params: Tree) -> Tree:
+        return serialization.to_state_dict(transformation.init(params))
+
+    def update(gradients: Tree, state: Tree, params: Tree, ok: jax.Array) -> tuple[Tree, Tree]:
+        template = jax.eval_shape(transformation.init, params)
+        before = serialization.from_state_dict(template, state)
+        direction, after = transformation.update(gradients, before, params)
+        after = serialization.to_state_dict(after)
+        return direction, jax.tree.map(lambda new, old: jnp.where(ok, new, old), after, state)
+
+    return Rule(init, update)
+
+
+def _muon(spec: Optimizer) -> Rule:
+    """Muon (Jordan 2024) on matrices, Adam on everything else."""
+    matrices = _of_optax(optax.contrib.scale_by_muon(beta=spec.b1))
+    others = _adam(spec)
+
+    def init(params: Tree) -> Tree:
+        return {'muon': matrices.init(_of_rank_2(params)), 'adam': others.init(_not_2(params))}
+
+    def update(gradients: Tree, state: Tree, params: Tree, ok: jax.Array) -> tuple[Tree, Tree]:
+        one, muon = matrices.update(_of_rank_2(gradients), state['muon'], _of_rank_2(params), ok)
+        two, adam = others.update(_not_2(gradients), state['adam'], _not_2(params), ok)
+        return join(one, two), {'muon': muon, 'adam': adam}
+
+    return Rule(init, update)
+
+
+def _of_rank_2(tree: Tree) -> Tree:
+    return unflatten({path: x for path, x in flatten(tree).items() if x.ndim == 2})
+
+
+def _not_2(tree: Tree) -> Tree:
+    return unflatten({path: x for path, x in flatten(tree).items() if x.ndim != 2})
+
+
+def rule(spec: Optimizer) -> Rule:
+    """Returns the update rule that `optimizer.name` names."""
+    if spec.name == 'adamw':
+        return _adam(spec)
+    if spec.name == 'lion':  # Chen et al. 2023
+        return _of_optax(optax.scale_by_lion(spec.b1, spec.b2))
+    if spec.name == 'sgd':
+        return _of_optax(optax.trace(spec.b1))
+    if spec.name == 'adafactor':  # Shazeer & Stern 2018
+        parts = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+        return _of_optax(optax.chain(*parts))
+    return _muon(spec)
+
+
+def moments(trainable: Tree, groups: Groups, spec: Optimizer) -> dict[str, Any]:
+    """Returns the fresh moments of each group, {group: moments}.
+
+    A group has moments and a count of its own, not the run: one that thaws late starts at 0, so
+    that its bias correction is right and its first update equals its rate.
+    """
+    make = rule(spec)
+    return {name: make.init(tree) for name, tree in by_group(trainable, groups).items()}
+
+
+def by_group(tree: Tree, groups: Groups) -> dict[str, dict]:
+    """Returns {group: its part of the tree}, for the groups that the tree has leaves of."""
+    parts: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+    label = groups.of(tree)
+    for path, leaf in flatten(tree).items():
+        parts[label[path]][path] = leaf
+    return {name: unflatten(parts[name]) for name in sorted(parts)}
+
+
+def enter(old: Tree, fresh: Tree) -> tuple[dict, list[str]]:
+    """Carries the moments of the groups that keep learning into the next stage.
+
+    Args:
+      old: moments at the end of a stage.
+      fresh: new moments of the next one.
+
+    Returns:
+      (moments, the groups that were carried). Moments of another update rule are not carried.
+    """
+    same = lambda name: jax.tree.structure(old[name]) == jax.tree.structure(fresh[name])
+    carried = sorted(name for name in set(old) & set(fresh) if same(name))
+    return {**fresh, **{name: old[name] for name in carried}}, carried
+
+
+def materialize(x: jax.Array) -> jax.Array:
+    """Returns x, which on CPU is written to memory before anything reads it.
+
+    XLA:CPU would compute new moments a second time for the weights that they change, from old
+    ones that it then had to copy before they are overwritten; and weights likewise for their
+    average. Benchmark: `benchmarks/update.py`.
     """
     return jax.lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
 
@@ -307,26 +382,12 @@ def norm(tree: Any) -> jax.Array:
 
     Summed row by row first, on any backend: left to itself XLA:CPU may sum the squares of a large
     matrix in windows on one core, which takes a third of the time of the product that made it.
-    Where the last axis is sharded, a number a row crosses devices instead of one.
+    Where the last axis is sharded, a number per row crosses devices instead of one.
     """
     squares = [jnp.square(jnp.asarray(x, jnp.float32)) for x in jax.tree.leaves(tree)]
     rows = [x.sum(-1) if x.ndim else x for x in squares]
     rows = jax.lax.optimization_barrier(rows)
     return jnp.sqrt(sum((x.sum() for x in rows), jnp.float32(0)))
-
-
-def reach(size: jax.Array, rates: Mapping[str, Any], stage: Stage) -> jax.Array:
-    """Returns what no weight exceeds after an `update` by finite gradients; float32 scalar.
-
-    size: the `norm` of the weights before it; not finite if one of them is not. A norm of gradients
-    that float32 can hold means that none exceeds √max, now or when the moments were made, and so
-    Adam's direction no √max / (1 - b1) / eps: moments that only `update` has made are finite for
-    ever. Infinite only of weights, or rates above 1e3, that no training has.
-    """
-    spec, limit = stage.optimizer, jnp.finfo(jnp.float32).max
-    direction = np.float32(np.sqrt(limit) / (1 - spec.b1) / spec.eps)
-    bounds = [size + rate * (direction + spec.weight_decay * size) for rate in rates.values()]
-    return functools.reduce(jnp.maximum, bounds)
 
 
 def decays(params: Tree) -> dict:
@@ -340,37 +401,41 @@ def update(
     gradients: Tree,
     state: Tree,
     trainable: Tree,
-    rate: Mapping[str, Any],
-    stage: Stage,
+    rates: Mapping[str, Any],
+    spec: Optimizer,
     groups: Groups,
-    size: jax.Array,
-    ok: jax.Array | bool = True,
+    grad_norm: jax.Array,
+    ok: jax.Array,
 ) -> tuple[Tree, Tree]:
-    """Returns (updates to add to `trainable`, new moments).
+    """Clips by the global norm, applies the update rule, then decay and rate of each group.
 
-    Where not `ok`, moments are those of `state`, and updates are not to be used: they may be NaN.
+    Args:
+      gradients, trainable: trees of the parameters that learn.
+      state: {group: moments}.
+      rates: group → learning rate.
+      grad_norm: the `norm` of the gradients.
+      ok: bool scalar; where False, the moments stay, and the updates are not to be used: they may
+        be NaN.
 
-    size: the `norm` of the gradients.
-
-    clip by the global norm → Adam → per group decoupled decay and learning rate. All but Adam is
-    without state, so that only moments are stored and carried.
+    Returns:
+      (updates to add to `trainable`, new moments).
     """
-    spec = stage.optimizer
-    label = groups.of(trainable)
-    labels = unflatten(label)
     if spec.clip > 0:
-        factor = jnp.where(size < spec.clip, 1.0, spec.clip / size)
+        factor = jnp.where(grad_norm < spec.clip, 1.0, spec.clip / grad_norm)
         gradients = jax.tree.map(lambda g: g * factor, gradients)
-    direction, state = _scale_by_adam(spec, labels, ok).update(gradients, state)
-    by_group = optax.multi_transform(
+    make = rule(spec)
+    grads, params = by_group(gradients, groups), by_group(trainable, groups)
+    pairs = {name: make.update(grads[name], state[name], params[name], ok) for name in grads}
+    direction = join(*(pair[0] for pair in pairs.values()))
+    scale = optax.multi_transform(
         {
             name: optax.chain(
                 optax.add_decayed_weights(spec.weight_decay, mask=decays),
-                optax.scale_by_learning_rate(rate[name]),
+                optax.scale_by_learning_rate(rates[name]),
             )
-            for name in sorted(set(label.values()))
+            for name in pairs
         },
-        labels,
+        unflatten(groups.of(trainable)),
     )
-    updates, _ = by_group.update(direction, by_group.init(trainable), trainable)
-    return updates, state
+    updates, _ = scale.update(direction, scale.init(trainable), trainable)
+    return updates, {name: pair[1] for name, pair in pairs.items()}

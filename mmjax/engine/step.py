@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mmjax import axis
 from mmjax.engine import optim
 from mmjax.engine.stages import Stage
+from mmjax.engine.task import Task, towers_training
 from mmjax.losses.term import Term
 
 State = dict[str, Any]
@@ -43,7 +45,7 @@ def create(variables: Mapping, stage: Stage, groups: optim.Groups, settings: Set
         'trainable': trainable,
         'frozen': frozen,
         'batch_stats': dict(variables.get('batch_stats', {})),
-        'moments': optim.moments(trainable, groups),
+        'moments': optim.moments(trainable, groups, stage.optimizer),
         'ema': jax.tree.map(jnp.copy, trainable) if settings.ema else {},
         'scale': {'value': jnp.float32(2.0**15), 'streak': zero()} if scaled else {},
     }
@@ -53,7 +55,8 @@ def enter(state: State, stage: Stage, groups: optim.Groups, settings: Settings) 
     """Re-splits the state for the next stage; moments and averages carry where learning goes on."""
     params = optim.join(state['trainable'], state['frozen'])
     trainable, frozen = groups.split(params, stage)
-    moments, _ = optim.enter(state['moments'], optim.moments(trainable, groups), groups)
+    fresh = optim.moments(trainable, groups, stage.optimizer)
+    moments, _ = optim.enter(state['moments'], fresh)
     ema = {}
     if settings.ema:
         before = optim.flatten(state['ema'])
@@ -79,11 +82,18 @@ def variables(state: State, *, averaged: bool = False) -> dict[str, Any]:
     return {'params': params, 'batch_stats': stats} if stats else {'params': params}
 
 
-def keys(seed: int, stage: jax.Array, stage_step: jax.Array, batch_size: int):
-    """Returns (a key for dropout, a key a row) of one step; both follow from the position."""
+def keys(
+    seed: int, stage: jax.Array, stage_step: jax.Array, batch_size: int, first: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (a key for dropout, a key per row) of one step; both follow from the position.
+
+    first: the place of the first row in the global batch.
+    """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stage), stage_step)
     dropout, examples = jax.random.split(key)
-    by_row = jax.vmap(functools.partial(jax.random.fold_in, examples))(jnp.arange(batch_size))
+    by_row = jax.vmap(functools.partial(jax.random.fold_in, examples))(
+        first + jnp.arange(batch_size)
+    )
     return dropout, by_row
 
 
@@ -97,23 +107,32 @@ def _from_micro(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def forward(task, params, batch_stats, batch, stage: Stage, key, count: int):
+def forward(
+    task: Task,
+    params: Mapping,
+    batch_stats: Mapping,
+    batch: Mapping,
+    stage: Stage,
+    train: Mapping[str, bool],
+    key: jax.Array,
+    count: int,
+) -> tuple[Any, Any]:
     """Runs the forward pass in `count` micro-batches; returns (outputs in order, new statistics).
 
-    With more than one, activations are recomputed in the backward pass, except what a task named
-    'frozen' by `checkpoint_name`: outputs of towers that do not learn are kept.
+    With more than one, activations are recomputed in the backward pass, except what went through
+    `tower_output`: the outputs of frozen towers are stored.
     """
 
-    def apply(params, stats, rows, key):
+    def apply(params: Mapping, stats: Mapping, rows: Mapping, key: jax.Array) -> tuple[Any, Any]:
         values = {'params': params, 'batch_stats': stats} if stats else {'params': params}
-        return task.forward(values, rows, stage, train=True, key=key)
+        return task.forward(values, rows, stage, train=train, key=key)
 
     if count == 1:
         return apply(params, batch_stats, batch, key)
     saved = jax.checkpoint_policies.save_only_these_names('frozen')
     apply = jax.checkpoint(apply, policy=saved, prevent_cse=False)
 
-    def body(stats, item):
+    def body(stats: Any, item: Any) -> tuple[Any, Any]:
         rows, index = item
         outputs, stats = apply(params, stats, rows, jax.random.fold_in(key, index))
         return stats, outputs
@@ -132,30 +151,54 @@ def total(terms: Mapping[str, Any], weights: Mapping[str, Any]) -> jax.Array:
     return sum(weight * terms[name].mean() for name, weight in weights.items())
 
 
-def gradients(task, state: State, batch, weights, *, stage: Stage, settings: Settings):
+def gradients(
+    task: Task,
+    state: State,
+    batch: Mapping,
+    weights: Mapping,
+    *,
+    stage: Stage,
+    groups: optim.Groups,
+    settings: Settings,
+    axis_name: str | None = None,
+) -> tuple[Any, jax.Array, dict[str, Any], Any]:
     """Returns (gradients of the trainable tree, loss, terms, new batch statistics)."""
-    dropout, by_row = keys(
-        settings.seed, state['stage'], state['stage_step'], batch['row'].shape[0]
-    )
+    rows = batch['row'].shape[0]
+    first = jax.lax.axis_index(axis_name) * rows if axis_name else 0
+    position = state['stage'], state['stage_step']
+    dropout, by_row = keys(settings.seed, *position, rows, first)
     batch = {**batch, 'key': by_row}
     scale = state['scale'].get('value', jnp.float32(1.0))
+    train = towers_training(task.towers, dict(groups.items), stage)
+    collect = lambda tree: jax.tree.map(
+        lambda x: jax.lax.all_gather(x, axis_name, tiled=True), tree
+    )
 
-    def objective(trainable):
+    def objective(trainable: Any) -> tuple[jax.Array, tuple]:
         params = optim.join(trainable, state['frozen'])
         outputs, stats = forward(
-            task, params, state['batch_stats'], batch, stage, dropout, settings.accumulation
+            task, params, state['batch_stats'], batch, stage, train, dropout, settings.accumulation
         )
+        every = batch
+        if axis_name:
+            every = collect({name: x for name, x in batch.items() if name != 'key'})
+            outputs = collect(outputs)
         values = {'params': params, 'batch_stats': stats} if stats else {'params': params}
-        terms = task.terms(values, outputs, batch, stage)
+        terms = task.terms(values, outputs, every, stage)
         loss = total(terms, weights)
         return loss * scale, (loss, terms, stats)
 
-    grads, (loss, terms, stats) = jax.grad(objective, has_aux=True)(state['trainable'])
+    with axis.bound(axis_name):
+        grads, (loss, terms, stats) = jax.grad(objective, has_aux=True)(state['trainable'])
+    if axis_name:
+        # Every device has computed the loss of the whole batch, with the gradient of its own rows
+        # times the number of devices: their mean is the gradient.
+        grads = jax.lax.pmean(grads, axis_name)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
     return grads, loss, terms, stats
 
 
-def _finite(tree) -> jax.Array:
+def _finite(tree: Any) -> jax.Array:
     leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_and, leaves, jnp.bool_(True))
 
@@ -166,21 +209,31 @@ def train_step(
     rates: Mapping,
     weights: Mapping,
     *,
-    task,
+    task: Task,
     stage: Stage,
     groups: optim.Groups,
     settings: Settings,
+    axis_name: str | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """Makes one update and returns (new state, scalars to log).
 
-    A loss, gradient, weight or batch statistic that is not finite is never accepted: everything
-    but the position stays as it was and `ok` is False. The position always moves, so that the
-    order of examples stays a function of it. New weights are not looked at but bounded from what
-    they are made of (`optim.reach`): so they need not wait for a verdict on themselves, and are
-    written once.
+    An update by a loss, a gradient or a batch statistic that is not finite is never made:
+    everything but the position stays as it was and `ok` is False. The position always moves, so
+    that the order of examples stays a function of it.
+
+    Args:
+      axis_name: the mapped axis under `jax.pmap`, where each device has its rows of the batch;
+        None under `jax.jit`, where arrays are global.
     """
     grads, loss, terms, stats = gradients(
-        task, state, batch, weights, stage=stage, settings=settings
+        task,
+        state,
+        batch,
+        weights,
+        stage=stage,
+        groups=groups,
+        settings=settings,
+        axis_name=axis_name,
     )
     label = groups.of(state['trainable'])
     norms = {
@@ -188,15 +241,15 @@ def train_step(
         for name in sorted(set(label.values()))
     }
     norm = optim.norm(norms)
-    reach = optim.reach(optim.norm(state['trainable']), rates, stage)
     frozen_stats = {p: g for p, g in groups.of(stats).items() if not stage.trains(g)}
-    flat, before = optim.flatten(stats), optim.flatten(state['batch_stats'])
+    flat = optim.flatten(stats)
+    before = optim.flatten(state['batch_stats'])
     stats = optim.unflatten({p: before[p] if p in frozen_stats else x for p, x in flat.items()})
-    ok = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(reach) & _finite(stats)
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm) & _finite(stats)
     updates, moments = optim.update(
-        grads, state['moments'], state['trainable'], rates, stage, groups, norm, ok
+        grads, state['moments'], state['trainable'], rates, stage.optimizer, groups, norm, ok
     )
-    keep = lambda new, old: optim.stored(jnp.where(ok, new, old))
+    keep = lambda new, old: optim.materialize(jnp.where(ok, new, old))
     trained = optax.apply_updates(state['trainable'], updates)
     trained = jax.tree.map(keep, trained, state['trainable'])
     new = {'batch_stats': stats, 'ema': {}}

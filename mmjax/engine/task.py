@@ -2,144 +2,247 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
+from etils import epath
+from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.data.dataset import Dataset
+from mmjax.engine import config
 from mmjax.engine.stages import Stage
+from mmjax.errors import UserError
 from mmjax.losses.term import Term
 
 Batch = Mapping[str, jax.Array]
-Variables = Mapping[str, Any]  # {'params': …, 'batch_stats': …}, as Linen has them
-# apply(method, dataset, batch_size) yields (outputs, batch) a batch, as NumPy arrays without the
-# padding rows, every example once and in order on every host.
-Apply = Callable[[str, Dataset, int], Iterator[tuple[Any, dict[str, np.ndarray]]]]
+Variables = Mapping[str, Any]  # {'params': …, 'batch_stats': …}, in Linen's layout
+Outputs = Any  # a pytree of per-row arrays [batch, …]
+
+
+class Predictor(Protocol):
+    """Applies a method of the task to a dataset, with the variables it holds.
+
+    Yields (outputs, batch) per batch, as NumPy arrays without padding rows: every example once
+    and in order, on every host.
+    """
+
+    variables: Variables
+
+    def __call__(
+        self, method: str, dataset: Dataset, batch_size: int
+    ) -> Iterator[tuple[Outputs, dict[str, np.ndarray]]]: ...
 
 
 @dataclasses.dataclass
 class Scores:
-    """What an evaluation found: numbers or short strings by name, and pictures by name."""
+    """The result of an evaluation: numbers or short strings by name, and figures by name."""
 
     metrics: dict[str, float | str]
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)  # matplotlib Figures
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """Outputs of parts frozen in a stage, to be computed once: see `Task.keep`."""
+class Cached:
+    """Outputs of frozen towers in a stage, computed once: see `Task.cache`."""
 
     method: str  # of the task, (variables, batch) → {name: array [batch, …]}
     dataset: Dataset  # of the rows to compute
-    place: np.ndarray  # int [rows of 'train']: the row of `dataset` that has a row's outputs
-
-
-def final_weights(loss_weights: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the weights that an evaluation sums losses with: of a schedule, where it ends."""
-    return {
-        name: float(weight['end'] if isinstance(weight, Mapping) else weight)
-        for name, weight in loss_weights.items()
-    }
-
-
-def gather(
-    apply: Apply, method: str, dataset: Dataset, batch_size: int, keys: Sequence[str] = ()
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """Applies a method to a whole split; returns (outputs, those keys of its batches), joined.
-
-    For outputs [batch, …] whose other sides are the same in every batch.
-    """
-    outputs, batches = [], []
-    for output, batch in apply(method, dataset, batch_size):
-        outputs.append(output)
-        batches.append({key: batch[key] for key in keys})
-    join = lambda *parts: np.concatenate(parts)
-    return jax.tree.map(join, *outputs), jax.tree.map(join, *batches)
+    rows: np.ndarray  # int [rows of 'train']: the row of `dataset` that has a row's outputs
 
 
 class Evaluator(abc.ABC):
-    """Scores a model on one split; its key in `Task.evaluators` is the name in the results."""
+    """Scores a model; its key in `Task.evaluators` is its name in the results.
+
+    dataset: the split whose losses the engine computes beside the scores; None: no losses.
+    batch_size: rows per batch.
+    methods: names of the task's methods that `run` applies to `dataset`; they are traced before
+      the first update, so that a fault in them ends the run there.
+    final_only: run at the end of training only.
+    """
+
+    dataset: Dataset | None = None
+    batch_size: int = 32
+    methods: tuple[str, ...] = ()
+    final_only: bool = False
+
+    def loss_batches(self) -> Sequence[np.ndarray] | None:
+        """Returns the rows of each batch that losses are computed on; None: one batch of all.
+
+        Losses that compare rows depend on the batch.
+        """
+        return None
 
     @abc.abstractmethod
-    def run(self, apply: Apply, *, final: bool) -> Scores:
-        """Scores the split; `final` at the end of a run: time for figures, or a better search."""
+    def run(
+        self,
+        predict: Predictor,
+        *,
+        final: bool,
+        outputs: Outputs = None,
+        batch: Mapping[str, np.ndarray] | None = None,
+    ) -> Scores:
+        """Scores the split.
+
+        Args:
+          predict: applies methods of the task.
+          final: whether training is over: time for figures, or a better search.
+          outputs: what `Task.forward` returns for every row of `dataset`, in order, as NumPy
+            arrays [rows, …]; axes of other lengths in other batches are padded with zeros.
+          batch: the arrays of the batches that `Task.terms` reads, likewise; with 'row'.
+        """
 
 
 class Task(abc.ABC):
     """Ties a model, its losses, its data and its scores. Built from the config before step 0.
 
-    A task keeps plain values, never the config itself, so that keys nobody read are known.
     `forward` and `terms` are traced: they must be pure. Rows of a batch are examples; the engine
     adds `row` (int32 [batch], the row in the dataset), `mask` (bool [batch], False on padding)
-    and `key` (a PRNG key a row, from the step and the row's place in the global batch).
+    and `key` (a PRNG key per row, from the step and the row's place in the global batch).
+
+    Config: the recipe's config class; the constructor gets an instance.
     """
+
+    Config: ClassVar[type[config.Config]] = config.Config
+
+    def __init__(self, config: config.Config, assets: epath.Path | None = None):
+        """Opens the data and builds the model; `assets`: a folder with saved assets, if any."""
+
+    @property
+    @abc.abstractmethod
+    def towers(self) -> Mapping[str, str]:
+        """Returns {tower: regex of its parameter paths 'a/b/kernel'}.
+
+        A tower trains in a stage if the stage trains any parameter that its regex fully matches,
+        whatever groups the config's rules make.
+        """
 
     @abc.abstractmethod
     def dataset(self, split: str) -> Dataset:
-        """Returns the split named in the config ('train' feeds the stages)."""
+        """Returns a split; 'train' feeds the stages."""
 
     @abc.abstractmethod
     def rules(self) -> tuple[tuple[str, str], ...]:
         """Returns the default (group, regex) pairs over parameter paths 'a/b/kernel'."""
 
     @abc.abstractmethod
-    def init(self, key: jax.Array, batch: Batch) -> Variables: ...
+    def init(self, key: jax.Array, batch: Batch) -> Variables:
+        """Returns fresh variables."""
 
     @abc.abstractmethod
     def forward(
-        self, variables: Variables, batch: Batch, stage: Stage, *, train: bool, key: jax.Array
-    ) -> tuple[Any, Any]:
+        self,
+        variables: Variables,
+        batch: Batch,
+        stage: Stage,
+        *,
+        train: Mapping[str, bool],
+        key: jax.Array | None,
+    ) -> tuple[Outputs, Any]:
         """Maps rows to a pytree of small per-row outputs [batch, …] and new batch statistics.
 
-        stage: the `program` of a stage, which has no name: what differs between stages that learn
-        the same from the same losses belongs in their options.
+        Args:
+          stage: the `program` of a stage: its options and losses, but no name.
+          train: tower → whether it trains; one that does not runs as in evaluation. Outputs of
+            frozen towers that are costly go through `tower_output`.
+          key: for dropout; None in evaluation, where `train` is False for all towers.
         """
 
     @abc.abstractmethod
     def terms(
-        self, variables: Variables, outputs: Any, batch: Batch, stage: Stage
-    ) -> dict[str, Term]:
+        self, variables: Variables, outputs: Outputs, batch: Batch, stage: Stage
+    ) -> dict[str, Term | jax.Array | float]:
         """Turns the outputs of the whole batch into the losses that `stage` may weigh.
 
-        A float in place of a Term is a diagnostic: logged, never weighed.
+        A number in place of a Term is a diagnostic: logged, never weighed. In evaluation the
+        batch is a whole split: read small arrays of it only.
         """
 
     @abc.abstractmethod
-    def evaluators(self) -> dict[str, Evaluator]: ...
+    def evaluators(self) -> dict[str, Evaluator]:
+        """Returns the evaluators by name."""
 
-    def keep(self, stage: Stage) -> Kept | None:
-        """Says which outputs of frozen parts the engine computes at the start of `stage`.
+    def cache(self, stage: Stage) -> Cached | None:
+        """Says which outputs of frozen towers the engine computes at the start of `stage`.
 
-        Its batches have them as `kept_<name>`. They must follow from the row and from weights that
-        the stage does not train: no dropout, no augmentation. They stay in the memory of every
-        host, and from one stage to the next where both keep the same method.
+        Its batches have them as `cached_<name>`. They must follow from the row and from weights
+        that the stage does not train: no dropout, no augmentation. They stay in the memory of
+        every host, and from one stage to the next where both cache the same method.
         """
         return None
 
     def pretrained(self, variables: Variables) -> Variables:
-        """Returns the fresh variables with published weights put in, where the config names any."""
+        """Returns fresh variables with the published weights that the config names put in."""
         return variables
 
-    def save_assets(self, workdir) -> None:
-        """Writes what the model needs beside its weights: a tokenizer, a normalisation."""
+    def save_assets(self, workdir: epath.Path) -> None:
+        """Writes what the model needs beside its weights: a tokenizer, a normalization."""
 
-    def predict(self, apply: Apply, inputs: str, output) -> str:
-        """Answers `--mode=predict --input=…`; returns the text to print.
+    takes_question: ClassVar[bool] = False  # whether `predict` answers a question about its input
 
-        A task that answers `--question` takes it as a further argument `question`.
-        """
-        raise ValueError(f'{type(self).__name__} has no predict mode')
+    def predict(
+        self, predict: Predictor, inputs: str, output: epath.Path, question: str | None = None
+    ) -> str:
+        """Answers `--mode=predict --input=…`; returns the text to print."""
+        raise UserError(f'{type(self).__name__} has no predict mode')
 
-    def embed(self, apply: Apply, output) -> str:
+    def embed(self, predict: Predictor, output: epath.Path) -> str:
         """Answers `--mode=embed`: writes arrays under `output`; returns the text to print."""
-        raise ValueError(f'{type(self).__name__} has no embed mode')
+        raise UserError(f'{type(self).__name__} has no embed mode')
 
-    def prepare(self, output) -> str:
+    def prepare(self, output: epath.Path) -> str:
         """Answers `--mode=prepare`, after the data are prepared; may write under `output`."""
         return ''
 
-    def export(self, variables: Variables, output) -> str:
+    def export(self, variables: Variables, output: epath.Path) -> str:
         """Writes the weights in published forms beside ours, for `--mode=export`."""
         return ''
+
+
+def towers_training(
+    towers: Mapping[str, str], groups: Mapping[str, str], stage: Stage
+) -> dict[str, bool]:
+    """Returns {tower: whether `stage` trains any of its parameters}.
+
+    Args:
+      towers: tower → regex, see `Task.towers`.
+      groups: parameter path → group.
+    """
+    out = {}
+    for name, regex in towers.items():
+        own = {group for path, group in groups.items() if re.fullmatch(regex, path)}
+        if not own:
+            raise ValueError(f"tower '{name}': no parameter matches '{regex}'")
+        out[name] = any(stage.trains(group) for group in own)
+    return out
+
+
+def tower_output(x: jax.Array, trains: bool) -> jax.Array:
+    """Names the output of a frozen tower, so that micro-batches store it and do not recompute."""
+    return x if trains else checkpoint_name(x, 'frozen')
+
+
+def gather(
+    predict: Predictor, method: str, dataset: Dataset, batch_size: int, keys: Sequence[str] = ()
+) -> tuple[Outputs, dict[str, np.ndarray]]:
+    """Applies a method to a whole split; returns (outputs, those keys of its batches), joined.
+
+    Axes that differ between batches (buckets) are padded with zeros.
+    """
+    outputs = []
+    batches = []
+    for output, batch in predict(method, dataset, batch_size):
+        outputs.append(output)
+        batches.append({key: batch[key] for key in keys})
+    return jax.tree.map(join_padded, *outputs), jax.tree.map(join_padded, *batches)
+
+
+def join_padded(*parts: np.ndarray) -> np.ndarray:
+    """Concatenates arrays [rows, …] along the rows; shorter other axes are padded with zeros."""
+    shape = np.max([part.shape[1:] for part in parts], axis=0, initial=0)
+    pad = lambda x: np.pad(
+        x, [(0, 0)] + [(0, int(n) - m) for n, m in zip(shape, x.shape[1:], strict=True)]
+    )
+    return np.concatenate([x if tuple(shape) == x.shape[1:] else pad(x) for x in parts])
