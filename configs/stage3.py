@@ -33,81 +33,27 @@ hidden ones leave their number, which goes with the lettering's amount.
     --config.stage.pages.epochs=12. --config.evaluate.every_epochs=4.
 """
 
-from ml_collections import config_dict
-
-from mmjax.engine import config as mmjax_config
+from mmjax.engine import config as config_lib
+from mmjax.recipes.comic.config import Config
 
 
 def get_config(argument: str = ''):
-    words = mmjax_config.words(argument, ('smoke', 'published'))
-    config = mmjax_config.default()
-    config.task = 'comic'
+    words = config_lib.words(argument, ('smoke', 'published'))
+    config = config_lib.default(Config)
     config.batch_size = 16  # pages
-
-    config.data.image_size = 128  # of a panel, pixels
-    config.data.max_panels = 16  # the published N; later panels are cut and counted
-    config.data.buckets = (9, 16)  # panels a page may be padded to, for the bucketed sampler
-    config.data.max_tokens = 32
-    config.data.vocabulary = 2048  # of the tokenizer that is trained on the pages' text
-    config.data.hidden_tokens = 0.0  # share of the tokens hidden in training
-    config.data.hidden_texts = 0.0  # share of the panels whose text is hidden in training
-    config.data.hidden_places = 0.0  # share of the panels whose composition is hidden in training
-    config.data.use_composition = True
-    config.data.max_fault_share = 0.01
-    config.data.max_pixels = 50_000_000
-    config.data.augmentation = dict(shift=0.04, scale=0.06, brightness=0.1, contrast=0.15)
-    config.data.built_in = dict(train=1536, val=128)  # pages, without data.root
-
-    config.model = dict(
-        visual_backbone='resnet',  # siglip | resnet | both
-        pack=True,  # run the towers on the panels that are there, not on padding
-        visual_fusion='attention',  # of both: attention | gate | concat
-        siglip=dict(patch_size=8, width=128, depth=4, heads=4, mlp_width=512, dropout=0.0),
-        resnet=dict(
-            stage_sizes=(1, 1, 1),
-            width=32,
-            bottleneck=False,
-            stem_kernel=11,
-            stem_stride=8,
-            stem_pool=False,
-            statistics=False,
-        ),
-        bert=dict(width=96, depth=1, heads=3, mlp_width=192, max_length=128, dropout=0.1),
-        heads=dict(
-            features=512,
-            siglip_hidden=384,
-            resnet_hidden=512,
-            composition_hidden=256,
-            gate_hidden=512,
-            reconstruction_hidden=1024,
-            dropout=0.1,
-        ),
-        pretrained=dict(
-            siglip=config_dict.placeholder(str),
-            resnet=config_dict.placeholder(str),
-            bert=config_dict.placeholder(str),
-        ),
-    )
-    config.losses = dict(temperature=0.07, chunk='auto', stop_context=False)
     config.loss_weights = dict(contrastive=1.0, reconstruction=0.5, alignment=1.0)  # published: .3
-
     config.sampler = dict(name='stratified', by=dict(n_panels=2, n_text=2))
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.warmup_steps = 50
-    config.optimizer.span = 'run'
+    config.optimizer.update(weight_decay=0.01, warmup_steps=50, span='run')
     config.stages = ('align', 'pages')
     config.stage.align = dict(epochs=6.0, loss_weights=dict(contrastive=0.0, alignment=1.0))
     config.stage.pages = dict(epochs=5.0)
     config.evaluate.every_epochs = 3.0
-    config.best = dict(metric='val/loss', mode='min')
+    config.best.metric = 'val/final_loss'
 
     if 'smoke' in words:
         config.quick_compile = True
         config.batch_size = 8
-        config.data.image_size = 32
-        config.data.built_in = dict(train=48, val=16)
-        config.data.buckets = (9,)
+        config.data.update(image_size=32, built_in=dict(train=48, val=16), buckets=(9,))
         config.model.bert.update(width=32, depth=1, heads=2, mlp_width=64)
         config.model.resnet.update(width=8, stage_sizes=(1, 1))
         config.model.heads.update(features=64, resnet_hidden=64)

@@ -1,71 +1,80 @@
 """The command line: `python -m mmjax.main --config=FILE[:words] [--mode=…] [--config.key=value …]`.
 
-Only light modules are imported before the flags are read, so that --help answers at once.
+Only light modules are imported before the flags and the config are read, so that --help answers at
+once and a wrong key is refused before JAX is loaded.
 """
 
+import argparse
 import json
 import os
 import pathlib
 import re
 import sys
+from typing import NoReturn
 
-from absl import app, flags
-from ml_collections import config_flags
-
+from mmjax import sections
+from mmjax.engine import config as config_lib
 from mmjax.errors import UserError
 
 MODES = ('train', 'evaluate', 'predict', 'prepare', 'embed', 'export')
 MAY_CHANGE = re.compile(r'log\..*|data\.workers|data\.threads|data\.cache')  # on resume
-# How the weights of a run are read.
+# When a run is read.
 READING = re.compile(MAY_CHANGE.pattern + r'|decode\..*|model\.pack')
 
-_CONFIG = config_flags.DEFINE_config_file('config', help_string='FILE.py or FILE.py:word,word')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'where the run lives [runs/<config>-<words>]')
-_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'what to do')
-_INPUT = flags.DEFINE_string('input', None, 'what --mode=predict answers')
-_QUESTION = flags.DEFINE_string('question', None, 'what is asked about --input')
-_OUTPUT = flags.DEFINE_string('output', None, 'where a mode writes [<workdir>/<mode>]')
-_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'start the run in --workdir anew')
-_INIT = flags.DEFINE_string('init_from', None, "weights of another run: DIR or 'DIR:from→to'")
-_DATA = flags.DEFINE_bool('allow_data_change', False, 'continue although the data changed')
-_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, for many hosts')
-_PROCESSES = flags.DEFINE_integer('processes', None, 'number of processes')
-_PROCESS = flags.DEFINE_integer('process', None, 'index of this process')
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
-def parse(argv: list[str]):
-    """Reads the flags; a wrong one is a UserError that names it. Returns the locked config."""
-    app.define_help_flags()
-    argv = [argv[0], *map(_find_config, argv[1:])]
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(str(error)) from None
-    except (AttributeError, KeyError) as error:
-        words = re.findall(r"""['"]([^'"\\\\]+)""", str(error)) or ['?']
-        name = words[0]
-        key = next((a for a in argv[1:] if re.search(rf'[.]{re.escape(name)}(=|\.|$)', a)), name)
-        hint = f"; did you mean '{words[1]}'?" if 'Did you mean' in str(error) else ''
-        raise UserError(f"the config has no key '{name}' ({key}){hint}") from None
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument '{rest[1]}'")
-    if _CONFIG.value is None:
-        raise UserError('give --config=FILE, for example --config=configs/stage3.py')
-    return _CONFIG.value
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog='python -m mmjax.main',
+        description='Trains, evaluates and applies models in stages.',
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        '--config',
+        metavar='NAME[:words]',
+        help="an installed config, like 'stage3:smoke', or a file",
+    )
+    add('--help', '-h', action='store_true', help='show this; with --config, its keys too')
+    add('--workdir', help='where the run lives [runs/<config>-<words>]')
+    add('--mode', default='train', choices=MODES, help='what to do [train]')
+    add('--input', help='what --mode=predict answers')
+    add('--question', help='a question about --input')
+    add('--output', help='where a mode writes [<workdir>/<mode>]')
+    add('--overwrite', action='store_true', help='start the run in --workdir anew')
+    add('--init_from', help="weights of another run: DIR or 'DIR:from→to'")
+    add('--allow_data_change', action='store_true', help='continue although the data changed')
+    add('--max_steps', type=int, help='stop after so many updates, saved')
+    add('--print_config', action='store_true', help='print the resolved config and stop')
+    add('--dry_run', action='store_true', help='print plan, parameters and memory; train nothing')
+    add('--coordinator', help='host:port of process 0, for many hosts')
+    add('--processes', type=int, help='number of processes')
+    add('--process', type=int, help='index of this process')
+    return parser
 
 
-def _find_config(argument: str) -> str:
-    """Replaces the name in `--config=stage3:smoke` by the path of that installed config."""
-    match = re.fullmatch(r'(--?config=)([^:]+)(.*)', argument, re.DOTALL)
-    if not match or pathlib.Path(match.group(2)).is_file():
-        return argument
-    name = match.group(2)
-    here = pathlib.Path(__file__).parent
-    folders = [folder for folder in (here / 'configs', here.parent / 'configs') if folder.is_dir()]
-    known = {path.stem: path for folder in folders for path in sorted(folder.glob('[a-z]*.py'))}
-    if name not in known:
-        raise UserError(f"no config file '{name}', nor a config named so: {', '.join(known)}")
-    return f'{match.group(1)}{known[name]}{match.group(3)}'
+def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Splits arguments into flags and the (key, text) pairs of --config.key=text."""
+    rest = []
+    overrides = []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = re.fullmatch(r'--?config\.([^=]+)(?:=(.*))?', argument, re.DOTALL)
+        if match is None:
+            rest.append(argument)
+            continue
+        key, text = match.groups()
+        if text is None:
+            text = next(arguments, None)
+        if text is None:
+            raise UserError(f'--config.{key} needs a value')
+        overrides.append((key, text))
+    return rest, overrides
 
 
 def default_workdir(config_flag: str) -> str:
@@ -76,8 +85,6 @@ def default_workdir(config_flag: str) -> str:
 
 def claim(workdir, config: dict, *, overwrite: bool, may_change: re.Pattern = MAY_CHANGE) -> bool:
     """Checks that `workdir` may hold this run; changes nothing. Returns whether one is there."""
-    from mmjax.engine.config import differences
-
     saved = workdir / 'config.json'
     if not saved.exists():
         if workdir.exists() and any(not p.name.endswith('.tmp') for p in workdir.iterdir()):
@@ -89,8 +96,8 @@ def claim(workdir, config: dict, *, overwrite: bool, may_change: re.Pattern = MA
         raise UserError(f'{saved} is not a config of mmjax') from None
     if overwrite:
         return True
-    found = differences(old, json.loads(json.dumps(config)))
-    changed = [difference for difference in found if not may_change.fullmatch(difference[0])]
+    differences = config_lib.differences(old, config)
+    changed = [difference for difference in differences if not may_change.fullmatch(difference[0])]
     if changed:
         what = '; '.join(f'{key} was {old!r}, is {new!r}' for key, old, new in changed)
         remedy = '--overwrite, or another --workdir'
@@ -101,56 +108,79 @@ def claim(workdir, config: dict, *, overwrite: bool, may_change: re.Pattern = MA
 
 
 def execute(argv: list[str]) -> int:
-    """Runs one command; returns its exit code. User-fixable faults are DataErrors."""
-    config = parse(argv)
+    """Runs one command; returns its exit code. Faults that a user can fix are UserErrors."""
+    rest, overrides = split_overrides(argv[1:])
+    parser = _parser()
+    flags = parser.parse_args(rest)
+    if flags.help:
+        print(parser.format_help())
+        cls = config_lib.Config
+        if flags.config:
+            cls = config_lib.config_class(config_lib.load(flags.config).task)
+        print('keys of the config:')
+        print(config_lib.help_text(cls))
+        return 0
+    if flags.config is None:
+        raise UserError('give --config, for example --config=stage3:smoke')
+    if flags.max_steps is not None and flags.max_steps < 1:
+        raise UserError(f'--max_steps={flags.max_steps} is not at least 1')
+    config = config_lib.load(flags.config)
+    config_lib.override(config, overrides)
+    resolved = config_lib.resolve(config)
+    plain = json.loads(json.dumps(sections.to_dict(resolved)))
+    if flags.print_config:
+        print(json.dumps(plain, indent=1))
+        return 0
     from etils import epath
 
-    workdir = epath.Path(_WORKDIR.value or default_workdir(flags.FLAGS['config'].config_filename))
-    plain = config.to_dict()
-    reads = _MODE.value in ('evaluate', 'predict', 'embed', 'export')
-    if _MODE.value != 'train' and _OVERWRITE.value:
-        raise UserError(f'--overwrite starts a run anew, --mode={_MODE.value} does not')
+    mode = flags.mode
+    workdir = epath.Path(flags.workdir or default_workdir(flags.config))
+    reads = mode in ('evaluate', 'predict', 'embed', 'export')
+    if mode != 'train' and flags.overwrite:
+        raise UserError(f'--overwrite starts a run anew, --mode={mode} does not')
     may_change = READING if reads else MAY_CHANGE
-    existing = _MODE.value != 'prepare' and claim(
-        workdir, plain, overwrite=_OVERWRITE.value, may_change=may_change
+    existing = mode != 'prepare' and claim(
+        workdir, plain, overwrite=flags.overwrite, may_change=may_change
     )
-    if reads and not (existing or _INIT.value):
-        raise UserError(f'--mode={_MODE.value} needs a trained run; {workdir} holds none')
+    if reads and not (existing or flags.init_from):
+        raise UserError(f'--mode={mode} needs a trained run; {workdir} holds none')
     finished = workdir / 'results.json'
-    if _MODE.value == 'train' and existing and finished.exists() and not _OVERWRITE.value:
+    trains = mode == 'train' and not flags.dry_run
+    if trains and existing and finished.exists() and not flags.overwrite:
         print(finished.read_text())
         print(f'{workdir} is finished (--overwrite starts anew)')
         return 0
 
     from mmjax.engine import modes
 
-    return modes.run(
-        _MODE.value,
-        config,
-        plain,
-        workdir,
+    command = modes.Command(
+        mode=mode,
+        workdir=workdir,
         argv=argv,
         existing=existing,
-        overwrite=_OVERWRITE.value,
-        input=_INPUT.value,
-        question=_QUESTION.value,
-        output=_OUTPUT.value,
-        init_from=_INIT.value,
-        allow_data_change=_DATA.value,
-        processes=(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
+        overwrite=flags.overwrite,
+        input=flags.input,
+        question=flags.question,
+        output=flags.output,
+        init_from=flags.init_from,
+        allow_data_change=flags.allow_data_change,
+        max_steps=flags.max_steps,
+        dry_run=flags.dry_run,
+        coordinator=flags.coordinator,
+        processes=flags.processes,
+        process=flags.process,
     )
+    return modes.run(resolved, command)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The entry point; returns 0 done, 1 a fault told in one sentence, 75 preempted and saved."""
+    """The entry point; returns 0 done, 1 a fault in one sentence, 75 stopped by a signal."""
     argv = sys.argv if argv is None else argv
     try:
         return execute(argv)
     except UserError as error:
         print(f'mmjax: {error}', file=sys.stderr)
         return 1
-    except SystemExit:  # absl has printed its --help
-        return 0
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
 """Small runs for tests: a config of a toy task, a run in this process, a run in another."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -12,6 +11,7 @@ from etils import epath
 
 from mmjax.engine import build, logs, modes, train
 from mmjax.engine import config as config_lib
+from tests import toy_tasks
 
 LOSSES = {'PK': 'supcon', 'CTC': 'ctc', 'Generate': 'language', 'Thaw': 'mse'}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -19,9 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def toy(task: str, steps: int = 12, /, **changes):
     """Returns the config of a toy task; changes are dotted keys with '__' for the dot."""
-    config = config_lib.default()
+    config = config_lib.default(toy_tasks.Config)
     config.task = f'tests.toy_tasks:{task}'
-    config.model = dict(width=8, dropout=0.1) if task == 'Thaw' else dict(width=8)
     config.loss_weights = {LOSSES.get(task, 'mse'): 1.0}
     config.batch_size = 8
     config.stages = ('only',)
@@ -46,17 +45,14 @@ def change(config, **changes):
 
 def recipe(name: str, words: str):
     """Returns the config `configs/<name>.py:<words>`, unlocked."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f'configs/{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(words).unlock()
+    return config_lib.load(f'{ROOT}/configs/{name}.py:{words}')
 
 
 def run(config, workdir, **options) -> dict:
     """Trains in this process as `--mode=train` does; returns results.json."""
     workdir = epath.Path(workdir)
     built = build.run(config)
-    modes.claim_workdir(workdir, built, config.to_dict(), ['main'], anew=False)
+    modes.claim_workdir(workdir, built, ['main'], anew=False)
     log = logs.Logs(workdir, enabled=True, tensorboard=False)
     try:
         return train.train(built, workdir, log, **options)

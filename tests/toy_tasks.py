@@ -4,6 +4,8 @@ A PK-sampled task with a learnable logit scale, a bucketed CTC task, a task that
 greedily, and a two-stage task with a thaw and batch statistics.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,11 @@ import numpy as np
 import optax
 
 from mmjax.data.dataset import Dataset
-from mmjax.engine.task import Evaluator, Scores, Task
+from mmjax.engine import config as config_lib
+from mmjax.engine.task import Evaluator, Scores, Task, tower_output
 from mmjax.losses import contrastive
 from mmjax.losses.term import Term
+from mmjax.sections import field
 
 
 class Arrays(Dataset):
@@ -40,16 +44,40 @@ class Arrays(Dataset):
 class Mean(Evaluator):
     """The mean of a per-row score that a method of the task returns."""
 
-    def __init__(self, task, method, metric):
-        self.task, self.method, self.metric = task, method, metric
+    batch_size = 16
 
-    def run(self, apply, *, final):
-        found = [out for out, _ in apply(self.method, self.task.dataset('val'), 16)]
-        return Scores({self.metric: float(np.concatenate(found).mean())})
+    def __init__(self, task, method, metric):
+        self.dataset = task.dataset('val')
+        self.methods = (method,)
+        self.metric = metric
+
+    def run(self, predict, *, final, results=None):
+        scores = [out for out, _ in predict(self.methods[0], self.dataset, self.batch_size)]
+        return Scores({self.metric: float(np.concatenate(scores).mean())})
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    width: int = field(8, 'of the layers', least=1)
+    dropout: float = field(0.1, 'of the tower', least=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(config_lib.Config):
+    model: Model = Model()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    cache: bool = field(False, 'compute the outputs of the tower once')
+    poisoned: bool = field(False, 'fail without cached outputs')
 
 
 class PK(Task):
     """Identities in two views, SupCon over both, a learnable clamped logit scale."""
+
+    Config = Config
+    towers = {'towers': '[ab]/.*'}
 
     def __init__(self, config, assets=None):
         rng = np.random.default_rng(0)
@@ -92,7 +120,7 @@ class PK(Task):
         return {'supcon': term}
 
     def distance(self, variables, batch):
-        out, _ = self.forward(variables, batch, None, train=False, key=None)
+        out, _ = self.forward(variables, batch, None, train={}, key=None)
         unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
         return jnp.sum(unit(out['a']) * unit(out['b']), -1)
 
@@ -102,6 +130,9 @@ class PK(Task):
 
 class CTC(Task):
     """Sequences of several lengths in two buckets; per-row loss computed in the forward pass."""
+
+    Config = Config
+    towers = {'all': '.*'}
 
     def __init__(self, config, assets=None):
         self.width = config.model.width
@@ -143,7 +174,7 @@ class CTC(Task):
         return {'ctc': Term(jnp.sum(outputs['loss'] * outputs['mask']), outputs['mask'].sum())}
 
     def loss(self, variables, batch):
-        return self.forward(variables, batch, None, train=False, key=None)[0]['loss']
+        return self.forward(variables, batch, None, train={}, key=None)[0]['loss']
 
     def evaluators(self):
         return {'val': Mean(self, 'loss', 'ctc')}
@@ -158,6 +189,9 @@ class _Bucketed(Arrays):
 
 class Generate(Task):
     """Counts up from a first token; greedy generation is scored in the evaluation."""
+
+    Config = Config
+    towers = {'all': '.*'}
 
     def __init__(self, config, assets=None):
         self.module = nn.Sequential([nn.Embed(10, config.model.width), nn.Dense(10)])
@@ -196,8 +230,12 @@ class Generate(Task):
 class Thaw(Task):
     """A head on a tower with batch statistics and dropout; the tower thaws in the second stage."""
 
+    Config = Config
+    towers = {'tower': 'tower/.*', 'norm': 'tower_norm/.*', 'head': 'head/.*'}
+
     def __init__(self, config, assets=None):
-        self.width, self.dropout = config.model.width, config.model.dropout
+        self.width = config.model.width
+        self.dropout = config.model.dropout
 
     def dataset(self, split):
         rng = np.random.default_rng([2, split == 'val'])
@@ -208,36 +246,34 @@ class Thaw(Task):
     def rules(self):
         return (('tower', 'tower.*'), ('head', 'head/.*'))
 
-    def _apply(self, variables, x, learns, train, key):
+    def _apply(self, variables, x, on, key):
         class Model(nn.Module):
             @nn.compact
             def __call__(m, x):
-                on = learns and train
                 x = nn.relu(nn.Dense(self.width, name='tower')(x))
                 x = nn.BatchNorm(not on, momentum=0.9, name='tower_norm')(x)
-                x = nn.Dropout(self.dropout, deterministic=not on)(x)
+                x = tower_output(nn.Dropout(self.dropout, deterministic=not on)(x), on)
                 return nn.Dense(1, name='head')(x)[..., 0]
 
         if variables is None:
             return Model().init(key, x)
         out, changed = Model().apply(
-            variables, x, mutable=['batch_stats'], rngs={'dropout': key} if train else None
+            variables, x, mutable=['batch_stats'], rngs=None if key is None else {'dropout': key}
         )
         return out, changed['batch_stats']
 
     def init(self, key, batch):
-        return self._apply(None, batch['x'], False, False, key)
+        return self._apply(None, batch['x'], False, key)
 
     def forward(self, variables, batch, stage, *, train, key):
-        learns = stage.trains('tower')
-        out, stats = self._apply(variables, batch['x'], learns, train, key)
+        out, stats = self._apply(variables, batch['x'], train['tower'], key)
         return {'loss': jnp.square(out - batch['y']), 'mask': batch['mask']}, stats
 
     def terms(self, variables, outputs, batch, stage):
         return {'mse': Term(jnp.sum(outputs['loss'] * outputs['mask']), outputs['mask'].sum())}
 
     def error(self, variables, batch):
-        return jnp.square(self._apply(variables, batch['x'], False, False, None)[0] - batch['y'])
+        return jnp.square(self._apply(variables, batch['x'], False, None)[0] - batch['y'])
 
     def evaluators(self):
         return {'val': Mean(self, 'error', 'mse')}

@@ -5,7 +5,6 @@ once, by `resolve`, into the dataclass that the recipe declares (a subclass of `
 ranges, choices and unknown keys are checked there and nowhere else.
 """
 
-import ast
 import dataclasses
 import difflib
 import importlib
@@ -13,12 +12,11 @@ import importlib.util
 import inspect
 import math
 import pathlib
-import sys
 import traceback
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import ml_collections
 
@@ -188,7 +186,7 @@ class StageConfig:
     epochs: float | None = field(None, 'length in epochs of its sampler', above=0)
     examples: int | None = field(None, 'length in examples', least=1)
     learning_rates: Mapping[str, float] = field(
-        {}, 'group → multiple of the rate; 0 freezes; 1 if not named'
+        {}, 'group → multiple of the rate; 0 freezes; 1 if not named', least=0, most=1e3
     )
     loss_weights: Mapping[str, object] = field({}, 'overrides of loss_weights')
     optimizer: Mapping[str, object] = field({}, 'overrides of optimizer')
@@ -227,6 +225,21 @@ class Config:
     init: Init = Init()
     not_finite: NotFinite = NotFinite()
     data: Data = Data()
+
+
+class _Attention(Protocol):
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+
+
+def check_heads(section: _Attention, where: str) -> None:
+    """Raises where the heads of attention do not divide its width."""
+    if section.width % section.heads:
+        raise UserError(
+            f'{where}.heads={section.heads} does not divide {where}.width={section.width}'
+        )
 
 
 # Config files ---------------------------------------------------------------------------------
@@ -410,10 +423,7 @@ def _annotation(cls: type, key: str) -> object:
                 full = f'{where}.{part}' if where else part
                 raise UserError(f"the config has no key '{full}'; {hint}")
             annotation = hints[part]
-        elif typing.get_origin(annotation) in (Mapping, dict) or (
-            inspect.isclass(typing.get_origin(annotation))
-            and issubclass(typing.get_origin(annotation), Mapping)
-        ):
+        elif typing.get_origin(annotation) is Mapping:
             annotation = typing.get_args(annotation)[1]
         elif annotation is not object:
             raise UserError(f"the config has no key '{key}': {where} has no keys")

@@ -13,7 +13,15 @@ from mmjax.data import pipeline, samplers
 from mmjax.data.dataset import Dataset
 from mmjax.engine import parallel
 from mmjax.engine.stages import Stage
-from mmjax.engine.task import Evaluator, Outputs, Scores, Task, Variables, join_padded
+from mmjax.engine.task import (
+    Evaluator,
+    Outputs,
+    Scores,
+    SplitResults,
+    Task,
+    Variables,
+    join_padded,
+)
 from mmjax.losses.term import Term
 
 
@@ -147,12 +155,11 @@ def arrays_read(task: Task, stage: Stage, variables: Variables, batch: Mapping) 
 
 def losses(
     predictor: Predictor, task: Task, evaluator: Evaluator, weights: Weights
-) -> tuple[dict[str, float], Outputs, dict[str, np.ndarray]]:
+) -> SplitResults:
     """Computes the losses of an evaluator's split by the task's own forward and terms.
 
-    Returns:
-      ({term: mean, 'loss': with the stage's weights, 'final_loss': with the run's final ones},
-      outputs of all rows, arrays of their batches that the terms read).
+    Beside each term's mean, 'loss' sums them with the stage's weights and 'final_loss' with the
+    final ones of the run, which compares across stages.
     """
     assert evaluator.dataset is not None
     parts = []
@@ -168,7 +175,7 @@ def losses(
     rows = evaluator.loss_batches() or [np.arange(len(batch['row']))]
     totals: dict[str, list[float]] = {}
     for chosen in rows:
-        part = jax.tree.map(lambda x: jnp.asarray(x[chosen]), (outputs, batch))  # noqa: B023
+        part = jax.tree.map(lambda x: jnp.asarray(x[chosen]), (outputs, batch))
         for name, term in _terms(task, weights.stage, predictor.variables, *part).items():
             pair = (term.total, term.count) if isinstance(term, Term) else (term, 1.0)
             sums = totals.setdefault(name, [0.0, 0.0])
@@ -177,7 +184,7 @@ def losses(
     means = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
     for name, by in (('loss', weights.now), ('final_loss', weights.final)):
         means[name] = sum(weight * means[term] for term, weight in by.items())
-    return means, outputs, batch
+    return SplitResults(outputs, batch, means)
 
 
 def run(
@@ -196,9 +203,9 @@ def run(
         if evaluator.dataset is None:
             out[name] = evaluator.run(predictor, final=final)
             continue
-        means, outputs, batch = losses(predictor, task, evaluator, weights)
-        scores = evaluator.run(predictor, final=final, outputs=outputs, batch=batch)
-        out[name] = Scores({**means, **scores.metrics}, scores.figures)
+        results = losses(predictor, task, evaluator, weights)
+        scores = evaluator.run(predictor, final=final, results=results)
+        out[name] = Scores({**results.losses, **scores.metrics}, scores.figures)
     return out
 
 

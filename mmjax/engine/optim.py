@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from flax import serialization, traverse_util
+from flax import traverse_util
 
 from mmjax.engine.config import Optimizer
 from mmjax.engine.stages import Stage
@@ -280,24 +280,29 @@ def _adam(spec: Optimizer) -> Rule:
 
 
 def _of_optax(transformation: optax.GradientTransformation) -> Rule:
-    """Wraps a transformation of optax; its state is kept as nested dicts, as checkpoints are."""
+    """Wraps a transformation of optax; moments are the leaves of its state, by number."""
+
+    def numbered(state: Any) -> Tree:
+        return {f'{i:04d}': jnp.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
 
     def init(params: Tree) -> Tree:
-        return serialization.to_state_dict(transformation.init(params))
+        return numbered(transformation.init(params))
 
     def update(gradients: Tree, state: Tree, params: Tree, ok: jax.Array) -> tuple[Tree, Tree]:
-        template = jax.eval_shape(transformation.init, params)
-        before = serialization.from_state_dict(template, state)
+        structure = jax.tree.structure(jax.eval_shape(transformation.init, params))
+        before = jax.tree.unflatten(structure, [state[name] for name in sorted(state)])
         direction, after = transformation.update(gradients, before, params)
-        after = serialization.to_state_dict(after)
-        return direction, jax.tree.map(lambda new, old: jnp.where(ok, new, old), after, state)
+        keep = lambda new, old: jnp.where(ok, new, old)
+        return direction, jax.tree.map(keep, numbered(after), dict(state))
 
     return Rule(init, update)
 
 
 def _muon(spec: Optimizer) -> Rule:
     """Muon (Jordan 2024) on matrices, Adam on everything else."""
-    matrices = _of_optax(optax.contrib.scale_by_muon(beta=spec.b1))
+    plain = lambda tree: jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(), tree)
+    muon = optax.contrib.scale_by_muon(beta=spec.b1, weight_dimension_numbers=plain)
+    matrices = _of_optax(muon)
     others = _adam(spec)
 
     def init(params: Tree) -> Tree:
@@ -362,7 +367,8 @@ def enter(old: Tree, fresh: Tree) -> tuple[dict, list[str]]:
     Returns:
       (moments, the groups that were carried). Moments of another update rule are not carried.
     """
-    same = lambda name: jax.tree.structure(old[name]) == jax.tree.structure(fresh[name])
+    shapes = lambda tree: jax.tree.map(jnp.shape, dict(tree))
+    same = lambda name: shapes(old[name]) == shapes(fresh[name])
     carried = sorted(name for name in set(old) & set(fresh) if same(name))
     return {**fresh, **{name: old[name] for name in carried}}, carried
 

@@ -82,6 +82,13 @@ def weights(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
+def with_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns a tree of ShapeDtypeStructs with the sharding of each leaf."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, weights(tree, mesh)
+    )
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Raises where the rows of a micro-batch do not divide over the devices."""
     if accumulation < 1 or batch_size % accumulation:

@@ -33,7 +33,7 @@ class Stage:
     optimizer: Optimizer
     sampler: object = ()  # `hashable` form of the sampler's options
     options: object = NoOptions()  # of the recipe: an instance of its `StageOptions`
-    early_stop: EarlyStop = EarlyStop()
+    early_stop: EarlyStop = dataclasses.field(default_factory=EarlyStop)
     index: int = dataclasses.field(default=0, compare=False)
     start: int = dataclasses.field(default=0, compare=False)  # planned updates before it
     steps: int = dataclasses.field(default=0, compare=False)
@@ -115,9 +115,6 @@ def _stage(config: Config, name: str, index: int) -> Stage:
     weights = {**config.loss_weights, **spec.loss_weights}
     if not weights:
         raise UserError(f'{where}: no loss has a weight; set loss_weights')
-    for group, rate in spec.learning_rates.items():
-        if not math.isfinite(rate) or rate < 0:
-            raise UserError(f'{where}.learning_rates.{group}={rate} must be a number from 0')
     return Stage(
         name=name,
         learning_rates=tuple(sorted(spec.learning_rates.items())),

@@ -45,6 +45,21 @@ class Scores:
 
 
 @dataclasses.dataclass(frozen=True)
+class SplitResults:
+    """What the engine computed on a split, for an evaluator to score.
+
+    outputs: what `Task.forward` returns for every row, in order, as NumPy arrays [rows, …]; axes
+      of other lengths in other batches are padded with zeros.
+    batch: the arrays of the batches that `Task.terms` reads, likewise, with 'row' and 'mask'.
+    losses: term → mean, with 'loss' and 'final_loss'.
+    """
+
+    outputs: Outputs
+    batch: Mapping[str, np.ndarray]
+    losses: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Cached:
     """Outputs of frozen towers in a stage, computed once: see `Task.cache`."""
 
@@ -77,21 +92,14 @@ class Evaluator(abc.ABC):
 
     @abc.abstractmethod
     def run(
-        self,
-        predict: Predictor,
-        *,
-        final: bool,
-        outputs: Outputs = None,
-        batch: Mapping[str, np.ndarray] | None = None,
+        self, predict: Predictor, *, final: bool, results: SplitResults | None = None
     ) -> Scores:
-        """Scores the split.
+        """Scores the split; the losses of `results` are reported by the engine.
 
         Args:
           predict: applies methods of the task.
           final: whether training is over: time for figures, or a better search.
-          outputs: what `Task.forward` returns for every row of `dataset`, in order, as NumPy
-            arrays [rows, …]; axes of other lengths in other batches are padded with zeros.
-          batch: the arrays of the batches that `Task.terms` reads, likewise; with 'row'.
+          results: outputs and losses of `dataset`; None without one.
         """
 
 

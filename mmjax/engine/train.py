@@ -18,38 +18,58 @@ from mmjax.engine.checkpoint import Checkpoints, load_weights, merge
 from mmjax.engine.config import differences
 from mmjax.engine.preemption import Preempted, Preemption
 from mmjax.engine.stages import Stage
-from mmjax.engine.task import gather
+from mmjax.engine.task import Variables, gather
 from mmjax.errors import UserError
 
 
 class NotFinite(UserError):
-    """A loss, gradient, update or statistic was not finite, and the config says to stop."""
+    """A loss, gradient or batch statistic was not finite, and the config says to stop."""
+
+
+class StepLimit(Exception):
+    """The run has made the updates that --max_steps allows, and is saved."""
 
 
 @dataclasses.dataclass
 class Progress:
     """What the host knows of a run beside its state; saved with every checkpoint."""
 
-    best: dict | None = None  # {step, metric, value} of the best evaluation of the run
+    best: dict[str, Any] | None = None  # {step, metric, value} of the best evaluation of the run
     stop_best: float | None = None  # of the early-stopping metric in this stage
     stop_wait: int = 0  # evaluations since it improved
     done: bool = False  # the stage is over, by length or early
-    evaluate_due: bool = False  # an evaluation at this step was interrupted
-    skipped: int = 0  # updates refused as not finite
+    evaluate_due: bool = False  # the evaluation at this step is not done
+    skipped: int = 0  # updates that were not finite
+    sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # of this epoch
     stages: dict = dataclasses.field(default_factory=dict)  # last loss terms of each stage
 
 
 class Trainer:
     """Trains a `Run` in a workdir; continues what it finds there."""
 
-    def __init__(self, run: Run, workdir: epath.Path, log: logs.Logs, preemption: Preemption):
-        self.run, self.workdir, self.log, self.preemption = run, workdir, log, preemption
-        self.checkpoints = Checkpoints(workdir, keep=run.cadence.keep)
+    def __init__(
+        self,
+        run: Run,
+        workdir: epath.Path,
+        log: logs.Logs,
+        preemption: Preemption,
+        max_steps: int | None = None,
+    ):
+        self.run = run
+        self.workdir = workdir
+        self.log = log
+        self.preemption = preemption
+        self.max_steps = max_steps
+        self.checkpoints = Checkpoints(workdir, keep=run.config.checkpoint.keep)
         self.progress = Progress()
         self._compiled: dict[Stage, Any] = {}
-        self._pending: tuple[int, Stage, dict, np.ndarray] | None = None
-        self._kept = -1, '', {}  # of frozen parts: last stage that kept, method, outputs
-        self._clock, self._since = time.perf_counter(), 0
+        self._pending: tuple[int, Stage, dict[str, jax.Array], np.ndarray] | None = None
+        self._cached: tuple[int, str, dict[str, np.ndarray]] = (-1, '', {})  # stage, method, arrays
+        self._reset_clock()
+
+    def _reset_clock(self) -> None:
+        self._clock = time.perf_counter()
+        self._since = 0
 
     # Start -----------------------------------------------------------------------------------
 
@@ -80,8 +100,8 @@ class Trainer:
 
     def _fresh(self, init_from: str | None) -> step.State:
         if init_from:
-            variables, found = weights_from(self.run, init_from)
-            self.log.message(f'weights from {found}')
+            variables, report = weights_from(self.run, init_from)
+            self.log.message(f'weights from {report}')
         else:
             variables = self.run.init_variables()
         stage = self.run.stages[0]
@@ -100,7 +120,8 @@ class Trainer:
             if stage.index > at:
                 state = self._enter(state, stage)
             self._announce(state, stage)
-            if stage.index == 0 and not int(state['step']) and self.run.cadence.evaluate_at_start:
+            at_start = stage.index == 0 and not int(state['step'])
+            if at_start and self.run.config.evaluate.at_start:
                 self._evaluate(state, stage)
             if self.progress.evaluate_due:
                 state = self._evaluate_and_save(state, stage)
@@ -111,15 +132,17 @@ class Trainer:
 
     def _enter(self, state: step.State, stage: Stage) -> step.State:
         """Re-splits the state for `stage` and says what thawed, froze and was carried."""
-        before = set(state['moments']['count'])
+        before = set(state['moments'])
         make = functools.partial(
             step.enter, stage=stage, groups=self.run.groups, settings=self.run.settings
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
         state = jax.jit(make, out_shardings=shardings)(state)
-        after = set(state['moments']['count'])
-        self.progress.stop_best, self.progress.stop_wait = None, 0
+        after = set(state['moments'])
+        self.progress.stop_best = None
+        self.progress.stop_wait = 0
         self.progress.done = False
+        self.progress.sums = {}
         say = lambda names: ', '.join(sorted(names)) or 'nothing'
         self.log.message(
             f'entering stage {stage.name}: thawed {say(after - before)}; '
@@ -139,7 +162,7 @@ class Trainer:
             self.log.message(f'sampler: {", ".join(f"{k} {v:g}" for k, v in report.items())}')
         self.log.message(optim.table(self.run.abstract['params'], self.run.groups, stage))
 
-    def _step(self, stage: Stage):
+    def _step(self, stage: Stage) -> Any:
         if stage.program not in self._compiled:
             shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
             call = functools.partial(
@@ -154,10 +177,12 @@ class Trainer:
         return self._compiled[stage.program]
 
     def _stage(self, state: step.State, stage: Stage) -> step.State:
-        run, first = self.run, int(state['stage_step'])
-        number, call = int(state['step']), self._step(stage)
+        run = self.run
+        first = int(state['stage_step'])
+        number = int(state['step'])
+        call = self._step(stage)
         try:
-            widen = self._keep(state, stage)
+            add_cached = self._cache(state, stage)
         except Preempted:
             self._save(state, stage)
             raise
@@ -171,31 +196,40 @@ class Trainer:
             train=True,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            **run.loader,
+            workers=run.config.data.workers,
+            threads=run.config.data.threads,
         )
-        self._clock, self._since = time.perf_counter(), 0
+        self._reset_clock()
         try:
-            batches = pipeline.to_device(map(widen, host), parallel.rows(run.mesh))
+            batches = pipeline.to_device(map(add_cached, host), parallel.rows(run.mesh))
             for at, (batch, rows) in enumerate(batches, start=first):
-                rates, weights = optim.rates(stage, run.groups.names, at), stage.weights(at)
-                weights = {name: np.float32(value) for name, value in weights.items()}
+                rates = optim.rates(stage, run.groups.names, at)
+                weights = {n: np.float32(value) for n, value in stage.weights(at).items()}
                 state, metrics = call(state, batch, rates, weights)
                 self._check_pending()
-                number, done = number + 1, at + 1
-                self._pending, self._since = (number, stage, metrics, rows), self._since + 1
+                number += 1
+                done = at + 1
+                self._pending = (number, stage, metrics, rows)
+                self._since += 1
                 last = done == stage.steps
-                if number % run.cadence.log == 0 or number == 1 or last:
+                if number % run.config.log.every_steps == 0 or number == 1 or last:
                     self._log(number, stage, done, metrics, rates, weights)
-                evaluates = run.cadence.evaluates(stage, done)
+                if last or done % stage.steps_per_epoch == 0:
+                    self._log_epoch(number, stage, done)
+                evaluates = run.evaluates(stage, done)
                 preempted = self.preemption.at_step(number)
-                self.progress.done, self.progress.evaluate_due = last, evaluates
-                if evaluates and not preempted:
-                    state = self._evaluate_and_save(state, stage, save=last)
-                saves = number % run.cadence.checkpoint == 0 or preempted
-                if saves and not (evaluates and not preempted and self.progress.done):
+                limited = number == self.max_steps
+                self.progress.done = last
+                self.progress.evaluate_due = evaluates
+                due = number % run.config.checkpoint.every_steps == 0
+                if due or last or preempted or limited:
                     self._save(state, stage)
+                if evaluates and not (preempted or limited):
+                    state = self._evaluate_and_save(state, stage)
                 if preempted:
                     raise Preempted
+                if limited:
+                    raise StepLimit
                 if self.progress.done:
                     break
             self._check_pending()
@@ -203,34 +237,36 @@ class Trainer:
             host.close()
         return state
 
-    def _keep(self, state: step.State, stage: Stage) -> Callable[[dict], dict]:
-        """Computes what the task keeps in `stage`; returns what puts it into a local batch."""
-        spec = self.run.task.keep(stage)
+    def _cache(self, state: step.State, stage: Stage) -> Callable[[dict], dict]:
+        """Computes what the task caches in `stage`; returns what adds it to a local batch."""
+        spec = self.run.task.cache(stage)
         if spec is None:
             return lambda batch: batch
-        last, method, outputs = self._kept
+        last, method, outputs = self._cached
         if method != spec.method or last < stage.index - 1:  # else frozen ever since: the same
-            apply = self._apply(step.variables(state))
-            outputs, _ = gather(apply, spec.method, spec.dataset, self.run.batch_size)
-            outputs = {f'kept_{name}': x for name, x in outputs.items()}
+            predictor = self._predictor(step.variables(state))
+            outputs, _ = gather(predictor, spec.method, spec.dataset, self.run.config.batch_size)
+            outputs = {f'cached_{name}': x for name, x in outputs.items()}
             size = sum(x.nbytes for x in outputs.values()) / 2**20
-            self.log.message(f'kept {spec.method} of {len(spec.dataset)} rows: {size:.3g} MiB')
-        self._kept = stage.index, spec.method, outputs
-        mine = lambda at: {name: x[at] for name, x in outputs.items()}
-        return lambda batch: {**batch, **mine(spec.place[batch['row']])}
+            self.log.message(f'cached {spec.method} of {len(spec.dataset)} rows: {size:.3g} MiB')
+        self._cached = (stage.index, spec.method, outputs)
+        rows = spec.rows
+        take = lambda batch: {name: x[rows[batch['row']]] for name, x in outputs.items()}
+        return lambda batch: {**batch, **take(batch)}
 
     # Points on the way -----------------------------------------------------------------------
 
     def _check_pending(self) -> None:
-        """Looks at the step before the one in flight; raises NotFinite where it must."""
+        """Reads the metrics of the step before the one in flight; raises NotFinite."""
         if self._pending is None:
             return
         number, stage, metrics, rows = self._pending
         self._pending = None
         if bool(metrics['ok']):
+            self._add_to_epoch(jax.device_get(metrics))
             return
         self.progress.skipped += 1
-        policy, budget = self.run.not_finite
+        spec = self.run.config.not_finite
         values = {name: float(value) for name, value in metrics.items()}
         bundle = {'step': number, 'stage': stage.name, 'rows': np.asarray(rows).tolist(), **values}
         path = self.workdir / 'not_finite' / f'{number}-{jax.process_index()}.json'
@@ -238,19 +274,44 @@ class Trainer:
         logs.write_json(path, bundle)
         bad = ', '.join(name for name, value in values.items() if not math.isfinite(value))
         text = f'step {number} of stage {stage.name} is not finite ({bad or "the update"}): {path}'
-        if policy == 'skip' and self.progress.skipped <= budget:
-            self.log.message(f'{text}; refused, {self.progress.skipped} of {budget}')
+        if spec.policy == 'skip' and self.progress.skipped <= spec.budget:
+            self.log.message(f'{text}; skipped, {self.progress.skipped} of {spec.budget}')
             return
         raise NotFinite(text)
 
-    def _log(self, number, stage, done, metrics, rates, weights) -> None:
+    def _add_to_epoch(self, metrics: dict[str, np.ndarray]) -> None:
+        """Adds the losses of a step to the sums of its epoch: a term weighs by its count."""
+        for name, value in metrics.items():
+            if name == 'loss' or name.startswith('loss/'):
+                count = float(metrics.get(f'count/{name[5:]}', 1.0))
+                sums = self.progress.sums.setdefault(name, [0.0, 0.0])
+                sums[0] += float(value) * count
+                sums[1] += count
+
+    def _log_epoch(self, number: int, stage: Stage, done: int) -> None:
+        """Logs the mean training losses of the epoch that ends here."""
+        self._check_pending()
+        sums = self.progress.sums
+        means = {f'epoch/{name}': total / count for name, (total, count) in sums.items() if count}
+        self.log.write(number, stage.name, done / stage.steps_per_epoch, means)
+        self.progress.sums = {}
+
+    def _log(
+        self,
+        number: int,
+        stage: Stage,
+        done: int,
+        metrics: dict[str, jax.Array],
+        rates: dict[str, np.float32],
+        weights: dict[str, np.float32],
+    ) -> None:
         values = {name: float(value) for name, value in metrics.items() if name != 'ok'}
         values |= {f'lr/{name}': float(value) for name, value in rates.items()}
         values |= {f'weight/{name}': float(value) for name, value in weights.items()}
         seconds = max(time.perf_counter() - self._clock, 1e-9)
         values['step_seconds'] = seconds / self._since
-        values['examples_per_second'] = self.run.batch_size * self._since / seconds
-        self._clock, self._since = time.perf_counter(), 0
+        values['examples_per_second'] = self.run.config.batch_size * self._since / seconds
+        self._reset_clock()
         self.progress.stages[stage.name] = {
             name: value for name, value in values.items() if name.split('/')[0] == 'loss'
         }
@@ -270,22 +331,25 @@ class Trainer:
 
     def _evaluate(self, state: step.State, stage: Stage) -> None:
         """Scores the weights, keeps the best, and decides whether the stage is over."""
-        scores = self.scores(step.variables(state, averaged=True), final=False)
-        number, progress = int(state['step']), self.progress
+        variables = step.variables(state, averaged=True)
+        scores = self.scores(variables, stage, int(state['stage_step']), final=False)
+        number = int(state['step'])
+        progress = self.progress
         flat = {f'{e}/{m}': v for e, s in scores.items() for m, v in s.metrics.items()}
         epoch = int(state['stage_step']) / stage.steps_per_epoch
         self.log.write(number, stage.name, epoch, {f'eval/{k}': v for k, v in flat.items()})
         self.log.message(f'step {number}: ' + ', '.join(_show(k, v) for k, v in flat.items()))
-        if self.run.best.metric:
-            value = _number(flat, self.run.best.metric, 'best.metric')
-            if self.run.best.improved(value, progress.best and progress.best['value']):
-                progress.best = {'step': number, 'metric': self.run.best.metric, 'value': value}
-                weights = step.variables(state, averaged=True)
-                self.checkpoints.save_best(number, weights, progress.best)
+        best = self.run.config.best
+        if best.metric:
+            value = _number(flat, best.metric, 'best.metric')
+            if best.improved(value, progress.best and progress.best['value']):
+                progress.best = {'step': number, 'metric': best.metric, 'value': value}
+                self.checkpoints.save_best(number, variables, progress.best)
         if stage.early_stop.metric:
             value = _number(flat, stage.early_stop.metric, 'early_stop.metric')
             if stage.early_stop.improved(value, progress.stop_best):
-                progress.stop_best, progress.stop_wait = value, 0
+                progress.stop_best = value
+                progress.stop_wait = 0
             else:
                 progress.stop_wait += 1
             if progress.stop_wait >= stage.early_stop.patience and not progress.done:
@@ -294,29 +358,35 @@ class Trainer:
                     f'stage {stage.name} stops early: {stage.early_stop.metric} has not improved '
                     f'on {progress.stop_best} in {progress.stop_wait} evaluations'
                 )
-        self._clock, self._since = time.perf_counter(), 0
+        self._reset_clock()
 
-    def _evaluate_and_save(self, state: step.State, stage: Stage, save: bool = True) -> step.State:
+    def _evaluate_and_save(self, state: step.State, stage: Stage) -> step.State:
+        """Evaluates; saves again only if it ends the stage early."""
         self._check_pending()
+        over = self.progress.done
         try:
             self._evaluate(state, stage)
         except Preempted:
             self._save(state, stage)
             raise
         self.progress.evaluate_due = False
-        if save or self.progress.done:
+        if self.progress.done and not over:
             self._save(state, stage)
         return state
 
-    def scores(self, variables, *, final: bool) -> dict[str, evaluate.Scores]:
-        return evaluate.run(self.run.evaluators, self._apply(variables), final=final)
+    def scores(
+        self, variables: Variables, stage: Stage, stage_step: int, *, final: bool
+    ) -> dict[str, evaluate.Scores]:
+        weights = evaluate.Weights.of(stage, stage_step, self.run.final_weights)
+        predictor = self._predictor(variables)
+        return evaluate.run(self.run.evaluators, predictor, self.run.task, weights, final=final)
 
-    def _apply(self, variables) -> evaluate.Apply:
-        return evaluate.Apply(
+    def _predictor(self, variables: Variables) -> evaluate.Predictor:
+        return evaluate.Predictor(
             self.run.task,
             variables,
             self.run.mesh,
-            threads=self.run.loader['threads'],
+            threads=self.run.config.data.threads,
             check=self.preemption.check,
         )
 
@@ -333,14 +403,16 @@ class Trainer:
     # End -------------------------------------------------------------------------------------
 
     def finish(self, state: step.State) -> dict:
-        """Scores the best weights (the last where no metric picks them); writes results.json."""
-        variables, which = step.variables(state, averaged=True), 'last'
-        best = self.checkpoints.best_meta()
-        if best:
-            variables, which = self.checkpoints.restore_best(run_abstract(self.run)), 'best'
+        """Scores the best weights (the last if no metric picks them); writes results.json."""
+        variables = step.variables(state, averaged=True)
+        which = 'last'
+        if self.checkpoints.best_meta():
+            variables = self.checkpoints.restore_best(run_abstract(self.run))
+            which = 'best'
         elif self.progress.best:
             self.log.message('the best checkpoint is gone: the last weights are scored instead')
-        scores = self.scores(variables, final=True)
+        stage = self.run.stages[-1]
+        scores = self.scores(variables, stage, stage.steps, final=True)
         number = int(state['step'])
         skipped = dict(self.run.data.skipped)
         if self.progress.skipped:
@@ -365,18 +437,18 @@ def weights_from(run: Run, spec: str) -> tuple[Any, str]:
     """Returns (fresh variables with another run's weights put in, what was loaded); see merge."""
     params, stats, source = load_weights(spec)
     loaded = {'params': params, 'batch_stats': stats} if stats else {'params': params}
-    fresh, unused = run.init
-    variables, report = merge(run.init_variables(), loaded, allow_fresh=fresh, allow_unused=unused)
+    variables, report = merge(
+        run.init_variables(),
+        loaded,
+        allow_fresh=run.config.init.allow_fresh,
+        allow_unused=run.config.init.allow_unused,
+    )
     return variables, f'{source}: {report}'
 
 
 def run_abstract(run: Run) -> Any:
     """Returns the variables of a run as ShapeDtypeStructs with their shardings."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        dict(run.abstract),
-        parallel.weights(dict(run.abstract), run.mesh),
-    )
+    return parallel.with_shardings(dict(run.abstract), run.mesh)
 
 
 def _number(flat: dict, metric: str, key: str) -> float:
@@ -397,10 +469,17 @@ def train(
     *,
     init_from: str | None = None,
     allow_data_change: bool = False,
+    max_steps: int | None = None,
 ) -> dict:
-    """Trains `run` in `workdir` from wherever it stands, and returns the results."""
+    """Trains `run` in `workdir` from wherever it stands, and returns the results.
+
+    Raises:
+      Preempted: a signal asked the run to stop; it is saved.
+      StepLimit: the run has made `max_steps` updates; it is saved.
+      UserError: a fault of the config, the data or the numbers.
+    """
     with jax.set_mesh(run.mesh), Preemption() as preemption:
-        trainer = Trainer(run, workdir, log, preemption)
+        trainer = Trainer(run, workdir, log, preemption, max_steps)
         try:
             state = trainer.fit(trainer.start(init_from, allow_data_change))
             return trainer.finish(state)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmjax.engine import build, modes, step
+from mmjax.engine import config as config_lib
 from mmjax.errors import UserError
 from tests.runs import lines, run, toy
 
@@ -38,7 +39,8 @@ def test_a_quick_compile_lasts_as_long_as_its_run(tmp_path, monkeypatch, quick):
     before = of_now()
     monkeypatch.setattr(modes, '_run', lambda *_, **__: seen.append(of_now()) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        modes.run('train', toy('PK', quick_compile=quick), {}, tmp_path)
+        config = config_lib.resolve(toy('PK', quick_compile=quick))
+        modes.run(config, modes.Command('train', tmp_path))
     assert seen == [quick or before] and of_now() == before
 
 
@@ -86,7 +88,7 @@ def test_stages_that_learn_the_same_share_a_compiled_step(tmp_path, monkeypatch)
         (dict(loss_weights=dict(wrong=1.0)), "names 'wrong'; this task's losses are mse"),
         (dict(stage__only__learning_rates=dict(towr=0.0)), "names group 'towr'"),
         (dict(rules=(('x', 'nothing'),)), 'matches no parameter'),
-        (dict(typo=1), 'nothing reads the config key'),
+        (dict(typo=1), 'unknown key typo=1'),
         (dict(best__metric='test/mse'), "best.metric 'test/mse' is not"),
         (dict(sampler={'name': 'pk2'}), 'pk2'),
         (dict(accumulation=3), 'batch_size=8 is not a multiple of accumulation=3'),
@@ -97,4 +99,4 @@ def test_stages_that_learn_the_same_share_a_compiled_step(tmp_path, monkeypatch)
 def test_a_wrong_config_is_refused_before_the_first_step(changes, message):
     changes = {'loss_weights': dict(mse=1.0), **changes}
     with pytest.raises(UserError, match=message):
-        build.check_terms(build.run(toy('Thaw', **changes)))
+        build.check(build.run(toy('Thaw', **changes)))

@@ -1,31 +1,31 @@
 """The comic model: one embedding a panel from its picture, its text and its place on the page."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from mmjax.engine.task import tower_output
 from mmjax.models.bert import Bert, masked_mean
 from mmjax.models.layers import Dense, MaskedBatchNorm, normalize_pixels
 from mmjax.models.resnet import ResNet
 from mmjax.models.vit import ViT
 
-FUSIONS = ('attention', 'gate', 'concat')
-# Mean and standard deviation of pixels in 0-1, as each backbone was trained with.
-SIGLIP_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# What `frozen` may name: both visual backbones, one of them, the text backbone, and the rest.
-PARTS = (
-    'vision',
+TOWERS = (
     'siglip',
     'resnet',
-    'text',
+    'bert',
     'vision_head',
     'text_head',
     'composition',
     'fusion',
     'reconstruction',
 )
+EVALUATION = dict.fromkeys(TOWERS, False)
+# Mean and standard deviation of pixels in 0-1, as each backbone was trained with.
+SIGLIP_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Projector(nn.Module):
@@ -63,8 +63,6 @@ class VisionHead(nn.Module):
         self, siglip: jax.Array | None, resnet: jax.Array | None, *, train: bool
     ) -> jax.Array:
         """Maps pooled outputs [rows, width], one of which may be None, to [rows, features]."""
-        if self.fusion not in FUSIONS:
-            raise ValueError(f"fusion '{self.fusion}' is not one of {', '.join(FUSIONS)}")
         views = []
         for name, pooled, hidden in (
             ('siglip_projector', siglip, self.siglip_hidden),
@@ -201,10 +199,10 @@ class ComicModel(nn.Module):
             self.reconstruction_hidden, self.dropout, self.dtype
         )
 
-    def __call__(self, *inputs: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+    def __call__(self, *inputs: jax.Array) -> dict[str, jax.Array]:
         """Runs every part once, for initialisation; inputs as in `encode`."""
-        outputs = self.encode(*inputs, train=train)
-        return {**outputs, 'predicted': self.reconstruct(outputs['fused'][:, 0], train=train)}
+        outputs = self.encode(*inputs, train=EVALUATION)
+        return {**outputs, 'predicted': self.reconstruct(outputs['fused'][:, 0], train=False)}
 
     def encode(
         self,
@@ -214,8 +212,7 @@ class ComicModel(nn.Module):
         composition: jax.Array,
         modality: jax.Array,
         panels: jax.Array,
-        train: bool,
-        frozen: frozenset[str] = frozenset(),
+        train: Mapping[str, bool],
     ) -> dict[str, jax.Array]:
         """Embeds the panels of a batch of pages.
 
@@ -229,55 +226,40 @@ class ComicModel(nn.Module):
           composition: float [batch, panels, 7].
           modality: bool [batch, panels, 3], which of vision, text, composition a panel has.
           panels: bool [batch, panels], False on padding.
-          train: whether dropout and batch statistics are live.
-          frozen: names among `PARTS` that do not learn: they run as at evaluation, and the
-            outputs of frozen backbones are named 'frozen' for `jax.checkpoint` policies.
+          train: tower → whether it trains, of `TOWERS`; others run as in evaluation.
 
         Returns:
           'fused', 'vision', 'text': float32 [batch, panels, features]; 'gates': float32
           [batch, panels, 3]. 'fused' and 'gates' are 0 on padding; 'vision' and 'text' are finite
           everywhere and mean something where the panel has that modality.
         """
-        self._check(frozen)
         shape = panels.shape  # [batch, panels]
         rows = lambda x: x.reshape(-1, *x.shape[2:])
         present = rows(modality.astype(bool) & panels.astype(bool)[..., None])
-        live = lambda part: train and part not in frozen
-        views = self._see(rows(images), present[:, 0], train, frozen)
-        vision = self.vision_head(*views, train=live('vision_head'))
+        pooled = self._pooled(rows(images), present[:, 0], train)
+        vision = self.vision_head(*pooled, train=train['vision_head'])
         allowed = rows(token_mask.astype(bool)) & present[:, 1:2]
-        text = self.bert(rows(tokens), allowed, train=live('text'))
-        text = self.text_head(_named(masked_mean(text, allowed), 'text' in frozen))
-        place = self.composition(rows(composition), present[:, 2], train=live('composition'))
+        hidden = masked_mean(self.bert(rows(tokens), allowed, train=train['bert']), allowed)
+        text = self.text_head(tower_output(hidden, train['bert']))
+        place = self.composition(rows(composition), present[:, 2], train=train['composition'])
         fused, gates = self.fusion((vision, text, place), present)
         outputs = {'fused': fused, 'vision': vision, 'text': text, 'gates': gates}
         return {name: x.astype(jnp.float32).reshape(*shape, -1) for name, x in outputs.items()}
 
-    def reconstruct(
-        self, context: jax.Array, train: bool, frozen: frozenset[str] = frozenset()
-    ) -> jax.Array:
+    def reconstruct(self, context: jax.Array, train: bool) -> jax.Array:
         """Predicts hidden panels from the mean of the others: [batch, features] to the same."""
-        self._check(frozen)
-        return self.reconstruction(context, train=train and 'reconstruction' not in frozen)
+        return self.reconstruction(context, train=train)
 
-    def _see(self, images: jax.Array, mask: jax.Array, train: bool, frozen: frozenset[str]):
-        """Returns the pooled outputs of (siglip, resnet) [rows, width], None where it is absent."""
+    def _pooled(
+        self, images: jax.Array, mask: jax.Array, train: Mapping[str, bool]
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns the pooled outputs of (siglip, resnet) [rows, width], None for an absent one."""
         siglip = resnet = None
         if self.siglip is not None:
             pixels = normalize_pixels(images, SIGLIP_PIXELS)
-            still = not frozen.isdisjoint(('vision', 'siglip'))
-            siglip = _named(self.siglip(pixels, train=train and not still), still)
+            siglip = tower_output(self.siglip(pixels, train=train['siglip']), train['siglip'])
         if self.resnet is not None:
             pixels = normalize_pixels(images, IMAGENET_PIXELS)
-            still = not frozen.isdisjoint(('vision', 'resnet'))
-            resnet = _named(self.resnet(pixels, mask, train=train and not still), still)
+            pooled = self.resnet(pixels, mask, train=train['resnet'])
+            resnet = tower_output(pooled, train['resnet'])
         return siglip, resnet
-
-    def _check(self, frozen: frozenset[str]) -> None:
-        unknown = sorted(set(frozen) - set(PARTS))
-        if unknown:
-            raise ValueError(f"frozen names '{unknown[0]}'; the parts are {', '.join(PARTS)}")
-
-
-def _named(x: jax.Array, frozen: bool) -> jax.Array:
-    return checkpoint_name(x, 'frozen') if frozen else x

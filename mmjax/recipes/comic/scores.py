@@ -3,53 +3,39 @@
 import math
 import textwrap
 
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from mmjax.engine.task import Evaluator, Scores
 from mmjax.evals import collapse, retrieval
 from mmjax.losses import contrastive
-from mmjax.losses.term import Term
 
 
 class PageScores(Evaluator):
-    """Embeds a split once, in order, and scores it as one batch.
+    """Scores a split as one batch: contrastive losses, retrieval, collapse.
 
-    Contrastive terms depend on the batch, so the whole split is one: `contrastive_collapse` and
-    `contrastive_floor` are its values for equal embeddings and for perfect pages. Retrieval
-    within the page asks only panels with text on pages with two of them or more.
+    Contrastive terms depend on the batch: `contrastive_collapse` and `contrastive_floor` are their
+    values for equal embeddings and for perfect pages. Retrieval within the page has the panels
+    with text of pages with two of them or more as queries.
     """
 
-    def __init__(self, task, pages, batch_size: int, weights: dict[str, float]):
-        self.task, self.pages, self.batch_size, self.weights = task, pages, batch_size, weights
+    def __init__(self, pages, batch_size: int):
+        self.dataset = pages
+        self.batch_size = batch_size
 
-    def run(self, apply, *, final):
-        outputs, batches = [], []
-        for output, batch in apply('encode', self.pages, self.batch_size):
-            outputs.append(output)
-            batches.append({key: batch[key] for key in ('panels', 'modality', 'row')})
-        outputs, batch = _stack(outputs), _stack(batches)
-        panels, has = batch['panels'].astype(bool), batch['modality'].astype(bool)
-        metrics = self._losses(outputs, panels, has)
+    def run(self, predict, *, final, results):
+        outputs = results.outputs
+        panels = results.batch['panels'].astype(bool)
+        has = results.batch['modality'].astype(bool)
+        metrics = _bounds(panels, results.losses['contrastive'])
         metrics |= within_and_across(outputs, panels, has)
-        drawn = {}
+        figures = {}
         if final:
-            drawn['pages'] = self._pages(outputs, batch, panels & has[..., 0] & has[..., 1])
-            drawn['similarity'] = _similarity(outputs['fused'], panels)
-        return Scores(metrics, drawn)
-
-    def _losses(self, outputs, panels, has):
-        arrays = {key: jnp.asarray(value) for key, value in outputs.items()}
-        terms = self.task._terms(arrays, jnp.asarray(panels), jnp.asarray(has))
-        out = {name: float(term.mean()) for name, term in terms.items() if isinstance(term, Term)}
-        out['loss'] = sum(weight * out[name] for name, weight in self.weights.items())
-        sizes = panels.sum(1)
-        out['contrastive_floor'] = contrastive.supcon_floor(sizes)
-        out['contrastive_collapse'] = contrastive.supcon_collapse(int(sizes.sum()))
-        span = out['contrastive_collapse'] - out['contrastive_floor']
-        out['contrastive_fall'] = (out['contrastive_collapse'] - out['contrastive']) / span
-        return out | {'pages': len(panels), 'panels': int(sizes.sum())}
+            figures['pages'] = self._pages(
+                outputs, results.batch, panels & has[..., 0] & has[..., 1]
+            )
+            figures['similarity'] = _similarity(outputs['fused'], panels)
+        return Scores(metrics, figures)
 
     def _pages(self, outputs, batch, asked, count=6):
         """Draws pages whose panels carry the text that the model finds for them."""
@@ -64,8 +50,8 @@ class PageScores(Evaluator):
             axis.axis('off')
         for line, row in enumerate(rows):
             shown = np.flatnonzero(asked[row])
-            example = self.pages.example(int(batch['row'][row]), np.random.default_rng(0), False)
-            texts = self.pages.record(int(batch['row'][row]))['texts']
+            example = self.dataset.example(int(batch['row'][row]), np.random.default_rng(0), False)
+            texts = self.dataset.record(int(batch['row'][row]))['texts']
             v, t = (_unit(outputs[name][row][shown]) for name in ('vision', 'text'))
             found = np.argmax(v @ t.T, 1)
             for column, (panel, answer) in enumerate(zip(shown, found, strict=True)):
@@ -78,6 +64,20 @@ class PageScores(Evaluator):
                 text = textwrap.fill(texts[shown[answer]], 26, max_lines=4)
                 axis.set_title(text, fontsize=7, color='black' if right else 'tab:red')
         return figure
+
+
+def _bounds(panels, contrastive_loss: float) -> dict[str, float]:
+    """Returns collapse and floor of the contrastive loss, and how far it fell between them."""
+    sizes = panels.sum(1)
+    floor = contrastive.supcon_floor(sizes)
+    collapse_value = contrastive.supcon_collapse(int(sizes.sum()))
+    return {
+        'contrastive_floor': floor,
+        'contrastive_collapse': collapse_value,
+        'contrastive_fall': (collapse_value - contrastive_loss) / (collapse_value - floor),
+        'pages': len(panels),
+        'panels': int(sizes.sum()),
+    }
 
 
 def within_and_across(outputs, panels, has) -> dict[str, float | str]:
@@ -103,21 +103,6 @@ def within_and_across(outputs, panels, has) -> dict[str, float | str]:
         else collapse.verdict(intra, inter, accuracy, chance, max(error, forward.chance_error))
     )
     return out
-
-
-def _stack(parts: list[dict]) -> dict[str, np.ndarray]:
-    """Joins batches whose panel axis may differ in length (buckets); pads with zeros."""
-    key = 'panels' if 'panels' in parts[0] else 'fused'
-    width = max(part[key].shape[1] for part in parts)
-
-    def pad(x):
-        if x.ndim < 2 or x.shape[1] >= width:
-            return x
-        return np.pad(x, [(0, 0), (0, width - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-
-    ragged = ('fused', 'vision', 'text', 'gates', 'panels', 'modality')
-    join = lambda name: [pad(p[name]) if name in ragged else p[name] for p in parts]
-    return {name: np.concatenate(join(name)) for name in parts[0]}
 
 
 def _unit(x):

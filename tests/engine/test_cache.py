@@ -1,6 +1,7 @@
 """What frozen parts put out is computed once, and no loss can tell."""
 
 import collections
+import dataclasses
 import shutil
 
 import flax.linen as nn
@@ -10,15 +11,22 @@ import pytest
 
 from mmjax.engine import evaluate
 from mmjax.engine.preemption import Preempted
-from mmjax.engine.task import Kept
+from mmjax.engine.task import Cached
 from tests import runs
-from tests.toy_tasks import Arrays, Thaw
+from tests.toy_tasks import Arrays, Config, Options, Thaw
 
 ROWS, REPEATS = 20, 4  # different rows of 'train', and how often it has each
 
 
-class Keeps(Thaw):
-    """A head on a tower; stages with the option `keep` that freeze the tower keep its outputs."""
+@dataclasses.dataclass(frozen=True)
+class CachesConfig(Config):
+    StageOptions = Options
+
+
+class Caches(Thaw):
+    """A head on a tower; stages with the option `cache` that freeze it cache its outputs."""
+
+    Config = CachesConfig
 
     def dataset(self, split):
         rng = np.random.default_rng([2, split == 'val'])
@@ -31,16 +39,16 @@ class Keeps(Thaw):
         params = {'params': variables['params']['tower']}
         return {'tower': nn.relu(nn.Dense(self.width, parent=None).apply(params, batch['x']))}
 
-    def keep(self, stage):
-        if stage.trains('tower') or not stage.option('keep', False):
+    def cache(self, stage):
+        if stage.trains('tower') or not stage.options.cache:
             return None
         train = self.dataset('train')
         few = Arrays('train', **{name: x[:ROWS] for name, x in train.arrays.items()})
-        return Kept('tower', few, np.arange(len(train)) % ROWS)
+        return Cached('tower', few, np.arange(len(train)) % ROWS)
 
     def forward(self, variables, batch, stage, *, train, key):
-        hidden = batch.get('kept_tower')
-        if stage.option('poisoned', False):
+        hidden = batch.get('cached_tower')
+        if stage.options.poisoned and train['head']:
             assert hidden is not None
         if hidden is None:
             hidden = self.tower(variables, batch)['tower']
@@ -50,66 +58,66 @@ class Keeps(Thaw):
         return rows, variables['batch_stats']
 
 
-def config(keep, **changes):
+def config(cache, **changes):
     """Four stages: the tower learns in the third, so that what was kept before is out of date."""
     out = runs.toy('Thaw', 6)
-    out.task = 'tests.engine.test_keep:Keeps'
+    out.task = 'tests.engine.test_cache:Caches'
     out.stages = ('first', 'second', 'thawed', 'last')
     out.sampler = dict(name='shuffle', remainder='pad')
     for name in out.stages:
         rates = {} if name == 'thawed' else {'tower': 0.0}
-        out.stage[name] = dict(steps=6, learning_rates=rates, options=dict(keep=keep))
+        out.stage[name] = dict(steps=6, learning_rates=rates, options=dict(cache=cache))
     return runs.change(out, **changes)
 
 
 @pytest.fixture(scope='module')
-def kept(tmp_path_factory):
+def cached(tmp_path_factory):
     """Returns (workdir, training lines, how often a run that keeps the tower applied what)."""
     workdir, calls = tmp_path_factory.mktemp('run') / 'run', collections.Counter()
-    whole = evaluate.Apply.__call__
+    whole = evaluate.Predictor.__call__
 
     def counted(self, method, dataset, batch_size):
         calls[method, len(dataset)] += 1
         return whole(self, method, dataset, batch_size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.Apply, '__call__', counted)
-        runs.run(config(keep=True), workdir)
+        patch.setattr(evaluate.Predictor, '__call__', counted)
+        runs.run(config(cache=True), workdir)
     return workdir, runs.lines(workdir), calls
 
 
-def test_losses_are_those_of_a_run_that_keeps_nothing(kept, tmp_path):
-    runs.run(config(keep=False), tmp_path / 'run')
+def test_losses_are_those_of_a_run_that_keeps_nothing(cached, tmp_path):
+    runs.run(config(cache=False), tmp_path / 'run')
     plain = runs.lines(tmp_path / 'run')
-    assert len(plain) == len(kept[1]) == 24
-    for one, other in zip(kept[1], plain, strict=True):
+    assert len(plain) == len(cached[1]) == 24
+    for one, other in zip(cached[1], plain, strict=True):
         assert one == {
             key: value if isinstance(value, str) else pytest.approx(value, rel=1e-5)
             for key, value in other.items()
         }
 
 
-def test_rows_are_computed_once_while_nothing_thaws(kept):
+def test_rows_are_computed_once_while_nothing_thaws(cached):
     """Once for the first two stages, and again after the third."""
-    assert kept[2]['tower', ROWS] == 2
+    assert cached[2]['tower', ROWS] == 2
 
 
 def test_steps_are_given_what_was_kept(tmp_path):
-    options = {f'stage__{name}__options': dict(keep=True, poisoned=True) for name in ('first',)}
-    runs.run(config(keep=True, stages=('first',), **options), tmp_path / 'run')
-    options['stage__first__options'] = dict(keep=False, poisoned=True)
+    options = {f'stage__{name}__options': dict(cache=True, poisoned=True) for name in ('first',)}
+    runs.run(config(cache=True, stages=('first',), **options), tmp_path / 'run')
+    options['stage__first__options'] = dict(cache=False, poisoned=True)
     with pytest.raises(AssertionError):
-        runs.run(config(keep=False, stages=('first',), **options), tmp_path / 'other')
+        runs.run(config(cache=False, stages=('first',), **options), tmp_path / 'other')
 
 
-def test_a_run_that_goes_on_keeps_the_same(kept, tmp_path):
+def test_a_run_that_goes_on_keeps_the_same(cached, tmp_path):
     """Stopped within the second stage: what was kept is gone, and computed again."""
-    workdir, lines, _ = kept
+    workdir, lines, _ = cached
     shutil.copytree(workdir, tmp_path / 'run')
     for folder in (tmp_path / 'run' / 'checkpoints').iterdir():
         if folder.name.isdigit() and int(folder.name) > 8:
             shutil.rmtree(folder)
-    runs.run(config(keep=True), tmp_path / 'run')
+    runs.run(config(cache=True), tmp_path / 'run')
     assert runs.lines(tmp_path / 'run') == lines
 
 
@@ -119,17 +127,17 @@ def test_a_signal_while_rows_are_computed_saves_where_the_run_stands(tmp_path, m
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.Apply, '__call__', stopped)
+        patch.setattr(evaluate.Predictor, '__call__', stopped)
         with pytest.raises(Preempted):
-            runs.run(config(keep=True), tmp_path / 'run')
+            runs.run(config(cache=True), tmp_path / 'run')
     assert (tmp_path / 'run' / 'checkpoints' / '0').is_dir()
-    runs.run(config(keep=True), tmp_path / 'run')
+    runs.run(config(cache=True), tmp_path / 'run')
     assert len(runs.lines(tmp_path / 'run')) == 24
 
 
 def test_the_log_tells_at_a_switch_what_thaws_and_which_rates_hold(tmp_path, capfd):
     changes = {'stage__thawed__learning_rates': {'tower': 0.5, 'head': 0.1}}
-    runs.run(config(keep=False, **changes), tmp_path / 'run')
+    runs.run(config(cache=False, **changes), tmp_path / 'run')
     told = capfd.readouterr().out
     at = told.index('entering stage thawed: thawed tower; froze nothing; carried the moments of')
     switch = told[at : told.index('entering stage last')]
