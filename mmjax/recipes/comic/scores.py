@@ -31,9 +31,8 @@ class PageScores(Evaluator):
         metrics |= within_and_across(outputs, panels, has)
         figures = {}
         if final:
-            figures['pages'] = self._pages(
-                outputs, results.batch, panels & has[..., 0] & has[..., 1]
-            )
+            both = panels & has[..., 0] & has[..., 1]
+            figures['pages'] = self._pages(outputs, results.batch, both)
             figures['similarity'] = _similarity(outputs['fused'], panels)
         return Scores(metrics, figures)
 

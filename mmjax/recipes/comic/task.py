@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from mmjax.data import images, prepare, tokenizers
+from mmjax.engine.outputs import EmbeddingWriter
 from mmjax.engine.task import Task
 from mmjax.losses import contrastive, reconstruction
 from mmjax.models.bert import Bert
@@ -198,28 +198,14 @@ class ComicTask(Task):
     def embed(self, predict, output):
         """Writes embeddings.npy [pages, panels, features], mask.npy, index.jsonl, page by page."""
         splits = tuple(self.splits.values())
-        output.mkdir(parents=True, exist_ok=True)
-        total, panels = sum(len(split) for split in splits), splits[0].pages.max_panels
-        new = lambda name, shape, kind: np.lib.format.open_memmap(
-            output / name, 'w+', dtype=kind, shape=shape
-        )
-        embeddings = new('embeddings.npy', (total, panels, self.model.features), np.float32)
-        mask = new('mask.npy', (total, panels), bool)
-        at = 0
-        with (output / 'index.jsonl').open('w') as index:
+        shape = (splits[0].pages.max_panels, self.model.features)
+        with EmbeddingWriter(output, sum(map(len, splits)), shape) as writer:
             for split in splits:
                 for outputs, batch in predict('encode', split, self.batch_size):
-                    fused = outputs['fused']
-                    rows, width = slice(at, at + len(fused)), fused.shape[1]
-                    embeddings[rows, :width], mask[rows, :width] = fused, batch['panels']
-                    for row in batch['row']:
-                        page = {'row': at, 'split': split.split}
-                        page['canonical_id'] = split.record(int(row))['canonical_id']
-                        index.write(json.dumps(page) + '\n')
-                        at += 1
-        embeddings.flush()
-        mask.flush()
-        return f'{total} pages of at most {panels} panels: {output / "embeddings.npy"}'
+                    names = [split.record(int(row))['canonical_id'] for row in batch['row']]
+                    entries = [{'split': split.split, 'canonical_id': name} for name in names]
+                    writer.add(outputs['fused'], entries, batch['panels'])
+        return f'{writer.rows} pages of at most {shape[0]} panels: {writer.path}'
 
 
 def _panels(batch):
