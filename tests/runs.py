@@ -1,18 +1,15 @@
 """Small runs for tests: a config of a toy task, a run in this process, a run in another."""
 
-import json
 import os
 import pathlib
 import subprocess
 import sys
 
-import jax
-from etils import epath
-
-from mmjax.engine import build, logs, modes, train
 from mmjax.engine import config as config_lib
 from tests import toy_tasks
 
+run = testing.train
+lines = testing.metrics
 LOSSES = {'PK': 'supcon', 'CTC': 'ctc', 'Generate': 'language', 'Thaw': 'mse'}
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -46,26 +43,6 @@ def change(config, **changes):
 def recipe(name: str, words: str):
     """Returns the config `configs/<name>.py:<words>`, unlocked."""
     return config_lib.load(f'{ROOT}/configs/{name}.py:{words}')
-
-
-def run(config, workdir, **options) -> dict:
-    """Trains in this process as `--mode=train` does; returns results.json."""
-    workdir = epath.Path(workdir)
-    built = build.run(config)
-    modes.claim_workdir(workdir, built, ['main'], anew=False)
-    log = logs.Logs(workdir, enabled=True, tensorboard=False)
-    try:
-        return train.train(built, workdir, log, **options)
-    finally:
-        log.close()
-        jax.clear_caches()
-
-
-def lines(workdir, prefix='loss') -> list[dict]:
-    """Returns the training lines of metrics.jsonl: step, stage and what begins with `prefix`."""
-    found = map(json.loads, (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines())
-    keep = lambda key: key in ('step', 'stage') or key.split('/')[0] == prefix
-    return [{k: v for k, v in line.items() if keep(k)} for line in found if prefix in line]
 
 
 def command(*arguments, env=None, timeout=300, **options) -> subprocess.CompletedProcess:

@@ -12,33 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmjax.data.dataset import Dataset
 from mmjax.engine import config as config_lib
 from mmjax.engine.task import Evaluator, Scores, Task, tower_output
 from mmjax.losses import contrastive
 from mmjax.losses.term import Term
 from mmjax.sections import field
-
-
-class Arrays(Dataset):
-    """A dataset of arrays in memory; what is in `noisy` gets seeded noise while training."""
-
-    def __init__(self, split, index=None, noisy=(), lengths=(), **arrays):
-        self.split, self.arrays, self.noisy = split, arrays, noisy
-        self.index, self.lengths = index or {}, lengths
-        self.length_key = 'length' if lengths else None
-
-    def __len__(self):
-        return len(next(iter(self.arrays.values())))
-
-    def example(self, row, rng, train):
-        out = {name: np.asarray(array[row]) for name, array in self.arrays.items()}
-        for name in self.noisy if train else ():
-            out[name] = out[name] + rng.normal(0, 0.05, out[name].shape).astype(np.float32)
-        return out
-
-    def fingerprint(self):
-        return {'name': 'toy', 'version': '1', 'split': self.split, 'size': len(self)}
+from mmjax.testing import Arrays
 
 
 class Mean(Evaluator):
