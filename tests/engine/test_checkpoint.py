@@ -120,7 +120,7 @@ def test_orbax_alone_reads_what_we_wrote(filled):
 
 
 def test_a_step_saved_again_is_replaced(tmp_path):
-    with Checkpoints(tmp_path, keep=2, asynchronous=False) as checkpoints:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
         for value in (1, 2):
             checkpoints.save(7, _state(value), {'value': value})
         assert checkpoints.newest() == (7, {'value': 2})
