@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmjax.engine import logs
-from mmjax.engine.logs import files, record, screen
+from mmjax.engine.logs import files, screen
 
 
 def strict(text):
@@ -118,7 +118,6 @@ def test_lines_after_a_truncation_go_to_the_new_file(tmp_path):
 
 
 def test_a_remote_log_is_sent_whole_and_no_line_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, 'is_local', lambda path: False)
     monkeypatch.setattr(files, 'is_local', lambda path: False)
     (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
     log = quiet(tmp_path)
@@ -288,18 +287,18 @@ def test_results(tmp_path):
     assert list(found['stages']) == ['b', 'a'] and found['final']['val']['x'] == 'nan'
     with pytest.raises(ValueError, match="'best' or 'last'"):
         logs.write_results(tmp_path, best=None, final={}, stages={}, skipped={}, weights='newest')
-    with pytest.raises(ValueError, match='val/r1 is no number'):
+    with pytest.raises(ValueError, match='val/r1 is not a number'):
         logs.write_results(
             tmp_path, best=None, final={'val': {'r1': [1]}}, stages={}, skipped={}, weights='last'
         )
     assert found == strict((tmp_path / 'results.json').read_text())
 
 
-# TensorBoard and pictures ----------------------------------------------------------------------
+# TensorBoard and figures -----------------------------------------------------------------------
 
 
 def events(workdir):
-    """Reads the scalars and pictures that TensorBoard would show: purged ones left out."""
+    """Reads the scalars and images that TensorBoard would show: purged ones left out."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     shown = []
@@ -373,8 +372,8 @@ def test_figures_are_saved_whole_with_caption_and_step(tmp_path):
     assert image.size == (240, 120)
     assert image.info['Description'] == 'what the model sees: 漫画' and image.info['Step'] == '7'
     assert "figure 'bad' could not be drawn" in stream.getvalue()
-    (picture,) = [value for step, tag, value in events(tmp_path) if tag == 'val/pages']
-    assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (240, 120)
+    (image,) = [value for step, tag, value in events(tmp_path) if tag == 'val/pages']
+    assert Image.open(io.BytesIO(image.encoded_image_string)).size == (240, 120)
 
 
 # Screen ----------------------------------------------------------------------------------------
