@@ -536,7 +536,7 @@ def test_a_closed_standard_output_does_not_end_a_process(tmp_path, root, redirec
     ],
 )
 def test_durations(seconds, words):
-    assert screen._clock(seconds) == words
+    assert screen.clock(seconds) == words
 
 
 def test_importing_logs_brings_no_jax(root):

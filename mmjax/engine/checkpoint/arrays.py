@@ -24,12 +24,10 @@ T = TypeVar('T')
 _MAX_NAMES = 5  # leaves that an error message lists
 
 
-def _keep_record(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or 'orbax' not in record.pathname
-
-
 # Orbax logs dozens of INFO lines per save; its warnings and our own lines pass.
-logging.getLogger('absl').addFilter(_keep_record)
+logging.getLogger('absl').addFilter(
+    lambda record: record.levelno >= logging.WARNING or 'orbax' not in record.pathname
+)
 
 
 def handler() -> ocp.CompositeCheckpointHandler:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
 
 from absl import logging
 from etils import epath
@@ -21,12 +20,7 @@ from mmjax.errors import UserError
 CHECKSUMS = 'checksums.json'
 META = 'meta.json'
 UNFINISHED = f'has no {CHECKSUMS}: its save was cut short'
-_CHUNK = 1 << 22  # bytes hashed at a time
-
-
-class Digest(TypedDict):
-    size: int  # bytes
-    sha256: str  # hex
+Digest = dict[str, int | str]  # 'size' in bytes, 'sha256' in hex
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -55,13 +49,9 @@ def _files(step: epath.Path, folder: str = '') -> list[str]:
 
 
 def _digest(path: epath.Path) -> Digest:
-    sha = hashlib.sha256()
-    size = 0
     with path.open('rb') as file:
-        while block := file.read(_CHUNK):
-            sha.update(block)
-            size += len(block)
-    return {'size': size, 'sha256': sha.hexdigest()}
+        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+        return {'size': file.tell(), 'sha256': sha256}
 
 
 def _digests(step: epath.Path, names: Sequence[str]) -> dict[str, Digest]:
@@ -105,11 +95,9 @@ def find_fault(step: epath.Path) -> str | None:
     except OSError as error:
         return f'it cannot be read: {error}'
     for name, old in files.items():
-        new = digests[name]
-        if new['size'] != old['size']:
-            return f'{name} has {new["size"]} bytes instead of {old["size"]}'
-        if new != old:
-            return f'{name} has sha256 {new["sha256"][:12]}…, not {old["sha256"][:12]}…'
+        for key in ('size', 'sha256'):
+            if (new := digests[name][key]) != old[key]:
+                return f'{name} has {key} {str(new)[:12]} instead of {str(old[key])[:12]}'
     return None
 
 

@@ -32,7 +32,6 @@ class Checkpoints:
         self._workdir = checksums.absolute(workdir)
         self._keep = {'checkpoints': keep, 'best': 1}
         self._skipped: dict[str, dict[int, str]] = {'checkpoints': {}, 'best': {}}
-        self._swept: set[str] = set()
         self._verified: int | None = None  # the step that `newest` has just verified
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
@@ -105,11 +104,9 @@ class Checkpoints:
         """Removes what killed saves left, moves skipped steps to corrupt/, removes `step`."""
         folder = self._workdir / name
         folder.mkdir(parents=True, exist_ok=True)
-        if name not in self._swept:
-            for path in folder.iterdir():
-                if '.orbax-checkpoint-tmp' in path.name:
-                    path.rmtree()
-            self._swept.add(name)
+        for path in folder.iterdir():
+            if '.orbax-checkpoint-tmp' in path.name:
+                path.rmtree()
         for skipped, fault in self._skipped[name].items():
             # Only the last unfinished step is kept; all damaged ones are, to look for the cause.
             label = 'unfinished' if fault == checksums.UNFINISHED else skipped

@@ -52,7 +52,7 @@ class Screen:
         if entered:
             self._points.clear()
         self._points.append((now, step))  # of this stage
-        left = f'{_clock(self._seconds_left(steps - step))} left'
+        left = f'{clock(self._seconds_left(steps - step))} left'
         head = f'{stage} {index + 1}/{stages}'
         tail = f'epoch {epoch:.2f}  step {step}/{steps}  {numbers}  {left}'
         with self._guard():
@@ -118,7 +118,7 @@ class Screen:
                     os.dup2(null.fileno(), broken.fileno())
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
     """Formats a duration: '42s', '7:05', '3:07:05', '2d 03h'; '?' if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return '?'
