@@ -12,7 +12,7 @@ from tests import runs
 from tests.toy_tasks import Mean, Thaw
 
 EVERY = 3  # steps between evaluations
-# The value of each evaluation: two improvements in either mode, then worse ones, and a tie.
+# The value of each evaluation: it improves, gets worse, improves; then worse values and a tie.
 CURVES = {
     'min': [3.0, 2.5, 2.75, 1.0, 1.5, 1.0, 9.0, 4.0],
     'max': [0.25, 0.5, 0.375, 0.75, 0.625, 0.75, 0.0, 0.5],
@@ -47,8 +47,8 @@ class ScriptedThaw(Thaw):
 
 def evaluations(workdir):
     lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return [line for line in found if 'eval/val/mse' in line]
+    records = map(json.loads, lines)
+    return [record for record in records if 'eval/val/mse' in record]
 
 
 def steps_in(folder):

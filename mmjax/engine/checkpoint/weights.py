@@ -32,27 +32,28 @@ def load_weights(spec: str) -> tuple[dict, dict, str]:
       Averaged weights (ema) replace those they average, as in evaluation. Prefixes match paths
       inside params and batch_stats.
     """
-    where, renames = _parse(spec)
-    step = epath.Path(arrays.on_first(lambda: str(_find(spec, where))))
+    directory, renames = _parse(spec)
+    step = epath.Path(arrays.on_first(lambda: str(_find(spec, directory))))
     leaves = arrays.specs(step)
     parts = {path[0] for path in leaves}
-    if 'params' in parts:
-        chosen = ['params']
-    elif parts & {'trainable', 'frozen'}:
-        chosen = ['ema' if 'ema' in parts else 'trainable', 'frozen']
-    else:
+    state = ('ema' if 'ema' in parts else 'trainable', 'frozen')  # of a checkpoint
+    chosen = ('params',) if 'params' in parts else state
+    if parts.isdisjoint(chosen):
         raise UserError(f'--init_from={spec}: {step} holds neither params nor trainable weights')
     parts = {*chosen, 'batch_stats'}
     values = arrays.read(step, {path: x for path, x in leaves.items() if path[0] in parts})
     params: dict[Path, np.ndarray] = {}
     stats: dict[Path, np.ndarray] = {}
     used: set[Path] = set()
-    for path, value in values.items():
-        target = stats if path[0] == 'batch_stats' else params
-        renamed = _rename(path[1:], renames, used)
-        if renamed in target:
-            raise UserError(f'--init_from={spec}: two leaves are called {"/".join(renamed)}')
-        target[renamed] = value
+    for (part, *keys), value in values.items():
+        tree = stats if part == 'batch_stats' else params
+        prefixes = ((old, new) for old, new in renames if tuple(keys[: len(old)]) == old)
+        old, new = next(prefixes, ((), ()))
+        used.add(old)
+        path = (*new, *keys[len(old) :])
+        if path in tree:
+            raise UserError(f'--init_from={spec}: two leaves are called {"/".join(path)}')
+        tree[path] = value
     for old, _ in renames:
         if old not in used:
             raise UserError(f"--init_from={spec}: no leaf of {step} is under '{'/'.join(old)}'")
@@ -100,15 +101,15 @@ def merge(
     """
     new, treedef = arrays.flatten(fresh)
     old = arrays.flatten(loaded)[0]
-    kept = [path for path in new if path not in old]
+    remaining = [path for path in new if path not in old]
     unused = [path for path in old if path not in new]
-    if bad := _not_allowed(kept, allow_fresh):
+    if bad := _not_allowed(remaining, allow_fresh):
         raise UserError(f'{arrays.join_paths(bad)} would stay fresh: not among the loaded weights')
     if bad := _not_allowed(unused, allow_unused):
         raise UserError(f'{arrays.join_paths(bad)} would stay unused: the model has no such leaf')
     leaves = [_cast(path, old[path], x) if path in old else x for path, x in new.items()]
     names = lambda paths: tuple(sorted('/'.join(path) for path in paths))
-    report = MergeReport(names(new.keys() & old.keys()), names(kept), names(unused))
+    report = MergeReport(names(new.keys() & old.keys()), names(remaining), names(unused))
     return jax.tree.unflatten(treedef, leaves), report
 
 
@@ -150,18 +151,9 @@ def _parse(spec: str) -> tuple[str, Renames]:
     return match[1], renames
 
 
-def _rename(path: Path, renames: Renames, used: set[Path]) -> Path:
-    """Replaces the first prefix that matches, and adds it to `used`."""
-    for old, new in renames:
-        if path[: len(old)] == old:
-            used.add(old)
-            return new + path[len(old) :]
-    return path
-
-
-def _find(spec: str, where: str) -> epath.Path:
-    """Returns the verified step directory that `where` means."""
-    path = checksums.absolute(where)
+def _find(spec: str, directory: str) -> epath.Path:
+    """Returns the verified step directory that `directory` means."""
+    path = checksums.absolute(directory)
     if (path / checksums.CHECKSUMS).exists() or (path.name.isdecimal() and path.exists()):
         checksums.verify(path)
         return path

@@ -13,32 +13,32 @@ from typing import Any, NoReturn
 from etils import epath
 
 
-def plain(value: object, where: str = 'value') -> Any:
+def plain(value: object, name: str = 'value') -> Any:
     """Returns `value` as strict JSON holds it: arrays as lists, 'nan', 'inf', '-inf' as strings.
 
-    Dicts keep their order. Raises TypeError, which names the place, for what JSON cannot hold.
+    Dicts keep their order. Raises TypeError, which starts with `name`, for what JSON cannot hold.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
-        out = {str(key): plain(item, f'{where}.{key}') for key, item in value.items()}
+        out = {str(key): plain(item, f'{name}.{key}') for key, item in value.items()}
         if len(out) < len(value):
-            raise TypeError(f'{where} has two keys that are the same in JSON')
+            raise TypeError(f'{name} has two keys that are the same in JSON')
         return out
     if isinstance(value, list | tuple):
-        return [plain(item, f'{where}[{i}]') for i, item in enumerate(value)]
+        return [plain(item, f'{name}[{i}]') for i, item in enumerate(value)]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, 'tolist') and not isinstance(items := value.tolist(), type(value)):
-        return plain(items, where)
-    raise TypeError(f'{where} is a {type(value).__name__}, which JSON cannot hold')
+        return plain(items, name)
+    raise TypeError(f'{name} is a {type(value).__name__}, which JSON cannot hold')
 
 
-def encode(value: object, where: str, indent: int | None = None) -> bytes:
-    """Returns `plain(value)` as strict JSON in UTF-8; `where` names it in errors."""
-    text = json.dumps(plain(value, where), allow_nan=False, ensure_ascii=False, indent=indent)
+def encode(value: object, name: str, indent: int | None = None) -> bytes:
+    """Returns `plain(value)` as strict JSON in UTF-8; errors call it `name`."""
+    text = json.dumps(plain(value, name), allow_nan=False, ensure_ascii=False, indent=indent)
     return text.encode('utf-8', 'backslashreplace')  # a lone surrogate becomes its JSON escape
 
 
@@ -78,7 +78,7 @@ def write_results(
 ) -> dict:
     """Writes results.json and returns its content.
 
-    `best` is {'step', 'metric', 'value'} or None; `weights`, 'best' or 'last', says which weights
+    `best` is {'step', 'metric', 'value'} or None; `weights`, 'best' or 'last', tells which weights
     `final` scores. Raises ValueError if a score is neither a number nor a string.
     """
     if weights not in ('best', 'last'):
@@ -117,18 +117,15 @@ def truncate(path: epath.PathLike, step: int, *, keep_evaluations_at_step: bool 
         return 0
     content = path.read_bytes()
     lines = [line for line in content.split(b'\n') if line.strip()]
-    kept = [line for line in lines if _stays(_parse(line), step, keep_evaluations_at_step)]
-    new = b''.join(line + b'\n' for line in kept)
+    at_step = lambda record: (
+        keep_evaluations_at_step or not any(name.startswith('eval/') for name in record)
+    )
+    stays = lambda record: record['step'] < step or (record['step'] == step and at_step(record))
+    rest = [line for line in lines if (record := _parse(line)) is not None and stays(record)]
+    new = b''.join(line + b'\n' for line in rest)
     if new != content:
         replace(path, new)
-    return len(lines) - len(kept)
-
-
-def _stays(record: dict | None, step: int, keep_evaluations_at_step: bool) -> bool:
-    if record is None or record['step'] > step:
-        return False
-    evaluation = any(name.startswith('eval/') for name in record)
-    return keep_evaluations_at_step or not evaluation or record['step'] < step
+    return len(lines) - len(rest)
 
 
 def _parse(line: bytes) -> dict | None:

@@ -101,10 +101,13 @@ class Logs:
             uses[name] += 1
             name += f'-{uses[name]}' if uses[name] > 1 else ''
             try:
-                content = _png(figure, step)
+                buffer = io.BytesIO()
+                metadata = {'Description': str(figure.get_label() or ''), 'Step': str(int(step))}
+                figure.savefig(buffer, format='png', dpi=120, metadata=metadata)
+                content = buffer.getvalue()
                 files.replace(self._workdir / 'figures' / f'{name}.png', content)
             except Exception as error:  # a figure must not end a run
-                self.message(f"figure '{title}' could not be drawn: {_describe(error)}")
+                self.message(f"figure '{title}' could not be drawn: {error!r}")
                 continue
             if writer := self._open_tensorboard():
                 with self._guard_tensorboard():
@@ -207,16 +210,4 @@ class Logs:
         except Exception as error:
             self._writer = None
             self._tensorboard = False
-            self.message(f'TensorBoard is off: {_describe(error)}')
-
-
-def _png(figure: 'Figure', step: int) -> bytes:
-    buffer = io.BytesIO()
-    metadata = {'Description': str(figure.get_label() or ''), 'Step': str(int(step))}
-    figure.savefig(buffer, format='png', dpi=120, metadata=metadata)
-    return buffer.getvalue()
-
-
-def _describe(error: Exception) -> str:
-    text = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {text}' if text else type(error).__name__
+            self.message(f'TensorBoard is off: {error!r}')

@@ -32,5 +32,4 @@ def _make(part: Callable[[RunFiles], Iterable[page.Markup]], run: RunFiles) -> p
     try:
         return page.join(part(run))
     except Exception as error:
-        words = f'The part “{part.__name__}” could not be made: {type(error).__name__}: {error}'
-        return page.note(words)
+        return page.note(f'The part “{part.__name__}” could not be made: {error!r}')

@@ -51,15 +51,16 @@ def draw(
 
     `best` is the `best` entry of results.json; its point is marked.
     """
-    found, stages = collect(lines), spans(lines)
-    train = {key: series for key, series in found.items() if not key.startswith('eval/')}
+    curves = collect(lines)
+    stages = spans(lines)
+    train = {key: series for key, series in curves.items() if not key.startswith('eval/')}
     colours: dict[str, str] = {}  # of evaluators
     evaluations: dict[str, list[Series]] = collections.defaultdict(list)  # by metric
-    for key in found:
+    for key in curves:
         if key.startswith('eval/') and key.count('/') > 1:
             _, evaluator, metric = key.split('/', 2)
             colour = colours.setdefault(evaluator, EVALUATION[len(colours) % len(EVALUATION)])
-            curve = dataclasses.replace(found[key], label=evaluator, colour=colour)
+            curve = dataclasses.replace(curves[key], label=evaluator, colour=colour)
             evaluations[metric].append(curve)
 
     sections: dict[str, list[Chart]] = collections.defaultdict(list)

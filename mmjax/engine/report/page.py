@@ -18,7 +18,7 @@ h1 { font-size: 30px; line-height: 1.2; margin: 0 12px 0 0; letter-spacing: -.01
 h2 { font-size: 20px; margin: 48px 0 14px; padding-bottom: 6px;
   border-bottom: 1px solid var(--line); }
 h3 { font-size: 15px; margin: 26px 0 8px; }
-p { margin: 8px 0; } .muted { color: var(--muted); }
+p { margin: 8px 0; } .muted { color: var(--muted); } .muted:empty { display: none; }
 .top { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; }
 code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px;

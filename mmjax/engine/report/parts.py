@@ -1,6 +1,7 @@
 """Makes the parts of a report; each reads the files of a run and yields its HTML."""
 
 import io
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -47,12 +48,10 @@ def _facts(run: RunFiles) -> Iterator[tuple[str, object, str]]:
         yield 'last training loss', losses[-1], 'the last finite one logged'
     if speeds := run.finite('examples_per_second'):
         yield 'examples per second', statistics.median(speeds), 'median of the log'
-    seconds, last = 0.0, 0
-    for line in run.lines:  # a line has the mean time of the steps since the line before
-        if value := number(line.get('step_seconds')):
-            seconds += value * (line['step'] - last)
-            last = line['step']
-    if seconds:
+    # A line has the mean time of the steps since the line before.
+    means = [(line['step'], s) for line in run.lines if (s := number(line.get('step_seconds')))]
+    pairs = itertools.pairwise([(0, 0.0), *means])
+    if seconds := sum(mean * (step - last) for (last, _), (step, mean) in pairs):
         yield 'time in updates', clock(seconds), 'compilation included'
 
 
@@ -79,9 +78,9 @@ def trained(run: RunFiles) -> Iterator[Markup]:
     groups: dict[str, list[object]] = {}
     for i, stage in enumerate(run.plan):
         for group in stage.get('groups') or []:
-            sizes = [group['group'], group.get('parameters'), group.get('tensors')]
-            row = groups.setdefault(group['group'], sizes + [None] * len(run.plan))
-            row[len(sizes) + i] = _rate(group.get('rate'))
+            name, *sizes = (group.get(key) for key in ('group', 'parameters', 'tensors'))
+            row = groups.setdefault(name, [name, *sizes, *[None] * len(run.plan)])
+            row[3 + i] = _rate(group.get('rate'))
     if groups:
         yield element('h3', 'Base learning rate per parameter group')
         head = ['group', 'parameters', 'tensors', *(stage['name'] for stage in run.plan)]
@@ -152,17 +151,13 @@ def charts(run: RunFiles) -> Iterator[Markup]:
         yield note('Nothing has been logged.')
         return
     sections, constants = curves.draw(run.lines, run.results.get('best'))
-    words = []
-    if len(curves.spans(run.lines)) > 1:
-        words.append('Dashed lines are the boundaries of stages.')
     width = max((chart.width for drawn in sections.values() for chart in drawn), default=1)
-    if width > 1:
-        words.append(
-            f'A point of a dense curve is the mean of up to {width} neighbouring log lines of one '
-            'stage, and the band is their range; evaluations are drawn one by one.'
-        )
-    if words:
-        yield muted(' '.join(words))
+    words = {
+        'Dashed lines are the boundaries of stages.': len(curves.spans(run.lines)) > 1,
+        f'A point of a dense curve is the mean of up to {width} neighbouring log lines of one '
+        'stage, and the band is their range; evaluations are drawn one by one.': width > 1,
+    }
+    yield muted(' '.join(text for text, applies in words.items() if applies))
     for name, drawn in sections.items():
         yield heading('Scores over the run' if name == 'Scores' else name)
         images = [
@@ -190,7 +185,7 @@ def _image(path: epath.Path) -> Markup:
         image = Image.open(io.BytesIO(content))
         image.load()
     except Exception as error:
-        return note(f'{path.name} could not be read: {type(error).__name__}: {error}')
+        return note(f'{path.name} could not be read: {error!r}')
     words = [str(image.info.get('Description') or '')]
     if 'Step' in image.info:
         words.append(f'step {image.info["Step"]}')
