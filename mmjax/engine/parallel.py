@@ -59,10 +59,6 @@ def mesh(axes: Mapping[str, int]) -> Mesh:
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def rows(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: rows over all devices, in the order of the mesh."""
     return NamedSharding(mesh, PartitionSpec(AXES))
@@ -79,7 +75,7 @@ def weights(tree: PyTree, mesh: Mesh) -> PyTree:
         shape = leaf.shape
         fits = [axis for axis in range(len(shape)) if shape[axis] % size == 0]
         if size == 1 or math.prod(shape) < MIN_SHARDED or not fits:
-            return replicated(mesh)
+            return NamedSharding(mesh, PartitionSpec())
         longest = max(fits, key=lambda axis: shape[axis])
         return NamedSharding(mesh, PartitionSpec(*(None,) * longest, 'fsdp'))
 

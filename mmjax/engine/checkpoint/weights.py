@@ -119,8 +119,7 @@ def _cast(
     """Returns `loaded` in the dtype and with the sharding of `fresh`."""
     name, value = '/'.join(path), np.asarray(loaded)
     if value.shape != fresh.shape:
-        shapes = f'{fresh.shape} in the model, {value.shape} loaded'
-        raise UserError(f'{name} has shape {shapes}')
+        raise UserError(f'{name} has shape {fresh.shape} in the model, {value.shape} loaded')
     if jnp.issubdtype(value.dtype, jnp.floating) != jnp.issubdtype(fresh.dtype, jnp.floating):
         raise UserError(f'{name} is {fresh.dtype} in the model, {value.dtype} loaded')
     value = value.astype(fresh.dtype)

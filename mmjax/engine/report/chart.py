@@ -96,8 +96,7 @@ def bins(series: Series) -> tuple[list[tuple[np.ndarray, ...]], int]:
         edges = np.arange(0, len(x), width)
         size = np.diff(np.append(edges, len(x)))
         mean_x, mean_y = (np.add.reduceat(array, edges) / size for array in (x, y))
-        low, high = np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)
-        parts.append((mean_x, mean_y, low, high))
+        parts.append((mean_x, mean_y, np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)))
     return parts, width
 
 
@@ -159,8 +158,7 @@ def chart(
         elif max(map(abs, axis.get_ylim())) >= 1e4:
             axis.yaxis.set_major_formatter(EngFormatter(sep=''))
         if rows:
-            foot = (0, -0.33 / height)
-            axis.legend(loc='upper left', bbox_to_anchor=foot, ncols=columns)
+            axis.legend(loc='upper left', bbox_to_anchor=(0, -0.33 / height), ncols=columns)
         buffer = io.StringIO()
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
     broken = sum(len(s.value) for s in series) - len(values)

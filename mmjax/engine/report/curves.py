@@ -39,7 +39,7 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
                 if key not in _HIDDEN and (value := number(item)) is not None:
                     points[key].append((line['step'], value, stage))
     return {
-        key: Series(key, key, TRAIN, *map(list, zip(*of_key, strict=True)))
+        key: Series(key, 'train', TRAIN, *map(list, zip(*of_key, strict=True)))
         for key, of_key in points.items()
     }
 
@@ -69,15 +69,12 @@ def draw(
     def add(section: str, title: str, series: Sequence[Series], **options: Any) -> None:
         if all(s.constant for s in series):
             for s in series:
-                name = title if s.label in (title, 'train') else f'{title} ({s.label})'
+                name = title if s.label == 'train' else f'{title} ({s.label})'
                 constants[name] = s.value[-1]
             return
         if best and any(s.key == f'eval/{best["metric"]}' for s in series):
             options['best'] = best['step'], float(best['value'])
         sections[section].append(chart(title, series, stages, **options))
-
-    def with_evaluations(key: str, metric: str) -> list[Series]:
-        return [dataclasses.replace(train[key], label='train'), *evaluations.pop(metric, [])]
 
     def family(name: str, first: int = 0) -> list[Series]:
         keys = [key for key in train if key.startswith(f'{name}/')]
@@ -86,10 +83,10 @@ def draw(
 
     for key in sorted(train, key=lambda key: key != 'loss'):
         if re.match('loss(/|$)', key):
-            series = with_evaluations(key, key.removeprefix('loss/'))
+            series = [train[key], *evaluations.pop(key.removeprefix('loss/'), [])]
             add('Losses', key, series, wide=key == 'loss', log=True)
     other = [k for k in train if not re.match(r'(loss|lr|weight|count|grad_norm)(/|$)', k)]
-    diagnostics = {key: with_evaluations(key, key) for key in other}
+    diagnostics = {key: [train[key], *evaluations.pop(key, [])] for key in other}
     for title, series in _by_stem(evaluations, len(colours) > 1).items():
         add('Scores', title, series)
     add('Schedules', 'learning rate', family('lr'), log=True, zero='frozen')
@@ -118,8 +115,7 @@ def _by_stem(evaluations: Mapping[str, list[Series]], many: bool) -> dict[str, l
     """Puts metrics that differ only in a last number (r1, r5, r10) under one title."""
     stems: dict[str, list[str]] = collections.defaultdict(list)
     for metric in evaluations:
-        match = re.fullmatch(r'(.*\D)\d+', metric)
-        stems[match[1] if match else metric].append(metric)
+        stems[re.sub(r'(?<=\D)\d+$', '', metric)].append(metric)
     out: dict[str, list[Series]] = {}
     for stem, metrics in stems.items():
         if len(metrics) == 1:

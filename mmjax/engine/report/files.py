@@ -24,8 +24,8 @@ class RunFiles:
         paths = folder.iterdir() if folder.exists() else ()
         self.figures = sorted(p for p in paths if p.suffix == '.png' and p.name[0] != '.')
         plan = self.info.get('plan')
-        stages = plan if isinstance(plan, list) else []
-        self.plan = [stage for stage in stages if isinstance(stage, dict) and 'name' in stage]
+        plan = plan if isinstance(plan, list) else []
+        self.plan = [stage for stage in plan if isinstance(stage, dict) and 'name' in stage]
         self.step = max((line['step'] for line in self.lines), default=0)
 
     def _read(self, name: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def join(parts: Iterable[object]) -> Markup:
 def element(name: str, *children: object, class_: str = '', **attributes: str) -> Markup:
     """Returns <name …>children</name>; an empty attribute is left out."""
     pairs = {'class': class_, **attributes}
-    words = ''.join(f' {key}="{html.escape(value)}"' for key, value in pairs.items() if value)
+    words = ''.join(f' {key}="{escape(value)}"' for key, value in pairs.items() if value)
     return Markup(f'<{name}{words}>{join(children)}</{name}>')
 
 
@@ -127,7 +127,7 @@ def image(
 ) -> Markup:
     """Returns a figure with an image of MIME type `kind` inside the page itself."""
     source = f'data:{kind};base64,{base64.b64encode(content).decode("ascii")}'
-    tag = Markup(f'<img alt="{html.escape(title)}" src="{source}">')
+    tag = Markup(f'<img alt="{escape(title)}" src="{source}">')
     words = element('figcaption', element('b', title), f' · {caption}' if caption else '')
     # A chart has its title above, any other image its caption below.
     parts = (words, tag) if kind == 'image/svg+xml' else (tag, words)
