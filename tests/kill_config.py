@@ -1,8 +1,4 @@
-"""The run that tests kill: two stages with a thaw, evaluations, a save every few updates."""
-
-import sys
-
-sys.path.insert(0, __file__.rsplit('/', 1)[0])
+"""The config of the run that tests kill: a thaw, evaluations, a save every few updates."""
 
 from tests.runs import toy
 

@@ -1,4 +1,4 @@
-"""Runs that are killed: started in another process, ended by SIGKILL, compared with an unbroken."""
+"""Starts runs in another process, kills them, and compares them with an unbroken run."""
 
 import hashlib
 import json
@@ -27,13 +27,13 @@ def digest(workdir) -> str:
 
 
 def newest(workdir) -> int:
-    found = (workdir / 'checkpoints').iterdir()
-    return max(int(path.name) for path in found if path.name.isdigit())
+    paths = (workdir / 'checkpoints').iterdir()
+    return max(int(path.name) for path in paths if path.name.isdigit())
 
 
 def start(workdir, *arguments):
-    named = any(argument.startswith('--config=') for argument in arguments)
-    config = [] if named else [f'--config={CONFIG}']
+    configured = any(argument.startswith('--config=') for argument in arguments)
+    config = [] if configured else [f'--config={CONFIG}']
     command = [sys.executable, '-m', 'mmjax.main', *config, f'--workdir={workdir}', *arguments]
     return subprocess.Popen(
         command,
@@ -53,7 +53,7 @@ def finish(workdir, *arguments):
 
 
 def kill_at_random_moments(workdir, unbroken, kills, rng, arguments=()):
-    """Kills and restarts a run; then everything must equal the unbroken one."""
+    """Kills and restarts a run; then everything equals the unbroken one. Returns the kills."""
     done = 0
     while done < kills:
         process = start(workdir, *arguments)
@@ -74,13 +74,13 @@ def kill_at_random_moments(workdir, unbroken, kills, rng, arguments=()):
     finish(workdir, *arguments)
     assert lines(workdir) == lines(unbroken)
     assert digest(workdir) == digest(unbroken)
-    mine, wanted = (json.loads((w / 'results.json').read_text()) for w in (workdir, unbroken))
-    assert mine == wanted
+    actual, expected = (json.loads((w / 'results.json').read_text()) for w in (workdir, unbroken))
+    assert actual == expected
     return done
 
 
 def survives(recipe, seed, tmp_path, monkeypatch):
-    """Kills a recipe's run up to three times; the cache spares compiling after every kill."""
+    """Kills a recipe's run up to three times; a cache saves the compilation after a kill."""
     monkeypatch.setenv('MMJAX_COMPILATION_CACHE', str(tmp_path / 'compiled'))
     arguments = (f'--config=configs/{recipe}.py:smoke', f'--config.data.cache={tmp_path}/data')
     finish(tmp_path / 'unbroken', *arguments)

@@ -1,48 +1,49 @@
-"""Devices and hosts: starting processes, the mesh, and where batches and parameters live."""
+"""Starts the processes of a run, makes the mesh, and places batches and parameters on it."""
 
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from mmjax.errors import UserError
 
 AXES = ('data', 'fsdp')
-MIN_SHARDED = 2**14  # elements; smaller leaves are cheaper whole than gathered
+MIN_SHARDED = 2**14  # elements; smaller leaves are not worth a gather
 
 
-def start(coordinator: str | None = None, processes: int | None = None, index: int | None = None):
-    """Joins the other processes of the run where flags or Slurm say that there are any.
+def start(
+    coordinator: str | None = None, processes: int | None = None, index: int | None = None
+) -> None:
+    """Joins the other processes of the run, if the flags or Slurm name any.
 
-    With none, a plain process is left alone (`jax.distributed.initialize` would raise there).
-    Must run before anything touches a device.
+    Leaves a single process alone (`jax.distributed.initialize` would raise there). Call it before
+    anything uses a device.
     """
-    given = [value is not None for value in (coordinator, processes, index)]
-    if any(given):
-        if not all(given):
-            raise UserError('give --coordinator, --processes and --process together, or none')
+    if coordinator is not None and processes is not None and index is not None:
         if not 0 <= index < processes:
             raise UserError(f'--process={index} is not below --processes={processes}')
         jax.distributed.initialize(coordinator, processes, index)
         return
+    if not all(value is None for value in (coordinator, processes, index)):
+        raise UserError('give --coordinator, --processes and --process together, or none')
     tasks = int(os.environ.get('SLURM_NTASKS', '1'))
     if tasks > 1 and 'SLURM_PROCID' in os.environ and 'SLURM_STEP_NODELIST' in os.environ:
-        # Slurm's default is one device a process: with one task a node, take all of its devices.
-        local = int(os.environ.get('SLURM_STEP_TASKS_PER_NODE', '1').split('(')[0].split(',')[0])
+        # JAX takes one device per Slurm task; a task alone on its node takes all devices there.
+        per_node = int(os.environ.get('SLURM_STEP_TASKS_PER_NODE', '1').split('(')[0].split(',')[0])
         visible = os.environ.get('CUDA_VISIBLE_DEVICES')
-        ids = list(range(len(visible.split(',')))) if local == 1 and visible else None
+        ids = list(range(len(visible.split(',')))) if per_node == 1 and visible else None
         jax.distributed.initialize(local_device_ids=ids)
 
 
 def mesh(axes: Mapping[str, int]) -> Mesh:
-    """Makes the ('data', 'fsdp') mesh over all devices of all hosts; one -1 takes what is left.
+    """Makes the ('data', 'fsdp') mesh over all devices of all hosts; one size may be -1: the rest.
 
-    The axes are Auto: with Explicit ones, the default of `jax.make_mesh`, a contrastive
-    `z @ z.T` of a sharded batch is an error.
+    The axes are Auto. With Explicit axes, the default of `jax.make_mesh`, a contrastive `z @ z.T`
+    of a sharded batch is an error.
     """
     if set(axes) != set(AXES):
         raise UserError(f'config.mesh needs the keys data and fsdp, not {", ".join(axes)}')
@@ -53,13 +54,9 @@ def mesh(axes: Mapping[str, int]) -> Mesh:
     if math.prod(shape) != devices or min(shape) < 1:
         raise UserError(
             f'config.mesh data={axes["data"]} × fsdp={axes["fsdp"]} does not make the '
-            f'{devices} devices there are'
+            f'{devices} devices of this run'
         )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
@@ -67,19 +64,22 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def weights(tree: Any, mesh: Mesh) -> Any:
-    """Returns a sharding a leaf: the longest axis that `fsdp` divides, small leaves whole."""
+def weights(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns the sharding of every leaf: along its longest axis that `fsdp` divides.
+
+    Leaves below `MIN_SHARDED` elements, and those without such an axis, are whole on every device.
+    """
     size = mesh.shape['fsdp']
 
-    def one(leaf):
+    def sharding(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         shape = leaf.shape
         fits = [axis for axis in range(len(shape)) if shape[axis] % size == 0]
         if size == 1 or math.prod(shape) < MIN_SHARDED or not fits:
-            return replicated(mesh)
+            return NamedSharding(mesh, PartitionSpec())
         longest = max(fits, key=lambda axis: shape[axis])
         return NamedSharding(mesh, PartitionSpec(*(None,) * longest, 'fsdp'))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(sharding, tree)
 
 
 def with_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -90,7 +90,7 @@ def with_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises where the rows of a micro-batch do not divide over the devices."""
+    """Raises UserError if the rows of a micro-batch do not divide over the devices."""
     if accumulation < 1 or batch_size % accumulation:
         raise UserError(f'batch_size={batch_size} is not a multiple of accumulation={accumulation}')
     if (batch_size // accumulation) % mesh.size:
@@ -100,7 +100,7 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: PyTree) -> PyTree:
     """Returns global arrays as NumPy on every host."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
@@ -110,6 +110,7 @@ def fetch(tree: Any) -> Any:
 
 
 def barrier(name: str) -> None:
+    """Waits until every process has called it with this name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -117,5 +118,5 @@ def barrier(name: str) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes what a run leaves."""
+    """Whether this process writes the files of the run."""
     return jax.process_index() == 0

@@ -120,7 +120,7 @@ def test_orbax_alone_reads_what_we_wrote(filled):
 
 
 def test_a_step_saved_again_is_replaced(tmp_path):
-    with Checkpoints(tmp_path, keep=2, asynchronous=False) as checkpoints:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
         for value in (1, 2):
             checkpoints.save(7, _state(value), {'value': value})
         assert checkpoints.newest() == (7, {'value': 2})
@@ -158,7 +158,7 @@ def test_the_old_one_stays_until_the_new_one_has_its_checksums(tmp_path, monkeyp
         checkpoints.save(2, _state(2), {})
         with pytest.raises(UserError, match='checkpoints/2 could not be saved: no space left'):
             checkpoints.wait()
-        checkpoints.wait()  # told once
+        checkpoints.wait()  # raised once
         assert checkpoints.newest() == (1, {})
 
 
@@ -284,8 +284,8 @@ _SAVE_FOR_EVER = """
     import jax.numpy as jnp
     from mmjax.engine.checkpoint import Checkpoints
     with Checkpoints(sys.argv[1], keep=2) as checkpoints:
-        found = checkpoints.newest()
-        first = 1 if found is None else found[0] + 1
+        newest = checkpoints.newest()
+        first = 1 if newest is None else newest[0] + 1
         checkpoints.discard_after(first - 1)
         for step in itertools.count(first):
             state = {'step': jnp.int32(step), 'x': jnp.full((300_000,), step, jnp.float32)}

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmjax.engine import logs
-from mmjax.engine.logs import files, record, screen
+from mmjax.engine.logs import files, screen
 
 
 def strict(text):
@@ -118,7 +118,6 @@ def test_lines_after_a_truncation_go_to_the_new_file(tmp_path):
 
 
 def test_a_remote_log_is_sent_whole_and_no_line_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, 'is_local', lambda path: False)
     monkeypatch.setattr(files, 'is_local', lambda path: False)
     (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
     log = quiet(tmp_path)
@@ -217,11 +216,11 @@ def test_write_json_is_strict_ordered_and_readable(tmp_path):
     }
     path = tmp_path / 'new' / 'x.json'
     logs.write_json(path, value)
-    found = strict(path.read_text())
-    assert list(found) == ['z', 'a', 'path', 'none', 'array', 'jax', 'page', 'bad', '3']
-    assert found['a'] == [0.5, 'nan', '-inf'] and found['array'] == [0, 1, 2]
-    assert found['jax'] == [[1.0, 1.0]] and found['path'] == str(tmp_path)
-    assert found['bad'] == '\udcff' and '漫画' in path.read_text()
+    actual = strict(path.read_text())
+    assert list(actual) == ['z', 'a', 'path', 'none', 'array', 'jax', 'page', 'bad', '3']
+    assert actual['a'] == [0.5, 'nan', '-inf'] and actual['array'] == [0, 1, 2]
+    assert actual['jax'] == [[1.0, 1.0]] and actual['path'] == str(tmp_path)
+    assert actual['bad'] == '\udcff' and '漫画' in path.read_text()
 
 
 @pytest.mark.parametrize(
@@ -275,7 +274,7 @@ def test_readers_meet_whole_files_only(tmp_path):
 
 
 def test_results(tmp_path):
-    found = logs.write_results(
+    actual = logs.write_results(
         tmp_path,
         best=None,
         final={'val': {'r1': np.float32(0.5), 'x': math.nan, 'v': 'healthy'}},
@@ -283,26 +282,26 @@ def test_results(tmp_path):
         skipped={'no text': np.int64(3)},
         weights='last',
     )
-    assert found == strict((tmp_path / 'results.json').read_text())
-    assert list(found) == ['best', 'weights', 'final', 'stages', 'skipped']
-    assert list(found['stages']) == ['b', 'a'] and found['final']['val']['x'] == 'nan'
+    assert actual == strict((tmp_path / 'results.json').read_text())
+    assert list(actual) == ['best', 'weights', 'final', 'stages', 'skipped']
+    assert list(actual['stages']) == ['b', 'a'] and actual['final']['val']['x'] == 'nan'
     with pytest.raises(ValueError, match="'best' or 'last'"):
         logs.write_results(tmp_path, best=None, final={}, stages={}, skipped={}, weights='newest')
-    with pytest.raises(ValueError, match='val/r1 is no number'):
+    with pytest.raises(ValueError, match='val/r1 is not a number'):
         logs.write_results(
             tmp_path, best=None, final={'val': {'r1': [1]}}, stages={}, skipped={}, weights='last'
         )
-    assert found == strict((tmp_path / 'results.json').read_text())
+    assert actual == strict((tmp_path / 'results.json').read_text())
 
 
-# TensorBoard and pictures ----------------------------------------------------------------------
+# TensorBoard and figures -----------------------------------------------------------------------
 
 
 def events(workdir):
-    """Reads the scalars and pictures that TensorBoard would show: purged ones left out."""
+    """Reads the scalars and images that TensorBoard would show: purged ones left out."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    shown = []
+    visible = []
     for path in sorted((pathlib.Path(workdir) / 'tensorboard').iterdir()):
         content, at = path.read_bytes(), 0
         while at < len(content):
@@ -310,11 +309,11 @@ def events(workdir):
             event = Event.FromString(content[at + 12 : at + 12 + size])
             at += 16 + size
             if event.session_log.status == SessionLog.START:
-                shown = [item for item in shown if item[0] < event.step]
+                visible = [item for item in visible if item[0] < event.step]
             for value in event.summary.value:
                 kind = value.WhichOneof('value')
-                shown.append((event.step, value.tag, getattr(value, kind)))
-    return shown
+                visible.append((event.step, value.tag, getattr(value, kind)))
+    return visible
 
 
 def test_tensorboard_shows_every_scalar_once_across_a_kill(tmp_path):
@@ -327,13 +326,13 @@ def test_tensorboard_shows_every_scalar_once_across_a_kill(tmp_path):
     for step in range(5, 9):
         log.write(step, 'b', step / 2, {**values_at(step), 'verdict': 'healthy', 'bad': math.nan})
     log.close()
-    shown = events(tmp_path)
+    visible = events(tmp_path)
     for tag in ('loss', 'lr/text', 'epoch'):
-        assert [step for step, name, _ in shown if name == tag] == list(range(1, 9))
-    found = {step: value for step, tag, value in shown if tag == 'loss'}
-    np.testing.assert_allclose([found[s] for s in range(1, 9)], 1 / np.arange(1, 9), rtol=1e-6)
-    assert [step for step, tag, _ in shown if tag.startswith('stage')] == [1, 5]
-    assert [step for step, tag, _ in shown if tag == 'bad'] == [5, 6, 7, 8]
+        assert [step for step, name, _ in visible if name == tag] == list(range(1, 9))
+    actual = {step: value for step, tag, value in visible if tag == 'loss'}
+    np.testing.assert_allclose([actual[s] for s in range(1, 9)], 1 / np.arange(1, 9), rtol=1e-6)
+    assert [step for step, tag, _ in visible if tag.startswith('stage')] == [1, 5]
+    assert [step for step, tag, _ in visible if tag == 'bad'] == [5, 6, 7, 8]
 
 
 def test_tensorboard_drops_everything_when_nothing_was_saved(tmp_path):
@@ -373,8 +372,8 @@ def test_figures_are_saved_whole_with_caption_and_step(tmp_path):
     assert image.size == (240, 120)
     assert image.info['Description'] == 'what the model sees: 漫画' and image.info['Step'] == '7'
     assert "figure 'bad' could not be drawn" in stream.getvalue()
-    (picture,) = [value for step, tag, value in events(tmp_path) if tag == 'val/pages']
-    assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (240, 120)
+    (image,) = [value for step, tag, value in events(tmp_path) if tag == 'val/pages']
+    assert Image.open(io.BytesIO(image.encoded_image_string)).size == (240, 120)
 
 
 # Screen ----------------------------------------------------------------------------------------
@@ -391,8 +390,8 @@ def test_without_a_terminal_lines_are_plain_and_rare(tmp_path, monkeypatch):
     log.message('[bold]not markup[/bold]')
     out = stream.getvalue()
     assert '\x1b' not in out and '\r' not in out and '[bold]not markup[/bold]' in out
-    shown = [int(line.split('step ')[1].split('/')[0]) for line in out.splitlines()[:-1]]
-    assert shown == [*range(1, 51, 5), *range(51, 101, 5), 100]
+    visible = [int(line.split('step ')[1].split('/')[0]) for line in out.splitlines()[:-1]]
+    assert visible == [*range(1, 51, 5), *range(51, 101, 5), 100]
     line = out.splitlines()[1]
     for words in (
         'anchor 1/3',
@@ -445,7 +444,7 @@ def test_on_a_terminal_messages_stand_above_one_live_line(tmp_path):
         and '100%' in out
         and 'pages 2/3' in out
     )
-    assert out.rfind('\x1b[?25l') < out.rfind('\x1b[?25h')  # the cursor is shown again
+    assert out.rfind('\x1b[?25l') < out.rfind('\x1b[?25h')  # the cursor is visible again
     assert out.count('\x1b[2K') >= 2  # the line was redrawn in place
 
 
@@ -537,7 +536,7 @@ def test_a_closed_standard_output_does_not_end_a_process(tmp_path, root, redirec
     ],
 )
 def test_durations(seconds, words):
-    assert screen._clock(seconds) == words
+    assert screen.clock(seconds) == words
 
 
 def test_importing_logs_brings_no_jax(root):

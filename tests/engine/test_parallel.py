@@ -31,9 +31,9 @@ def single(tmp_path_factory, cache):
     return lines(workdir / 'run')
 
 
-def same(found, wanted):
-    assert [line['step'] for line in found] == [line['step'] for line in wanted]
-    for a, b in zip(found, wanted, strict=True):
+def same(actual, expected):
+    assert [line['step'] for line in actual] == [line['step'] for line in expected]
+    for a, b in zip(actual, expected, strict=True):
         assert a.keys() == b.keys()
         for key, value in b.items():
             if key not in ('step', 'stage'):
@@ -67,7 +67,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, cache, single):
 
 
 def test_pmap_gives_the_losses_of_jit_over_the_mesh():
-    """`jax.pmap` sums (total, count) over devices; the mesh does so without being told."""
+    """`jax.pmap` sums (total, count) over devices; the mesh does so by itself."""
     code = """
 import functools, jax, jax.numpy as jnp, numpy as np
 from mmjax.engine import parallel
@@ -110,8 +110,8 @@ def test_large_leaves_are_sharded_along_their_longest_axis(monkeypatch):
     monkeypatch.setattr(parallel, 'NamedSharding', lambda mesh, spec: tuple(spec))
     leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     tree = {'wide': leaf(64, 1024), 'tall': leaf(1024, 64), 'odd': leaf(333, 333)}
-    found = parallel.weights({**tree, 'small': leaf(4, 4)}, mesh)
-    assert found == {'wide': (None, 'fsdp'), 'tall': ('fsdp',), 'odd': (), 'small': ()}
+    actual = parallel.weights({**tree, 'small': leaf(4, 4)}, mesh)
+    assert actual == {'wide': (None, 'fsdp'), 'tall': ('fsdp',), 'odd': (), 'small': ()}
 
 
 def test_half_of_the_distributed_flags_is_an_error():

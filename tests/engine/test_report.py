@@ -128,7 +128,7 @@ def fake_run(workdir, *, every=5, finished=True, word='', broken=()):
             best=best,
             final={'val': kept, 'query_gallery': {'rank1': 0.5}},
             stages={name + word: {'loss': 1.0} for name, _, _ in STAGES},
-            skipped={f'picture cannot be read{word}': 3},
+            skipped={f'image cannot be read{word}': 3},
             weights='best',
         )
     return workdir
@@ -192,7 +192,7 @@ def test_page_tells_the_run(finished):
         'query_gallery',
         'rank1',
         'healthy',
-        'picture cannot be read',
+        'image cannot be read',
         'comic_pages',
         'Panels with the text',
         'jax',
@@ -303,7 +303,7 @@ def test_a_missing_piece_is_said_on_the_page(tmp_path, missing):
         'config.json': 'command unknown',
         'metrics.jsonl': 'Nothing has been logged',
         'results.json': 'not finished',
-        'figures': 'has left none',
+        'figures': 'saved no image',
     }
     assert words[missing] in page.text
     assert 'could not be made' not in page.text
@@ -344,18 +344,18 @@ def test_wrong_types_cost_one_part_only(tmp_path):
         assert words in page.text, words
 
 
-def test_large_pictures_are_reduced_and_said_so(tmp_path):
+def test_large_images_are_reduced_and_said_so(tmp_path):
     from PIL import Image
 
     (tmp_path / 'figures').mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (1100, 1900, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / 'figures' / 'big.png')
     page = page_of(tmp_path)
-    assert 'figures/big.png has it whole' in page.text
+    assert 'figures/big.png has the full size' in page.text
 
 
 def test_module_runs_from_the_command_line(tmp_path, root):
-    call = [sys.executable, '-m', 'mmjax.report']
+    call = [sys.executable, '-m', 'mmjax.engine.report']
     done = subprocess.run([*call, tmp_path], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / 'report.html').exists(), done.stderr
     failed = subprocess.run([*call, tmp_path / 'no'], cwd=root, capture_output=True, text=True)

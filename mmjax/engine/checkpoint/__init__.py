@@ -1,11 +1,11 @@
-"""Checkpoints by Orbax: asynchronous, checksummed saves; walking back; strict and partial loads.
+"""Saves and restores runs with Orbax: asynchronous, with checksums, strict or in part.
 
-<workdir>/checkpoints/<step>/   state/  meta/meta.json  checksums.json     the last `keep`
-<workdir>/best/<step>/          the same, of the weights that scored best   exactly one
-<workdir>/corrupt/              what was damaged or cut, put aside
+<workdir>/checkpoints/<step>/   state/  meta/meta.json  checksums.json     the last `keep` steps
+<workdir>/best/<step>/          the same, for the weights with the best score; exactly one
+<workdir>/corrupt/              damaged or unfinished steps, moved out of the way
 """
 
 from mmjax.engine.checkpoint.store import Checkpoints
-from mmjax.engine.checkpoint.weights import Report, load_weights, merge, run_of
+from mmjax.engine.checkpoint.weights import MergeReport, load_weights, merge, run_of
 
-__all__ = ['Checkpoints', 'Report', 'load_weights', 'merge', 'run_of']
+__all__ = ['Checkpoints', 'MergeReport', 'load_weights', 'merge', 'run_of']

@@ -1,35 +1,37 @@
-"""What goes through Orbax: the handler, and reading a step strictly or in part.
+"""Reads the arrays of one step directory through Orbax, strictly or in part.
 
-Also the trees in the form that all of it uses: {('a', 'b', 'kernel'): leaf}.
+Trees are handled in flat form: {('a', 'b', 'kernel'): leaf}.
 """
 
 import collections
 import json
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
+from jaxtyping import PyTree
 
 from mmjax.engine.checkpoint import checksums
 from mmjax.errors import UserError
 
-Tree = Any  # a pytree of arrays
-_SHOWN = 5  # leaves an error names
+Path = tuple[str, ...]
+T = TypeVar('T')
+_MAX_NAMES = 5  # leaves that an error message lists
 
 
-def _concerns_us(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or 'orbax' not in record.pathname
-
-
-# Orbax tells of every save in dozens of INFO lines; its warnings and our own lines pass.
-logging.getLogger('absl').addFilter(_concerns_us)
+# Orbax logs dozens of INFO lines per save; its warnings and our own lines pass.
+logging.getLogger('absl').addFilter(
+    lambda record: record.levelno >= logging.WARNING or 'orbax' not in record.pathname
+)
 
 
 def handler() -> ocp.CompositeCheckpointHandler:
+    """Returns the Orbax handler of a step: the arrays as `state`, the JSON as `meta`."""
     # zstd shrinks float32 weights by 7 % and makes a save three times as long.
     return ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(use_compression=False),
@@ -37,117 +39,112 @@ def handler() -> ocp.CompositeCheckpointHandler:
     )
 
 
-def on_first(function: Callable[[], Any]) -> Any:
-    """Runs `function` on process 0; every process gets its JSON result, or its error."""
+def on_first(function: Callable[[], T]) -> T:
+    """Calls `function` on process 0; returns its JSON result, or raises its error, on all."""
     if jax.process_count() == 1:
         return function()
     from jax.experimental import multihost_utils
 
-    answer = b''
+    message = b''
     if jax.process_index() == 0:
         try:
-            answer = json.dumps({'value': function()}).encode()
+            message = json.dumps({'value': function()}).encode()
         except Exception as error:  # the others must not wait for a process that has left
-            answer = json.dumps({'error': str(error) or type(error).__name__}).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(answer))))
-    padded = np.frombuffer(answer.ljust(size), np.uint8)
+            message = json.dumps({'error': str(error) or type(error).__name__}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
+    padded = np.frombuffer(message.ljust(size), np.uint8)
     answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))
     if 'error' in answer:
         raise UserError(answer['error'])
     return answer['value']
 
 
-def leaves(tree: Tree) -> tuple[dict[tuple[str, ...], Any], Any]:
+def flatten(tree: PyTree) -> tuple[dict[Path, PyTree], jax.tree_util.PyTreeDef]:
     """Returns ({path: leaf}, treedef), in the order of the tree; empty subtrees have no leaf."""
     pairs, treedef = jax.tree.flatten_with_path(tree)
     name = lambda key: jax.tree_util.keystr((key,), simple=True)
     return {tuple(map(name, path)): leaf for path, leaf in pairs}, treedef
 
 
-def nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for keys, leaf in flat.items():
-        node = tree
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-        node[keys[-1]] = leaf
-    return tree
+def join_paths(paths: Iterable[Path]) -> str:
+    """Formats paths for a message: the first few, and how many more there are."""
+    names = sorted('/'.join(path) for path in paths)
+    more = f' and {len(names) - _MAX_NAMES} more' if len(names) > _MAX_NAMES else ''
+    return ', '.join(names[:_MAX_NAMES]) + more
 
 
-def names(paths) -> str:
-    names = sorted('/'.join(keys) for keys in paths)
-    more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-    return ', '.join(names[:_SHOWN]) + more
+def specs(step: epath.Path) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Returns {path: shape and dtype} of the leaves in a step directory."""
+    with ocp.Checkpointer(handler()) as checkpointer:
+        tree = checkpointer.metadata(step).item_metadata['state'].tree
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flatten(tree)[0].items()}
 
 
-def shape(leaf) -> str:
-    return f'({", ".join(map(str, leaf.shape))})'
+def read(step: epath.Path, leaves: Mapping[Path, jax.ShapeDtypeStruct]) -> dict[Path, np.ndarray]:
+    """Returns those `leaves` of a step directory as whole NumPy arrays."""
+    arguments = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves}
+    restored = _restore(step, leaves, arguments, partial=True)
+    return {path: np.asarray(restored[path]) for path in leaves}
 
 
-def _saved(reader: ocp.Checkpointer, path: epath.Path) -> dict[tuple[str, ...], Any]:
-    return leaves(reader.metadata(path).item_metadata['state'].tree)[0]
-
-
-def shapes(path: epath.Path) -> dict[tuple[str, ...], Any]:
-    """Returns {path: what has the shape and dtype} of the leaves in a step directory."""
-    with ocp.Checkpointer(handler()) as reader:
-        return _saved(reader, path)
-
-
-def read(path: epath.Path, wants: Callable[[tuple[str, ...]], bool]) -> dict[tuple[str, ...], Any]:
-    """Returns the leaves of a step directory that `wants` picks, as whole NumPy arrays."""
-    with ocp.Checkpointer(handler()) as reader:
-        wanted = {keys: leaf for keys, leaf in _saved(reader, path).items() if wants(keys)}
-        items = ocp.args.PyTreeRestore(
-            item=nest({k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in wanted.items()}),
-            restore_args=nest({k: ocp.RestoreArgs(restore_type=np.ndarray) for k in wanted}),
-            partial_restore=True,
-        )
-        found = leaves(reader.restore(path, args=ocp.args.Composite(state=items)).state)[0]
-    lost = [k for k in wanted if isinstance(found.get(k), jax.ShapeDtypeStruct | None)]
-    if lost:
-        raise UserError(f'checkpoint {path}: {names(lost)} could not be restored')
-    return {keys: np.asarray(found[keys]) for keys in wanted}
-
-
-def restore(path: epath.Path, template: Tree) -> Tree:
+def restore(step: epath.Path, template: PyTree) -> PyTree:
     """Returns a step's state in the structure, shapes, dtypes and shardings of `template`.
 
     Raises:
-      UserError: if a leaf is missing, is too many, or has another shape or dtype; Orbax itself
+      UserError: if a leaf is missing or unknown, or has another shape or dtype; Orbax itself
         casts dtypes silently.
     """
-    wanted, treedef = leaves(template)
-    with ocp.Checkpointer(handler()) as reader:
-        _check_fits(path, _saved(reader, path), wanted)
-        how = {}
-        for keys, leaf in wanted.items():
-            sharding = getattr(leaf, 'sharding', None)
-            sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            how[keys] = ocp.ArrayRestoreArgs(
-                sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
-            )
-        items = ocp.args.PyTreeRestore(item=nest(wanted), restore_args=nest(how))
-        found = leaves(reader.restore(path, args=ocp.args.Composite(state=items)).state)[0]
-    for keys, leaf in wanted.items():
-        value = found.get(keys)
-        if not isinstance(value, jax.Array) or value.dtype != leaf.dtype:
-            raise UserError(f'checkpoint {path}: {"/".join(keys)} could not be restored')
-    return jax.tree.unflatten(treedef, [found[keys] for keys in wanted])
+    expected, treedef = flatten(template)
+    _check_fit(step, specs(step), expected)
+    on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    arguments = {
+        path: ocp.ArrayRestoreArgs(
+            sharding=getattr(leaf, 'sharding', None) or on_one_device,
+            global_shape=leaf.shape,
+            dtype=leaf.dtype,
+        )
+        for path, leaf in expected.items()
+    }
+    restored = _restore(step, expected, arguments, partial=False)
+    return jax.tree.unflatten(treedef, [restored[path] for path in expected])
 
 
-def _check_fits(path: epath.Path, saved: Mapping, wanted: Mapping) -> None:
-    faults = collections.defaultdict(list)
-    for keys in wanted.keys() - saved.keys():
-        faults['is missing'].append(keys)
-    for keys in saved.keys() - wanted.keys():
-        faults['is unknown to the run'].append(keys)
-    for keys in wanted.keys() & saved.keys():
-        want, have = wanted[keys], saved[keys]
-        if tuple(have.shape) != tuple(want.shape):
-            faults[f'has shape {shape(have)} instead of {shape(want)}'].append(keys)
-        elif np.dtype(have.dtype) != np.dtype(want.dtype):
-            faults[f'is {np.dtype(have.dtype)} instead of {np.dtype(want.dtype)}'].append(keys)
-    if faults:
-        text = '; '.join(f'{names(found)} {fault}' for fault, found in faults.items())
-        raise UserError(f'checkpoint {path} does not fit: {text}')
+def _restore(
+    step: epath.Path,
+    template: Mapping[Path, jax.ShapeDtypeStruct],
+    arguments: Mapping[Path, ocp.RestoreArgs],
+    *,
+    partial: bool,
+) -> dict[Path, jax.Array | np.ndarray]:
+    request = ocp.args.PyTreeRestore(
+        item=unflatten_dict(template),
+        restore_args=unflatten_dict(arguments),
+        partial_restore=partial,
+    )
+    with ocp.Checkpointer(handler()) as checkpointer:
+        restored = checkpointer.restore(step, args=ocp.args.Composite(state=request))
+    leaves = flatten(restored.state)[0]
+    for path, spec in template.items():
+        leaf = leaves.get(path)
+        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.dtype != spec.dtype:
+            raise UserError(f'checkpoint {step}: {"/".join(path)} could not be restored')
+    return leaves
+
+
+def _check_fit(
+    step: epath.Path,
+    saved: Mapping[Path, jax.ShapeDtypeStruct],
+    expected: Mapping[Path, jax.ShapeDtypeStruct],
+) -> None:
+    faults: dict[str, list[Path]] = collections.defaultdict(list)
+    faults['is missing'] = list(expected.keys() - saved.keys())
+    faults['is unknown to the run'] = list(saved.keys() - expected.keys())
+    for path in expected.keys() & saved.keys():
+        old, new = saved[path], expected[path]
+        if old.shape != tuple(new.shape):
+            faults[f'has shape {old.shape} instead of {tuple(new.shape)}'].append(path)
+        elif old.dtype != new.dtype:
+            faults[f'is {old.dtype} instead of {new.dtype}'].append(path)
+    texts = [f'{join_paths(paths)} {fault}' for fault, paths in faults.items() if paths]
+    if texts:
+        raise UserError(f'checkpoint {step} does not fit: {"; ".join(texts)}')

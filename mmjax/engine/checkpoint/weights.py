@@ -1,65 +1,75 @@
-"""Weights of another run (`--init_from`), and strict merging into a fresh model."""
+"""Loads the weights of another run (`--init_from`) and merges them strictly into a fresh model."""
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import unflatten_dict
+from jaxtyping import PyTree
 
 from mmjax.engine.checkpoint import arrays, checksums
-from mmjax.engine.checkpoint.arrays import Tree
+from mmjax.engine.checkpoint.arrays import Path
 from mmjax.errors import UserError
+
+Renames = list[tuple[Path, Path]]  # (old prefix, new prefix)
 
 
 def load_weights(spec: str) -> tuple[dict, dict, str]:
     """Loads the weights that `--init_from` names.
 
     Args:
-      spec: 'DIR' is the best of a run, the newest where there is no best; 'DIR/best' and
-        'DIR/checkpoints' are the newest of that kind; 'DIR/checkpoints/N' is that one. It may end
-        in ':model→teacher,head->' (or '->'): the first prefix of a leaf's path that matches is
-        replaced, an empty one standing for the top; other leaves keep their path.
+      spec: 'DIR' is the best of a run, or its newest if there is no best; 'DIR/best' and
+        'DIR/checkpoints' are the newest of that kind; 'DIR/checkpoints/N' is that step. It may
+        end in ':model→teacher,head->' (or '->'): the first prefix that matches the path of a
+        leaf is replaced; an empty prefix is the root. Other leaves keep their path.
 
     Returns:
-      (params, batch_stats, description): nested dicts of NumPy arrays, whole on every process; ema
-      in place of the weights that have one, as in evaluation. The paths that a prefix matches are
-      those inside of params and batch_stats.
+      (params, batch_stats, description): nested dicts of whole NumPy arrays on every process.
+      Averaged weights (ema) replace those they average, as in evaluation. Prefixes match paths
+      inside params and batch_stats.
     """
-    where, renames = _parse(spec)
-    path = epath.Path(arrays.on_first(lambda: str(_find(spec, where))))
-    kinds = {keys[0] for keys in arrays.shapes(path)}
-    if 'params' in kinds:
-        chosen = ('params',)
-    elif kinds & {'trainable', 'frozen'}:
-        chosen = ('ema' if 'ema' in kinds else 'trainable', 'frozen')
-    else:
-        raise UserError(f'--init_from={spec}: {path} holds neither params nor trainable weights')
-    flat = arrays.read(path, lambda keys: keys[0] in (*chosen, 'batch_stats'))
-    params, stats, used = {}, {}, set()
-    for keys, leaf in flat.items():
-        target = stats if keys[0] == 'batch_stats' else params
-        renamed = _rename(keys[1:], renames, used)
-        if renamed in target:
-            raise UserError(f'--init_from={spec}: two leaves are called {"/".join(renamed)}')
-        target[renamed] = leaf
-    dead = ['/'.join(old) for old, _ in renames if old not in used]
-    if dead:
-        raise UserError(f"--init_from={spec}: no leaf of {path} is under '{dead[0]}'")
-    return arrays.nest(params), arrays.nest(stats), f'{path} ({chosen[0]}, {len(flat)} leaves)'
+    directory, renames = _parse(spec)
+    step = epath.Path(arrays.on_first(lambda: str(_find(spec, directory))))
+    leaves = arrays.specs(step)
+    parts = {path[0] for path in leaves}
+    state = ('ema' if 'ema' in parts else 'trainable', 'frozen')  # of a checkpoint
+    chosen = ('params',) if 'params' in parts else state
+    if parts.isdisjoint(chosen):
+        raise UserError(f'--init_from={spec}: {step} holds neither params nor trainable weights')
+    parts = {*chosen, 'batch_stats'}
+    values = arrays.read(step, {path: x for path, x in leaves.items() if path[0] in parts})
+    params: dict[Path, np.ndarray] = {}
+    stats: dict[Path, np.ndarray] = {}
+    used: set[Path] = set()
+    for (part, *keys), value in values.items():
+        tree = stats if part == 'batch_stats' else params
+        prefixes = ((old, new) for old, new in renames if tuple(keys[: len(old)]) == old)
+        old, new = next(prefixes, ((), ()))
+        used.add(old)
+        path = (*new, *keys[len(old) :])
+        if path in tree:
+            raise UserError(f'--init_from={spec}: two leaves are called {"/".join(path)}')
+        tree[path] = value
+    for old, _ in renames:
+        if old not in used:
+            raise UserError(f"--init_from={spec}: no leaf of {step} is under '{'/'.join(old)}'")
+    description = f'{step} ({chosen[0]}, {len(values)} leaves)'
+    return unflatten_dict(params), unflatten_dict(stats), description
 
 
 def run_of(spec: str) -> epath.Path | None:
-    """Returns the workdir that the weights named as in `load_weights` lie in; None if in none."""
-    where = epath.Path(_parse(spec)[0])
-    above = (where, *list(where.parents)[:2])
-    return next((path for path in above if (path / 'config.json').exists()), None)
+    """Returns the workdir of the weights that `spec` names, see `load_weights`; None if in none."""
+    path = epath.Path(_parse(spec)[0])
+    folders = (path, *list(path.parents)[:2])
+    return next((folder for folder in folders if (folder / 'config.json').exists()), None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class MergeReport:
     """What `merge` did, as leaf paths 'a/b/kernel'."""
 
     loaded: tuple[str, ...]
@@ -67,97 +77,88 @@ class Report:
     unused: tuple[str, ...]
 
     def __str__(self) -> str:
-        listed = [f'{len(self.loaded)} leaves loaded']
-        for name in ('fresh', 'unused'):
-            paths = getattr(self, name)
-            listed.append(f'{len(paths)} {name}' + (f': {", ".join(paths)}' if paths else ''))
-        return '; '.join(listed)
+        texts = [f'{len(self.loaded)} leaves loaded']
+        for name, paths in (('fresh', self.fresh), ('unused', self.unused)):
+            texts.append(f'{len(paths)} {name}' + (f': {", ".join(paths)}' if paths else ''))
+        return '; '.join(texts)
 
 
 def merge(
-    fresh: Tree,
-    loaded: Tree,
+    fresh: PyTree,
+    loaded: PyTree,
     *,
     allow_fresh: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
-) -> tuple[Tree, Report]:
-    """Puts `loaded` leaves in place of the `fresh` ones of the same path.
+) -> tuple[PyTree, MergeReport]:
+    """Replaces `fresh` leaves by the `loaded` ones of the same path.
 
-    Structure, dtype and sharding are those of `fresh`. A fresh leaf that nothing replaces and a
-    loaded one that nobody takes are errors, unless a regex of `allow_fresh` or `allow_unused`
+    Structure, dtype and sharding are those of `fresh`. A fresh leaf that is not replaced and a
+    loaded leaf that is not used are errors, unless a regex of `allow_fresh` or `allow_unused`
     matches the whole path ('a/b/kernel').
 
     Raises:
-      UserError: on such a leftover, on another shape, or on floats for integers.
+      UserError: on such a leaf, on another shape, or on floats for integers.
     """
-    new, treedef = arrays.leaves(fresh)
-    old = arrays.leaves(loaded)[0]
-    left = [keys for keys in new if keys not in old]
-    unused = [keys for keys in old if keys not in new]
-    if bad := _not_allowed(left, allow_fresh):
-        raise UserError(f'{arrays.names(bad)} would stay fresh: not among the loaded weights')
+    new, treedef = arrays.flatten(fresh)
+    old = arrays.flatten(loaded)[0]
+    remaining = [path for path in new if path not in old]
+    unused = [path for path in old if path not in new]
+    if bad := _not_allowed(remaining, allow_fresh):
+        raise UserError(f'{arrays.join_paths(bad)} would stay fresh: not among the loaded weights')
     if bad := _not_allowed(unused, allow_unused):
-        raise UserError(f'{arrays.names(bad)} would stay unused: the model has no such leaf')
-    out = {}
-    for keys, leaf in new.items():
-        if keys not in old:
-            out[keys] = leaf
-            continue
-        name, value = '/'.join(keys), np.asarray(old[keys])
-        if value.shape != leaf.shape:
-            shapes = arrays.shape(leaf), arrays.shape(value)
-            raise UserError(f'{name} has shape {shapes[0]} in the model, {shapes[1]} loaded')
-        if jnp.issubdtype(value.dtype, jnp.floating) != jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise UserError(f'{name} is {leaf.dtype} in the model, {value.dtype} loaded')
-        out[keys] = value = value.astype(leaf.dtype)
-        if isinstance(leaf, jax.Array):
-            out[keys] = jax.make_array_from_callback(
-                value.shape, leaf.sharding, lambda index, value=value: value[index]
-            )
-    names = lambda found: tuple(sorted('/'.join(keys) for keys in found))
-    report = Report(names(new.keys() & old.keys()), names(left), names(unused))
-    return jax.tree.unflatten(treedef, out.values()), report
+        raise UserError(f'{arrays.join_paths(bad)} would stay unused: the model has no such leaf')
+    leaves = [_cast(path, old[path], x) if path in old else x for path, x in new.items()]
+    names = lambda paths: tuple(sorted('/'.join(path) for path in paths))
+    report = MergeReport(names(new.keys() & old.keys()), names(remaining), names(unused))
+    return jax.tree.unflatten(treedef, leaves), report
 
 
-def _not_allowed(paths: Sequence[tuple[str, ...]], patterns: Sequence[str]) -> list:
+def _cast(
+    path: Path, loaded: jax.Array | np.ndarray, fresh: jax.Array | np.ndarray
+) -> jax.Array | np.ndarray:
+    """Returns `loaded` in the dtype and with the sharding of `fresh`."""
+    name, value = '/'.join(path), np.asarray(loaded)
+    if value.shape != fresh.shape:
+        raise UserError(f'{name} has shape {fresh.shape} in the model, {value.shape} loaded')
+    if jnp.issubdtype(value.dtype, jnp.floating) != jnp.issubdtype(fresh.dtype, jnp.floating):
+        raise UserError(f'{name} is {fresh.dtype} in the model, {value.dtype} loaded')
+    value = value.astype(fresh.dtype)
+    if not isinstance(fresh, jax.Array):
+        return value
+    return jax.make_array_from_callback(value.shape, fresh.sharding, lambda index: value[index])
+
+
+def _not_allowed(paths: Iterable[Path], patterns: Sequence[str]) -> list[Path]:
     try:
         compiled = [re.compile(pattern) for pattern in patterns]
     except re.error as error:
-        raise UserError(f"'{error.pattern}' is no regular expression: {error}") from error
-    return [keys for keys in paths if not any(p.fullmatch('/'.join(keys)) for p in compiled)]
+        raise UserError(f"'{error.pattern!s}' is no regular expression: {error}") from error
+    return [path for path in paths if not any(p.fullmatch('/'.join(path)) for p in compiled)]
 
 
-def _parse(spec: str) -> tuple[str, list[tuple[tuple[str, ...], tuple[str, ...]]]]:
-    """Splits 'DIR:a→b,c->d'; the colon of gs:// is none of ours."""
+def _parse(spec: str) -> tuple[str, Renames]:
+    """Splits 'DIR:a→b,c->d' into DIR and renames; the colon of gs:// belongs to DIR."""
     match = re.fullmatch(r'(.+?)(?::(?!//)([^:]*(?:→|->)[^:]*))?', spec)
     if match is None:
         raise UserError(f"--init_from='{spec}' names no directory")
-    renames = []
+    renames: Renames = []
     for part in filter(None, (match[2] or '').split(',')):
-        sides = re.split('→|->', part)
+        sides = [tuple(filter(None, s.strip().split('/'))) for s in re.split('→|->', part)]
         if len(sides) != 2:
             raise UserError(f"--init_from={spec}: '{part}' is not of the form old→new")
-        renames.append(tuple(tuple(k for k in s.strip().split('/') if k) for s in sides))
+        renames.append((sides[0], sides[1]))
     return match[1], renames
 
 
-def _rename(keys, renames, used):
-    for old, new in renames:
-        if keys[: len(old)] == old:
-            used.add(old)
-            return new + keys[len(old) :]
-    return keys
-
-
-def _find(spec: str, where: str) -> epath.Path:
-    """Returns the verified step directory that `where` means."""
-    path = checksums.absolute(where)
+def _find(spec: str, directory: str) -> epath.Path:
+    """Returns the verified step directory that `directory` means."""
+    path = checksums.absolute(directory)
     if (path / checksums.CHECKSUMS).exists() or (path.name.isdecimal() and path.exists()):
         checksums.verify(path)
         return path
     names = ('best', 'checkpoints')
-    for folder in (path,) if path.name in names else tuple(path / name for name in names):
-        found, _ = checksums.walk_back(folder)
-        if found is not None:
-            return folder / str(found[0])
+    for folder in [path] if path.name in names else [path / name for name in names]:
+        newest, _ = checksums.walk_back(folder)
+        if newest is not None:
+            return folder / str(newest[0])
     raise UserError(f'--init_from={spec}: there is no checkpoint in {path}')

@@ -1,6 +1,6 @@
-"""A run's record: metrics.jsonl, results.json, pictures, TensorBoard, and the progress line."""
+"""Writes the record of a run: metrics.jsonl, results.json, figures, TensorBoard, progress."""
 
-from mmjax.engine.logs.files import plain, read, replace, truncate, write_json, write_results
+from mmjax.engine.logs.files import read, replace, truncate, write_json, write_results
 from mmjax.engine.logs.record import Logs
 
-__all__ = ['Logs', 'plain', 'read', 'replace', 'truncate', 'write_json', 'write_results']
+__all__ = ['Logs', 'read', 'replace', 'truncate', 'write_json', 'write_results']

@@ -1,4 +1,4 @@
-"""Writes a run's record as it goes: metrics.jsonl, pictures, TensorBoard, the progress line."""
+"""Writes metrics.jsonl, figures and TensorBoard events during a run, and shows its progress."""
 
 import collections
 import contextlib
@@ -6,92 +6,122 @@ import io
 import math
 import os
 import re
+import struct
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TextIO
 
 from etils import epath
 
-from mmjax.engine.logs.files import encode, is_local, last_step, plain, replace
+from mmjax.engine.logs import files
 from mmjax.engine.logs.screen import Screen
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _RESERVED = ('step', 'stage', 'epoch')
 _REMOTE_SECONDS = 30.0  # an object store cannot append: the whole log is sent, at most this often
 
 
 class Logs:
-    """Writes what one run leaves, and shows how it goes; silent unless `enabled` (process 0).
+    """Writes the record of one run and shows its progress; does nothing unless `enabled`.
 
-    Screen and TensorBoard never end a run: where they fail they are switched off, with a message
-    as long as there is a screen. A metrics line that cannot be written raises OSError.
+    The screen and TensorBoard never end a run: if one fails it is switched off, with a message
+    while there is a screen. A metrics line that cannot be written raises OSError.
+
+    Args:
+      workdir: the folder of the run.
+      enabled: True on process 0 only.
+      tensorboard: whether to write TensorBoard events too.
+      stream: where messages and progress go, standard output by default.
     """
 
-    def __init__(self, workdir, *, enabled: bool, tensorboard: bool, stream=None):
-        self._workdir, self._enabled, self._tensorboard = epath.Path(workdir), enabled, tensorboard
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        enabled: bool,
+        tensorboard: bool,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._workdir = epath.Path(workdir)
         self._path = self._workdir / 'metrics.jsonl'
+        self._enabled = enabled
+        self._tensorboard = tensorboard
         self._screen = Screen(stream if stream is not None else sys.stdout) if enabled else None
-        self._writer = None
-        self._remote, self._sent = None, -math.inf  # text of a remote metrics.jsonl, when sent
-        self._stage = None
+        self._writer: Any = None  # a tensorboardX.SummaryWriter
+        self._remote: bytearray | None = None  # the whole text of a remote metrics.jsonl
+        self._sent = -math.inf  # when it was last sent
+        self._stage = ''
 
     def write(self, step: int, stage: str, epoch: float, values: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl; numbers go to TensorBoard as scalars, words as text.
+        """Appends one line to metrics.jsonl; TensorBoard gets numbers as scalars, strings as text.
 
-        Raises ValueError where `values` names step, stage or epoch, or holds something else.
+        Raises ValueError if `values` names step, stage or epoch, or holds something else.
         """
         if not self._enabled:
             return
-        if clash := [name for name in _RESERVED if name in values]:
-            raise ValueError(f"'{clash[0]}' is set by the log itself and cannot be a value")
+        if reserved := [name for name in _RESERVED if name in values]:
+            raise ValueError(f"'{reserved[0]}' is set by the log itself and cannot be a value")
         line = {'step': int(step), 'stage': stage, 'epoch': float(epoch), **values}
-        line = plain(line, 'metrics.jsonl')
+        line = files.plain(line, 'metrics.jsonl')
         if wrong := [name for name in line if not isinstance(line[name], int | float | str)]:
-            raise ValueError(f"the value '{wrong[0]}' is no number or string: {line[wrong[0]]!r}")
-        events = self._events()  # before the line: it looks at what the file ends with
-        self._append(encode(line, 'metrics.jsonl') + b'\n')
-        if events is None:
+            name = wrong[0]
+            raise ValueError(f"the value '{name}' is not a number or a string: {line[name]!r}")
+        writer = self._open_tensorboard()  # before the append: it reads the last line of the file
+        self._append(files.encode(line, 'metrics.jsonl') + b'\n')
+        if writer is None:
             return
         with self._guard_tensorboard():
+            texts = {name: value for name, value in values.items() if isinstance(value, str)}
             if stage != self._stage:
-                events.add_text('stage', stage, line['step'])
-                self._stage = stage
-            for name, value in values.items():
-                if isinstance(value, str):
-                    events.add_text(name, value, line['step'])
+                texts['stage'] = self._stage = stage
+            for name, value in texts.items():
+                writer.add_text(name, value, line['step'])
             numbers = {n: float(v) for n, v in values.items() if not isinstance(v, str)}
             numbers['epoch'] = line['epoch']
-            # One event a line: add_scalar queues one a value, 3.4 ms for 30 values instead of .1.
+            # One event per line: add_scalar queues one per value, which is 30 times slower.
             from tensorboardX.proto.summary_pb2 import Summary
 
             scalars = [Summary.Value(tag=n, simple_value=v) for n, v in numbers.items()]
-            events.file_writer.add_summary(Summary(value=scalars), line['step'])
+            writer.file_writer.add_summary(Summary(value=scalars), line['step'])
 
-    def figures(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Saves matplotlib Figures as figures/<name>.png, and sends them to TensorBoard.
+    def figures(self, step: int, figures: Mapping[str, 'Figure']) -> None:
+        """Saves matplotlib figures as figures/<name>.png, and sends them to TensorBoard.
 
-        A figure's label (`figure.set_label`) is its caption in the report. A figure that cannot
-        be drawn is reported, and the others are saved.
+        The label of a figure (`figure.set_label`) is its caption in the report. A figure that
+        cannot be drawn gets a message; the others are saved.
         """
         if not self._enabled:
             return
-        taken = collections.Counter()
+        uses: collections.Counter[str] = collections.Counter()
         for title, figure in figures.items():
             name = re.sub(r'[^\w.-]+', '_', title)
-            taken[name] += 1
-            name += f'-{taken[name]}' if taken[name] > 1 else ''
+            uses[name] += 1
+            name += f'-{uses[name]}' if uses[name] > 1 else ''
             try:
-                content = _png(figure, step)
-                replace(self._workdir / 'figures' / f'{name}.png', content)
-            except Exception as error:  # a picture is not worth a run
-                self.message(f"figure '{title}' could not be drawn: {_sentence(error)}")
+                buffer = io.BytesIO()
+                metadata = {'Description': str(figure.get_label() or ''), 'Step': str(int(step))}
+                figure.savefig(buffer, format='png', dpi=120, metadata=metadata)
+                content = buffer.getvalue()
+                files.replace(self._workdir / 'figures' / f'{name}.png', content)
+            except Exception as error:  # a figure must not end a run
+                self.message(f"figure '{title}' could not be drawn: {error!r}")
                 continue
-            if events := self._events():
+            if writer := self._open_tensorboard():
                 with self._guard_tensorboard():
-                    events.add_image(title, _pixels(content), int(step), dataformats='HWC')
+                    from tensorboardX.proto.summary_pb2 import Summary
+
+                    width, height = struct.unpack('>II', content[16:24])  # of the PNG header
+                    image = Summary.Image(
+                        width=width, height=height, colorspace=4, encoded_image_string=content
+                    )
+                    value = Summary.Value(tag=title, image=image)
+                    writer.file_writer.add_summary(Summary(value=[value]), int(step))
 
     def message(self, text: str) -> None:
-        """Prints lines of text; they stand above the progress line."""
+        """Prints lines of text, above the progress line if there is one."""
         if self._screen:
             self._screen.message(str(text))
 
@@ -108,25 +138,20 @@ class Logs:
         rate: float,
         examples_per_second: float,
     ) -> None:
-        """Shows where the run is: `index` from 0 of `stages`, `step` of `steps` of the whole run.
+        """Shows the position of the run: stage `index` (from 0) of `stages`, `step` of `steps`.
 
-        One live line on a terminal; elsewhere plain lines, at most one every five seconds at
-        first and one a minute in a long run. The time left follows the wall clock of the last 64
-        calls in this stage, evaluations and checkpoints included.
+        A terminal shows one live line. Elsewhere plain lines appear, at most one every five
+        seconds at first and one a minute in a long run. The time left follows the wall clock of
+        the last 64 calls in this stage, with evaluations and checkpoints.
         """
         if self._screen:
-            self._screen.progress(
-                stage,
-                index,
-                stages,
-                epoch,
-                step,
-                steps,
-                f'loss {loss:.4g}  rate {rate:.3g}  {_count(examples_per_second)} examples/s',
-            )
+            speed = examples_per_second
+            speed_text = f'{speed:,.0f}' if speed >= 100 else f'{speed:.3g}'
+            numbers = f'loss {loss:.4g}  rate {rate:.3g}  {speed_text} examples/s'
+            self._screen.progress(stage, index, stages, epoch, step, steps, numbers)
 
     def flush(self) -> None:
-        """Sends what a remote metrics.jsonl lacks; call it before a checkpoint is saved."""
+        """Sends the rest of a remote metrics.jsonl; call it before a checkpoint is saved."""
         if self._remote is not None:
             self._path.write_bytes(bytes(self._remote))
             self._sent = time.monotonic()
@@ -142,68 +167,47 @@ class Logs:
         self.flush()
 
     def _append(self, line: bytes) -> None:
-        if not is_local(self._path):
-            if self._remote is None:
-                self._remote = bytearray(self._path.read_bytes() if self._path.exists() else b'')
-            self._remote += line
-            if time.monotonic() - self._sent > _REMOTE_SECONDS:
-                self.flush()
+        if files.is_local(self._path):
+            # Opened for every line: `truncate` may have replaced the file since the last one.
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, 'ab') as file:
+                file.write(line)
             return
-        # Opened for every line, so that a file replaced by `truncate` is never written behind.
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, 'ab') as file:
-            file.write(line)
+        if self._remote is None:
+            self._remote = bytearray(self._path.read_bytes() if self._path.exists() else b'')
+        self._remote += line
+        if time.monotonic() - self._sent > _REMOTE_SECONDS:
+            self.flush()
 
-    def _events(self):
+    def _open_tensorboard(self) -> Any:
         """Returns the TensorBoard writer, opened at the first use, or None.
 
-        Events past the last line of metrics.jsonl belong to steps that a kill undid: the new
-        file's first event tells TensorBoard to drop them.
+        Events after the last line of metrics.jsonl belong to steps that a kill undid: the first
+        event of the new file tells TensorBoard to drop them.
         """
         if not self._tensorboard or self._writer is not None:
             return self._writer
         with self._guard_tensorboard():
             from tensorboardX import SummaryWriter
 
-            target = self._workdir / 'tensorboard'
-            target.mkdir(parents=True, exist_ok=True)
-            old = sum('tfevents' in path.name for path in target.iterdir())
-            # The suffix orders files and keeps apart those opened within one second.
+            folder = self._workdir / 'tensorboard'
+            folder.mkdir(parents=True, exist_ok=True)
+            earlier = sum('tfevents' in path.name for path in folder.iterdir())
+            lines, _ = files.read(self._path)
+            # The suffix orders the files and separates those opened within one second.
             self._writer = SummaryWriter(
-                os.fspath(target),
-                purge_step=last_step(self._path) + 1 if old else None,
+                os.fspath(folder),
+                purge_step=(lines[-1]['step'] + 1 if lines else 0) if earlier else None,
                 flush_secs=5,
-                filename_suffix=f'.{old:04d}',
+                filename_suffix=f'.{earlier:04d}',
             )
         return self._writer
 
     @contextlib.contextmanager
-    def _guard_tensorboard(self):
+    def _guard_tensorboard(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._writer, self._tensorboard = None, False
-            self.message(f'TensorBoard is off: {_sentence(error)}')
-
-
-def _png(figure, step: int) -> bytes:
-    buffer = io.BytesIO()
-    words = {'Description': str(figure.get_label() or ''), 'Step': str(int(step))}
-    figure.savefig(buffer, format='png', dpi=120, metadata=words)
-    return buffer.getvalue()
-
-
-def _pixels(png: bytes):
-    import numpy as np
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(png)).convert('RGB'))
-
-
-def _sentence(error: Exception) -> str:
-    text = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {text}' if text else type(error).__name__
-
-
-def _count(value: float) -> str:
-    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+            self._writer = None
+            self._tensorboard = False
+            self.message(f'TensorBoard is off: {error!r}')

@@ -1,4 +1,4 @@
-"""What a person sees of a run: messages, and one progress line (plain lines without a terminal)."""
+"""Prints messages and one progress line, or plain lines where there is no terminal."""
 
 import collections
 import contextlib
@@ -6,15 +6,21 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 
 class Screen:
-    """Prints to `stream` (None: nowhere); switches itself off where the stream fails."""
+    """Prints to `stream` (None: nowhere); switches itself off if the stream fails."""
 
-    def __init__(self, stream):
-        self._stream, self._live, self._console = stream, None, None
-        self._points = collections.deque(maxlen=64)  # (seconds, step) of this stage
-        self._started, self._printed, self._stage = time.monotonic(), -math.inf, (0, '')
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._live: Any = None  # a rich.live.Live
+        self._console: Any = None  # a rich.console.Console
+        self._points: collections.deque[tuple[float, int]] = collections.deque(maxlen=64)
+        self._started = time.monotonic()
+        self._printed = -math.inf
+        self._stage = (0, '')
         with self._guard():
             if stream is not None and stream.isatty():
                 from rich.console import Console
@@ -30,13 +36,23 @@ class Screen:
             elif self._stream is not None:
                 print(text, file=self._stream, flush=True)
 
-    def progress(self, stage, index, stages, epoch, step, steps, numbers: str) -> None:
+    def progress(
+        self,
+        stage: str,
+        index: int,
+        stages: int,
+        epoch: float,
+        step: int,
+        steps: int,
+        numbers: str,
+    ) -> None:
         now = time.monotonic()
-        entered, self._stage = (index, stage) != self._stage, (index, stage)
+        entered = (index, stage) != self._stage
+        self._stage = (index, stage)
         if entered:
             self._points.clear()
-        self._points.append((now, step))
-        left = f'{_clock(self._seconds_left(steps - step))} left'
+        self._points.append((now, step))  # of this stage
+        left = f'{clock(self._seconds_left(steps - step))} left'
         head = f'{stage} {index + 1}/{stages}'
         tail = f'epoch {epoch:.2f}  step {step}/{steps}  {numbers}  {left}'
         with self._guard():
@@ -54,24 +70,24 @@ class Screen:
             if live:
                 live.stop()
 
-    def _show(self, head: str, share: float, tail: str) -> None:
+    def _show(self, head: str, fraction: float, tail: str) -> None:
         from rich.live import Live
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
         line = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=1.0, completed=min(share, 1.0), width=16)
-        word = lambda text, style='': Text(text, style, no_wrap=True, overflow='ellipsis')
-        line.add_row(word(head, 'bold cyan'), bar, word(f'{share:4.0%}'), word(tail))
+        bar = ProgressBar(total=1.0, completed=min(fraction, 1.0), width=16)
+        cell = lambda text, style='': Text(text, style, no_wrap=True, overflow='ellipsis')
+        line.add_row(cell(head, 'bold cyan'), bar, cell(f'{fraction:4.0%}'), cell(tail))
         if self._live is None:
-            mine = self._stream is sys.stdout  # prints of others go above the line as well
+            is_stdout = self._stream is sys.stdout  # then other prints go above the line too
             self._live = Live(
                 line,
                 console=self._console,
                 auto_refresh=False,
-                redirect_stdout=mine,
-                redirect_stderr=mine and sys.stderr is not None and sys.stderr.isatty(),
+                redirect_stdout=is_stdout,
+                redirect_stderr=is_stdout and sys.stderr is not None and sys.stderr.isatty(),
             )
             self._live.start()
             self._console.show_cursor(True)  # a killed run must not leave the cursor hidden
@@ -86,8 +102,8 @@ class Screen:
         return text.encode(encoding, 'replace').decode(encoding)
 
     @contextlib.contextmanager
-    def _guard(self):
-        """Lets no fault of the screen out: a closed pipe or terminal ends the display only."""
+    def _guard(self) -> Iterator[None]:
+        """Keeps errors of the screen inside: a closed pipe or terminal ends only the display."""
         try:
             yield
         except Exception as error:
@@ -97,13 +113,13 @@ class Screen:
                 with contextlib.suppress(Exception):
                     live.stop()  # gives sys.stdout back
             if broken is sys.stdout and isinstance(error, BrokenPipeError):
-                # As Python's manual advises: later prints and the flush at exit stay quiet too.
-                with contextlib.suppress(Exception), open(os.devnull, 'wb') as nowhere:
-                    os.dup2(nowhere.fileno(), broken.fileno())
+                # Python's manual: later prints and the flush at exit then raise nothing.
+                with contextlib.suppress(Exception), open(os.devnull, 'wb') as null:
+                    os.dup2(null.fileno(), broken.fileno())
 
 
-def _clock(seconds: float | None) -> str:
-    """Formats a duration: '42s', '7:05', '3:07:05', '2d 03h'; '?' while it is unknown."""
+def clock(seconds: float | None) -> str:
+    """Formats a duration: '42s', '7:05', '3:07:05', '2d 03h'; '?' if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return '?'
     minutes, seconds = divmod(round(seconds), 60)

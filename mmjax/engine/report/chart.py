@@ -6,46 +6,64 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
-from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-BINS = 150  # points a line, over all stages; denser logs are averaged
-INK, MUTED, GRID = '#1d2733', '#66727f', '#e3e8ee'
-_STYLE = {
+BINS = 150  # points per curve, over all stages; denser logs are averaged
+INK, MUTED = '#1d2733', '#66727f'
+_STYLE: dict[Any, Any] = {
     'svg.fonttype': 'none',
     'svg.hashsalt': 'mmjax',
     'font.family': 'DejaVu Sans',
     'font.size': 8.5,
+    'text.color': INK,
+    'text.parse_math': False,
     'axes.edgecolor': '#b9c2cc',
     'axes.labelcolor': MUTED,
-    'text.color': INK,
-    'xtick.color': MUTED,
-    'ytick.color': MUTED,
     'axes.linewidth': 0.8,
     'axes.unicode_minus': False,
-    'text.parse_math': False,
+    'axes.axisbelow': True,
+    'axes.grid': True,
+    'axes.grid.axis': 'y',
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'grid.color': '#e3e8ee',
+    'grid.linewidth': 0.8,
+    'xaxis.labellocation': 'right',
+    'xtick.color': MUTED,
+    'ytick.color': MUTED,
+    'xtick.major.size': 3,
+    'ytick.major.size': 3,
+    'lines.markersize': 3.5,
+    'legend.frameon': False,
+    'legend.fontsize': 8,
+    'legend.handlelength': 1.4,
+    'legend.borderaxespad': 0,
+    'legend.borderpad': 0,
+    'legend.columnspacing': 1.4,
 }
+Span = tuple[str, int, int]  # stage, first step, last step
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """One picture of the page; `wide` ones take the whole width."""
+    """A chart of the page; a `wide` one takes the whole width."""
 
     title: str
     caption: str
     svg: bytes
     wide: bool = False
-    width: int = 1  # log lines averaged to a point
+    width: int = 1  # log lines averaged per point
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Series:
-    """Points of one curve; `stage` keeps a line from crossing into the next stage."""
+    """The points of one curve; a curve does not connect points of different stages."""
 
     key: str  # in metrics.jsonl
     label: str
@@ -56,7 +74,7 @@ class Series:
 
     @property
     def dots(self) -> bool:
-        """Whether it is an evaluation: every point marked, none averaged."""
+        """Whether it is an evaluation: every point has a mark, none is averaged."""
         return self.key.startswith('eval/')
 
     @property
@@ -65,139 +83,126 @@ class Series:
 
 
 def bins(series: Series) -> tuple[list[tuple[np.ndarray, ...]], int]:
-    """Averages a curve to about BINS points; returns [(step, mean, low, high) a stage], width.
+    """Averages a curve to about BINS points; returns [(step, mean, low, high) per stage], width.
 
     A bin holds `width` neighbouring finite points of one stage; its step is their mean.
     """
     step, value, stage = map(np.asarray, (series.step, series.value, series.stage))
     finite = np.isfinite(value)
-    width = 1 if series.dots else max(1, -(-int(finite.sum()) // BINS))
-    out = []
-    for index in dict.fromkeys(stage.tolist()):
-        x, y = step[finite & (stage == index)], value[finite & (stage == index)]
+    width = 1 if series.dots else max(1, math.ceil(finite.sum() / BINS))
+    parts: list[tuple[np.ndarray, ...]] = []
+    for index in np.unique(stage[finite]):
+        x, y = (array[finite & (stage == index)] for array in (step, value))
         edges = np.arange(0, len(x), width)
-        if not len(edges):
-            continue
         size = np.diff(np.append(edges, len(x)))
-        out.append(
-            (
-                np.add.reduceat(x, edges) / size,
-                np.add.reduceat(y, edges) / size,
-                np.minimum.reduceat(y, edges),
-                np.maximum.reduceat(y, edges),
-            )
-        )
-    return out, width
+        mean_x, mean_y = (np.add.reduceat(array, edges) / size for array in (x, y))
+        parts.append((mean_x, mean_y, np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)))
+    return parts, width
 
 
-def chart(title, series, stages, *, wide=False, log=False, ring=None, zero='') -> Chart:
-    """Draws one chart, on a log axis where `log` allows it and the values span a factor of 30.
+def chart(
+    title: str,
+    series: Sequence[Series],
+    stages: Sequence[Span],
+    *,
+    wide: bool = False,
+    log: bool = False,
+    zero: str = '',
+    best: tuple[int, float] | None = None,
+) -> Chart:
+    """Draws one chart.
 
-    `zero` is what the value 0 means in a series that would leave such an axis.
+    Args:
+      title: of the chart.
+      series: its curves.
+      stages: of the run.
+      wide: whether it takes the whole width of the page.
+      log: asks for a log axis, which is used if all values allow it and span a factor of 30.
+      zero: what the value 0 means, for curves that leave a log axis at 0.
+      best: (step, value) of the point to mark.
     """
-    notes = []
-    if silent := [s.label for s in series if zero and not any(s.value)]:
-        notes.append(f'{zero} throughout: {", ".join(silent)}')
-        series = [s for s in series if s.label not in silent]
-    series = _merged(series)
+    unused = [s.label for s in series if zero and not any(s.value)]
+    series = _merge([s for s in series if s.label not in unused])
     values = np.array([v for s in series for v in s.value if math.isfinite(v)])
     positive = values[values > 0]
-    log = log and len(positive) > 0 and positive.max() > 30 * positive.min()
-    log = bool(log and (zero or len(positive) == len(values)))
+    log = log and len(positive) > 0 and bool(positive.max() > 30 * positive.min())
+    log = log and (bool(zero) or len(positive) == len(values))
+    width, height, letters = (11.4, 2.6, 150) if wide else (5.6, 1.9, 68)
+    columns = max(1, letters // (7 + max((len(s.label) for s in series), default=0)))
+    rows = math.ceil(len(series) / columns) if len(series) > 1 else 0
+    total = height + 0.66 + 0.2 * rows
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # glyphs that only the reader's fonts have
-        legend = _rows(series, 150 if wide else 68)
-        figure, axis = _canvas(11.4 if wide else 5.6, 2.6 if wide else 1.9, len(legend))
-        _stages(axis, stages, 150 if wide else 68)
-        width, broken = 1, 0
-        for s in series:
-            width = max(width, _curve(axis, s, log, band=len(series) < 4))
-            broken += _broken(axis, s)
+        figure = Figure(figsize=(width, total))
+        axis = figure.add_axes(
+            (0.6 / width, 1 - (0.24 + height) / total, 1 - 0.7 / width, height / total)
+        )
+        _draw_stages(axis, stages, letters)
+        averaged = [_draw_curve(axis, s, log, band=len(series) < 4) for s in series]
         if log:
             axis.set_yscale('log')
             axis.set_ylim(bottom=max(positive.min() * 0.8, positive.max() * 1e-4))
         elif len(values) and 0 <= values.min() < 0.35 * values.max():
             axis.set_ylim(bottom=0)
         elif len(values) and np.ptp(values) < (least := 0.02 * np.abs(values).max()):
-            axis.set_ylim(*(np.mean([values.min(), values.max()]) + np.array([-1, 1]) * least))
-        if ring:
-            _mark(axis, *ring)
-        _dress(axis, log, legend)
+            middle = (values.min() + values.max()) / 2
+            axis.set_ylim(middle - least, middle + least)
+        if best:
+            _mark_best(axis, *best)
+        axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:,.0f}'))
+        axis.set_xlabel('step', labelpad=1)
+        if log:
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:.3g}'))
+            axis.minorticks_off()
+        elif max(map(abs, axis.get_ylim())) >= 1e4:
+            axis.yaxis.set_major_formatter(EngFormatter(sep=''))
+        if rows:
+            axis.legend(loc='upper left', bbox_to_anchor=(0, -0.33 / height), ncols=columns)
         buffer = io.StringIO()
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
-    if log:
-        notes.insert(0, 'log scale')
-    if broken:
-        notes.append(f'{broken} value{"s" * (broken > 1)} not finite (red marks)')
-    if log and zero and len(positive) < len(values):
-        notes.append(f'gaps: {zero} or at 0')
-    return Chart(title, '; '.join(notes), _web_fonts(buffer.getvalue()).encode(), wide, width)
+    broken = sum(len(s.value) for s in series) - len(values)
+    notes = {
+        'log scale': log,
+        f'{zero} throughout: {", ".join(unused)}': unused,
+        f'{broken} value{"s" * (broken > 1)} not finite (red marks)': broken,
+        f'gaps: {zero} or at 0': log and zero and len(positive) < len(values),
+    }
+    caption = '; '.join(words for words, applies in notes.items() if applies)
+    # The reader's interface font has every script, matplotlib's own has not.
+    fonts = "system-ui, 'Segoe UI', Roboto, sans-serif"
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", fonts, buffer.getvalue()).encode()
+    return Chart(title, caption, svg, wide, max(averaged, default=1))
 
 
-def _merged(series: Sequence[Series]) -> list[Series]:
-    """Puts curves that coincide, such as groups of one rate, under one label."""
-    out: dict[tuple, Series] = {}
+def _merge(series: Sequence[Series]) -> list[Series]:
+    """Puts equal curves, such as those of groups with one rate, under one label."""
+    equal: dict[tuple, list[Series]] = {}
     for s in series:
-        key = (tuple(s.step), tuple(s.value), s.dots)
-        if key in out:
-            out[key] = dataclasses.replace(out[key], label=f'{out[key].label}, {s.label}')
-        else:
-            out[key] = s
-    return list(out.values())
+        equal.setdefault((tuple(s.step), tuple(s.value), s.dots), []).append(s)
+    join = lambda curves: ', '.join(s.label for s in curves)
+    return [dataclasses.replace(curves[0], label=join(curves)) for curves in equal.values()]
 
 
-def _rows(series: Sequence[Series], letters: int) -> list[list[Series]]:
-    """Breaks the legend into rows of at most `letters`; one curve needs none."""
-    rows, room = [], 0
-    for s in series if len(series) > 1 else ():
-        need = len(s.label) + 7
-        if not rows or need > room:
-            rows.append([])
-            room = letters
-        rows[-1].append(s)
-        room -= need
-    return rows
-
-
-def _canvas(width: float, height: float, legend: int):
-    """Returns a figure and its axes of `height` inches, with room for `legend` rows below."""
-    top, bottom, left, right = 0.24, 0.42 + 0.2 * legend, 0.6, 0.1
-    total = top + height + bottom
-    figure = Figure(figsize=(width, total))
-    box = (left / width, bottom / total, 1 - (left + right) / width, height / total)
-    return figure, figure.add_axes(box)
-
-
-def _curve(axis, s: Series, log: bool, *, band: bool) -> int:
+def _draw_curve(axis: Axes, s: Series, log: bool, *, band: bool) -> int:
+    """Draws one curve, and red marks where it is not finite; returns the width of its bins."""
     parts, width = bins(s)
-    for x, mean, low, high in parts:
-        if log:
-            mean, low, high = (np.where(y > 0, y, np.nan) for y in (mean, low, high))
-        few = s.dots or len(x) < 3
+    axis.plot([], [], color=s.colour, lw=1.6, marker='o' if s.dots else None, label=s.label)
+    for x, *curves in parts:
+        mean, low, high = (np.where(y > 0, y, np.nan) if log else y for y in curves)
+        marker = 'o' if s.dots or len(x) < 3 else None
         axis.plot(
-            x,
-            mean,
-            color=s.colour,
-            lw=1.5 if band else 1.2,
-            marker='o' if few else None,
-            ms=3.5,
-            zorder=4 if s.dots else 3,
-            solid_joinstyle='round',
+            x, mean, color=s.colour, lw=1.5 if band else 1.2, marker=marker, zorder=3 + s.dots
         )
         if width > 1 and band:
             axis.fill_between(x, low, high, color=s.colour, alpha=0.16, lw=0)
-    if s.dots and len(parts) > 1:  # one evaluation a stage would otherwise be lone dots
+    if s.dots and len(parts) > 1:  # a faint line connects the evaluations of all stages
         x, y = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
         axis.plot(x, np.where(y > 0, y, np.nan) if log else y, color=s.colour, lw=0.8, alpha=0.5)
-    return width
-
-
-def _broken(axis, s: Series) -> int:
-    """Marks the steps where a value is NaN or infinite at the foot of the chart."""
-    at = [step for step, value in zip(s.step, s.value, strict=True) if not math.isfinite(value)]
+    broken = [x for x, y in zip(s.step, s.value, strict=True) if not math.isfinite(y)]
     axis.plot(
-        at,
-        [0.03] * len(at),
+        broken,
+        [0.03] * len(broken),
         'x',
         color='#c81e1e',
         ms=5,
@@ -206,20 +211,18 @@ def _broken(axis, s: Series) -> int:
         zorder=6,
         transform=axis.get_xaxis_transform(),
     )
-    return len(at)
+    return width
 
 
-def _mark(axis, step: float, value: float, words: str) -> None:
+def _mark_best(axis: Axes, step: int, value: float) -> None:
     axis.plot(step, value, 'o', ms=10, mfc='none', mec=INK, mew=1.2, zorder=5)
-    across, up = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))
-    side = 'right' if across > 0.9 else 'left' if across < 0.1 else 'center'
+    x, y = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))
     axis.annotate(
-        words,
+        f'best {value:.4g}',
         (step, value),
-        xytext=(0, -16 if up > 0.5 else 10),
+        xytext=(0, -16 if y > 0.5 else 10),
         textcoords='offset points',
-        ha=side,
-        fontsize=8.5,
+        ha='right' if x > 0.9 else 'left' if x < 0.1 else 'center',
         fontweight='bold',
         annotation_clip=False,
         zorder=7,
@@ -227,67 +230,24 @@ def _mark(axis, step: float, value: float, words: str) -> None:
     )
 
 
-def _stages(axis, stages, room: int) -> None:
+def _draw_stages(axis: Axes, stages: Sequence[Span], letters: int) -> None:
     """Shades every other stage, draws its boundary and writes its name above, cut to fit."""
     end = max((last for _, _, last in stages), default=1) or 1
     axis.set_xlim(-0.01 * end, 1.01 * end)
-    for i, (name, start, last) in enumerate(stages):
-        if len(stages) > 1 and i % 2:
-            axis.axvspan(start, last, color='#f3f6fa', lw=0, zorder=0)
+    for i, (name, first, last) in enumerate(stages):
+        if i % 2:
+            axis.axvspan(first, last, color='#f3f6fa', lw=0, zorder=0)
         if i:
-            axis.axvline(start, color='#8b97a5', lw=0.9, ls=(0, (4, 3)), zorder=1)
-        letters = int(room * (last - start) / end)
-        text = name if len(name) <= letters else name[: max(letters - 1, 0)] + '…'
-        if letters >= 3:
+            axis.axvline(first, color='#8b97a5', lw=0.9, ls=(0, (4, 3)), zorder=1)
+        fits = int(letters * (last - first) / end)
+        if fits >= 3:
             axis.text(
-                (start + last) / 2,
+                (first + last) / 2,
                 1.02,
-                text,
+                name if len(name) <= fits else name[: fits - 1] + '…',
                 ha='center',
                 va='bottom',
                 fontsize=8,
                 color=MUTED,
                 transform=axis.get_xaxis_transform(),
             )
-
-
-def _dress(axis, log: bool, legend: Sequence[Sequence[Series]]) -> None:
-    axis.grid(axis='y', color=GRID, lw=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.tick_params(length=3)
-    axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:,.0f}'))
-    axis.set_xlabel('step', loc='right', labelpad=1)
-    if log:
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:.3g}'))
-        axis.minorticks_off()
-    elif max(map(abs, axis.get_ylim())) >= 1e4:
-        axis.yaxis.set_major_formatter(EngFormatter(sep=''))
-    for i, row in enumerate(legend):
-        lines = [
-            Line2D([], [], color=s.colour, lw=1.6, marker='o' if s.dots else None, ms=3.5)
-            for s in row
-        ]
-        foot = (0.0, -(24 + 14 * i) / 72 / (axis.bbox.height / axis.figure.dpi))
-        axis.add_artist(
-            Legend(
-                axis,
-                lines,
-                [s.label for s in row],
-                loc='upper left',
-                bbox_to_anchor=foot,
-                ncols=len(row),
-                frameon=False,
-                fontsize=8,
-                handlelength=1.4,
-                borderaxespad=0,
-                borderpad=0,
-                columnspacing=1.4,
-            )
-        )
-
-
-def _web_fonts(svg: str) -> str:
-    """Lets the reader's interface font, which has every script, stand for matplotlib's own."""
-    return re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, 'Segoe UI', Roboto, sans-serif", svg)

@@ -1,11 +1,14 @@
-"""Chooses the curves of a run from the lines of metrics.jsonl: which belong together, and where."""
+"""Chooses the charts of a run from the lines of metrics.jsonl, and the curves of each chart."""
 
 import collections
+import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mmjax.engine.report.chart import Chart, Series, chart
+from mmjax.engine.report.chart import Chart, Series, Span, chart
+from mmjax.engine.report.files import number
 
 TRAIN = '#2f63c9'
 EVALUATION = ('#d9541e', '#138a6b', '#8a4fc4', '#b8860b')
@@ -14,132 +17,112 @@ _MACHINE = ('examples_per_second', 'loss_scale')
 _HIDDEN = ('step', 'epoch', 'step_seconds')
 
 
-def number(value: Any) -> float | None:
-    """Returns a JSON number, or the string of one that is not finite, as float; else None."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    return float(value) if value in ('nan', 'inf', '-inf') else None
+def _stage(line: Mapping[str, Any]) -> str:
+    return str(line.get('stage', ''))
 
 
-def spans(lines: Iterable[Mapping]) -> list[tuple[str, int, int]]:
-    """Returns (stage, first step, last step) in the order run; a stage starts where one ends."""
-    out = []
-    for line in lines:
-        name, step = str(line.get('stage', '')), line['step']
-        if not out or out[-1][0] != name:
-            out.append([name, out[-1][2] if out else min(step, 0), step])
-        out[-1][2] = max(out[-1][2], step)
-    return [tuple(span) for span in out]
-
-
-def collect(lines: Sequence[Mapping]) -> dict[str, Series]:
-    """Returns one Series for every key of `lines` that holds numbers."""
-    out, index, last = {}, -1, None
-    for line in lines:
-        if line.get('stage') != last or index < 0:
-            index, last = index + 1, line.get('stage')
-        for key, item in line.items():
-            value = number(item)
-            if value is None or key in _HIDDEN:
-                continue
-            series = out.setdefault(key, Series(key, key, TRAIN, [], [], []))
-            series.step.append(line['step'])
-            series.value.append(value)
-            series.stage.append(index)
+def spans(lines: Iterable[Mapping[str, Any]]) -> list[Span]:
+    """Returns (stage, first step, last step) in order; a stage starts where the last one ends."""
+    out: list[Span] = []
+    for name, group in itertools.groupby(lines, _stage):
+        steps = [line['step'] for line in group]
+        out.append((name, out[-1][2] if out else min(steps[0], 0), max(steps)))
     return out
 
 
-def draw(lines: Sequence[Mapping], best: Mapping | None) -> tuple[dict[str, list[Chart]], dict]:
-    """Returns ({section: charts}, {key: value} of what never changed and is not drawn).
-
-    `best` is the `best` entry of results.json; its point is ringed.
-    """
-    found, stages = collect(lines), spans(lines)
-    evaluators = list(dict.fromkeys(k.split('/')[1] for k in found if k.count('/') > 1))
-    colour = {e: EVALUATION[i % len(EVALUATION)] for i, e in enumerate(evaluators)}
-    train = {key: series for key, series in found.items() if not key.startswith('eval/')}
-    evaluations = collections.defaultdict(list)  # metric → series, one an evaluator
-    for key, series in found.items():
-        if key.startswith('eval/') and key.count('/') > 1:
-            _, evaluator, metric = key.split('/', 2)
-            series.label, series.colour = evaluator, colour[evaluator]
-            evaluations[metric].append(series)
-
-    still, sections = {}, collections.defaultdict(list)
-
-    def add(section, title, series, **options):
-        if all(s.constant for s in series):
-            for s in series:
-                same = s.label in (title, 'train')
-                still[title if same else f'{title} ({s.label})'] = s.value[-1]
-            return
-        ring = _ring(best, series)
-        sections[section].append(chart(title, series, stages, ring=ring, **options))
-
-    def with_evaluations(key, metric):
-        train[key].label = 'train'
-        return [train[key], *evaluations.pop(metric, [])]
-
-    if 'loss' in train:
-        add('Losses', 'loss', with_evaluations('loss', 'loss'), wide=True, log=True)
-    for key in [k for k in train if k.startswith('loss/')]:
-        add('Losses', key, with_evaluations(key, key.removeprefix('loss/')), log=True)
-    family = lambda prefix: [k for k in train if k.startswith(prefix)]
-    other = [k for k in train if not re.match(r'(loss|lr|weight|count|grad_norm)(/|$)', k)]
-    joined = {k: with_evaluations(k, k) for k in other}
-    for stem, members in _stems(evaluations).items():
-        add('Scores', stem, _members(members, evaluations, len(evaluators) > 1))
-    if rates := [_grouped(train[k], i, k[3:]) for i, k in enumerate(family('lr/'))]:
-        add('Schedules', 'learning rate', rates, log=True, zero='frozen')
-    if weights := [_grouped(train[k], i, k[7:]) for i, k in enumerate(family('weight/'))]:
-        add('Schedules', 'loss weight', weights)
-    norms = [_grouped(train[k], i + 1, k[10:]) for i, k in enumerate(family('grad_norm/'))]
-    if 'grad_norm' in train:
-        train['grad_norm'].label = 'all'
-        norms = [train['grad_norm'], *(norms if len(norms) > 1 else [])]
-    if norms:
-        add('Health', 'gradient norm', norms, log=True)
-    for key in sorted(other, key=lambda k: k not in _MACHINE):
-        add('Health' if key in _MACHINE else 'Diagnostics', key, joined[key])
-    for key in family('count/'):
-        add('Diagnostics', key, [train[key]])
-    return dict(sections), still
-
-
-def _grouped(series: Series, index: int, label: str) -> Series:
-    series.label, series.colour = label, GROUPS[index % len(GROUPS)]
-    return series
-
-
-def _stems(evaluations: Mapping) -> dict[str, list[str]]:
-    """Gathers metrics that differ only in a last number (r1, r5, r10) under one title."""
-    stems = collections.defaultdict(list)
-    for metric in evaluations:
-        match = re.fullmatch(r'(.*\D)\d+', metric)
-        stems[match.group(1) if match else metric].append(metric)
+def collect(lines: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
+    """Returns one Series for every key of `lines` that holds numbers."""
+    points: dict[str, list[tuple[int, float, int]]] = collections.defaultdict(list)
+    for stage, (_, group) in enumerate(itertools.groupby(lines, _stage)):
+        for line in group:
+            for key, item in line.items():
+                if key not in _HIDDEN and (value := number(item)) is not None:
+                    points[key].append((line['step'], value, stage))
     return {
-        f'{stem}{{{", ".join(m.removeprefix(stem) for m in members)}}}'
-        if len(members) > 1
-        else members[0]: members
-        for stem, members in stems.items()
+        key: Series(key, 'train', TRAIN, *map(list, zip(*of_key, strict=True)))
+        for key, of_key in points.items()
     }
 
 
-def _members(members: list[str], evaluations: Mapping, many: bool) -> list[Series]:
-    if len(members) == 1:
-        return evaluations[members[0]]
-    out = []
-    for metric in members:
-        for series in evaluations[metric]:
-            short = metric.rsplit('_', 1)[-1]
-            label = f'{series.label} {short}' if many else short
-            out.append(_grouped(series, len(out), label))
+def draw(
+    lines: Sequence[Mapping], best: Mapping[str, Any] | None
+) -> tuple[dict[str, list[Chart]], dict[str, float]]:
+    """Returns ({section: charts}, {key: value} of what never changed and is not drawn).
+
+    `best` is the `best` entry of results.json; its point is marked.
+    """
+    curves = collect(lines)
+    stages = spans(lines)
+    train = {key: series for key, series in curves.items() if not key.startswith('eval/')}
+    colours: dict[str, str] = {}  # of evaluators
+    evaluations: dict[str, list[Series]] = collections.defaultdict(list)  # by metric
+    for key in curves:
+        if key.startswith('eval/') and key.count('/') > 1:
+            _, evaluator, metric = key.split('/', 2)
+            colour = colours.setdefault(evaluator, EVALUATION[len(colours) % len(EVALUATION)])
+            curve = dataclasses.replace(curves[key], label=evaluator, colour=colour)
+            evaluations[metric].append(curve)
+
+    sections: dict[str, list[Chart]] = collections.defaultdict(list)
+    constants: dict[str, float] = {}
+
+    def add(section: str, title: str, series: Sequence[Series], **options: Any) -> None:
+        if all(s.constant for s in series):
+            for s in series:
+                name = title if s.label == 'train' else f'{title} ({s.label})'
+                constants[name] = s.value[-1]
+            return
+        if best and any(s.key == f'eval/{best["metric"]}' for s in series):
+            options['best'] = best['step'], float(best['value'])
+        sections[section].append(chart(title, series, stages, **options))
+
+    def family(name: str, first: int = 0) -> list[Series]:
+        keys = [key for key in train if key.startswith(f'{name}/')]
+        labels = [key.removeprefix(f'{name}/') for key in keys]
+        return _recolour([train[key] for key in keys], labels, first)
+
+    for key in sorted(train, key=lambda key: key != 'loss'):
+        if re.match('loss(/|$)', key):
+            series = [train[key], *evaluations.pop(key.removeprefix('loss/'), [])]
+            add('Losses', key, series, wide=key == 'loss', log=True)
+    other = [k for k in train if not re.match(r'(loss|lr|weight|count|grad_norm)(/|$)', k)]
+    diagnostics = {key: [train[key], *evaluations.pop(key, [])] for key in other}
+    for title, series in _by_stem(evaluations, len(colours) > 1).items():
+        add('Scores', title, series)
+    add('Schedules', 'learning rate', family('lr'), log=True, zero='frozen')
+    add('Schedules', 'loss weight', family('weight'))
+    norms = family('grad_norm', 1)
+    if 'grad_norm' in train:
+        total = dataclasses.replace(train['grad_norm'], label='all')
+        norms = [total, *norms] if len(norms) > 1 else [total]
+    add('Health', 'gradient norm', norms, log=True)
+    for key in sorted(diagnostics, key=lambda key: key not in _MACHINE):
+        add('Health' if key in _MACHINE else 'Diagnostics', key, diagnostics[key])
+    for key in train:
+        if key.startswith('count/'):
+            add('Diagnostics', key, [train[key]])
+    return dict(sections), constants
+
+
+def _recolour(series: Sequence[Series], labels: Sequence[str], first: int = 0) -> list[Series]:
+    return [
+        dataclasses.replace(s, label=label, colour=GROUPS[i % len(GROUPS)])
+        for i, (s, label) in enumerate(zip(series, labels, strict=True), first)
+    ]
+
+
+def _by_stem(evaluations: Mapping[str, list[Series]], many: bool) -> dict[str, list[Series]]:
+    """Puts metrics that differ only in a last number (r1, r5, r10) under one title."""
+    stems: dict[str, list[str]] = collections.defaultdict(list)
+    for metric in evaluations:
+        stems[re.sub(r'(?<=\D)\d+$', '', metric)].append(metric)
+    out: dict[str, list[Series]] = {}
+    for stem, metrics in stems.items():
+        if len(metrics) == 1:
+            out[metrics[0]] = evaluations[metrics[0]]
+            continue
+        pairs = [(metric.rsplit('_', 1)[-1], s) for metric in metrics for s in evaluations[metric]]
+        labels = [f'{s.label} {short}' if many else short for short, s in pairs]
+        title = f'{stem}{{{", ".join(metric.removeprefix(stem) for metric in metrics)}}}'
+        out[title] = _recolour([s for _, s in pairs], labels)
     return out
-
-
-def _ring(best: Mapping | None, series: Sequence[Series]) -> tuple[int, float, str] | None:
-    """Returns (step, value, text) of the run's best point where this chart shows that metric."""
-    value = number((best or {}).get('value'))
-    if value is None or not any(s.key == f'eval/{best["metric"]}' for s in series):
-        return None
-    return best['step'], value, f'best {value:.4g}'

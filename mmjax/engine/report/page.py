@@ -1,10 +1,9 @@
-"""The look of report.html: one self-contained page of escaped text, tables and data: pictures."""
+"""Builds the HTML of a report: one self-contained page of escaped text, tables and images."""
 
 import base64
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _CSS = """
@@ -19,8 +18,8 @@ h1 { font-size: 30px; line-height: 1.2; margin: 0 12px 0 0; letter-spacing: -.01
 h2 { font-size: 20px; margin: 48px 0 14px; padding-bottom: 6px;
   border-bottom: 1px solid var(--line); }
 h3 { font-size: 15px; margin: 26px 0 8px; }
-p { margin: 8px 0; } .muted { color: var(--muted); }
-header .top { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; }
+p { margin: 8px 0; } .muted { color: var(--muted); } .muted:empty { display: none; }
+.top { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; }
 code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px;
   padding: 10px 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -46,15 +45,15 @@ th { text-align: left; font-weight: 600; color: var(--muted); font-size: 13px;
 td { border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
 th, td { padding: 6px 22px 6px 0; } td.n, th.n { text-align: right; white-space: nowrap; }
 tr.best td { background: #eef4ff; font-weight: 600; }
-td.frozen { color: #9aa5b1; } .trains { color: var(--accent); font-weight: 600; }
+.frozen { color: #9aa5b1; } .trains { color: var(--accent); font-weight: 600; }
 .charts { display: grid; grid-template-columns: 1fr 1fr; gap: 22px 26px; }
 figure { margin: 0; break-inside: avoid; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: 13px; color: var(--muted); overflow-wrap: anywhere; }
 figcaption b { color: var(--ink); font-size: 14px; }
-.pictures figure { margin: 18px 0 30px; }
-.pictures img { width: auto; max-width: 100%; border: 1px solid var(--line); border-radius: 8px; }
+.images figure { margin: 18px 0 30px; }
+.images img { width: auto; max-width: 100%; border: 1px solid var(--line); border-radius: 8px; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 760px) { .charts { grid-template-columns: 1fr; } main { padding: 24px 16px; } }
 @media print { main { max-width: none; padding: 0; } h2 { break-after: avoid; }
@@ -65,131 +64,127 @@ STAGE_COLOURS = ('#2f63c9', '#138a6b', '#8a4fc4', '#b8602b', '#3f8fb0', '#a63a66
 
 
 class Markup(str):
-    """Text that is HTML already; any other text is escaped where it is put in."""
+    """Text that is HTML already; any other text is escaped."""
 
 
-def text(value: Any) -> Markup:
+def escape(value: object) -> Markup:
     """Escapes anything that is not Markup; undecodable characters become question marks."""
     if isinstance(value, Markup):
         return value
     return Markup(html.escape(str(value).encode('utf-8', 'replace').decode()))
 
 
-def join(parts: Iterable[Any]) -> Markup:
-    return Markup(''.join(text(part) for part in parts))
+def join(parts: Iterable[object]) -> Markup:
+    return Markup(''.join(map(escape, parts)))
 
 
-def element(name: str, *children: Any, **attributes: Any) -> Markup:
-    """Returns <name …>children</name>; `class_` becomes class, an empty attribute is left out."""
-    words = ''.join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for key, value in attributes.items()
-        if value
-    )
+def element(name: str, *children: object, class_: str = '', **attributes: str) -> Markup:
+    """Returns <name …>children</name>; an empty attribute is left out."""
+    pairs = {'class': class_, **attributes}
+    words = ''.join(f' {key}="{escape(value)}"' for key, value in pairs.items() if value)
     return Markup(f'<{name}{words}>{join(children)}</{name}>')
 
 
-def table(
-    head: Sequence[Any], rows: Iterable[Sequence[Any]], *, numeric: Sequence[int] = (), best=()
-) -> Markup:
-    """Returns a table; columns in `numeric` align right, rows whose index is in `best` stand out.
+def heading(words: str) -> Markup:
+    return element('h2', words)
 
-    A cell may be Markup that begins with '<td'.
-    """
-    kind = lambda column: 'n' if column in numeric else ''
+
+def note(words: str) -> Markup:
+    return element('p', words, class_='note')
+
+
+def muted(*children: object) -> Markup:
+    return element('p', *children, class_='muted')
+
+
+def details(words: str, *children: object) -> Markup:
+    """Returns a section that opens with a click on its summary."""
+    return element('details', element('summary', words), *children)
+
+
+def table(
+    head: Sequence[object],
+    rows: Iterable[Sequence[object]],
+    *,
+    numeric: Container[int] = (),
+    best: Container[int] = (),
+) -> Markup:
+    """Returns a table; `numeric` columns align right, `best` rows stand out."""
+    align = lambda column: 'n' if column in numeric else ''
     cells = lambda name, row: join(
-        cell
-        if str(cell).startswith('<td') and isinstance(cell, Markup)
-        else element(name, cell, class_=kind(i))
-        for i, cell in enumerate(row)
+        element(name, show(cell), class_=align(i)) for i, cell in enumerate(row)
     )
     body = [
         element('tr', cells('td', row), class_='best' if i in best else '')
         for i, row in enumerate(rows)
     ]
-    inner = element('thead', element('tr', cells('th', head))) + element('tbody', *body)
-    return element('div', element('table', Markup(inner)), class_='scroll')
+    parts = element('thead', element('tr', cells('th', head))), element('tbody', *body)
+    return element('div', element('table', *parts), class_='scroll')
 
 
-def picture(content: bytes, kind: str, title: str, caption: str = '', *, wide=False) -> Markup:
-    """Returns a figure whose picture, of MIME type `kind`, lies in the page itself."""
+def image(
+    content: bytes, kind: str, title: str, caption: str = '', *, wide: bool = False
+) -> Markup:
+    """Returns a figure with an image of MIME type `kind` inside the page itself."""
     source = f'data:{kind};base64,{base64.b64encode(content).decode("ascii")}'
-    image = Markup(f'<img alt="{html.escape(title)}" src="{source}">')
+    tag = Markup(f'<img alt="{escape(title)}" src="{source}">')
     words = element('figcaption', element('b', title), f' · {caption}' if caption else '')
-    above = kind == 'image/svg+xml'  # a chart has its title above, a picture its caption below
-    parts = (words, image) if above else (image, words)
+    # A chart has its title above, any other image its caption below.
+    parts = (words, tag) if kind == 'image/svg+xml' else (tag, words)
     return element('figure', *parts, class_='wide' if wide else '')
 
 
-def cards(items: Iterable[tuple[str, Any, str]]) -> Markup:
-    """Returns boxes of (label, value, note)."""
-    return element(
-        'div',
-        *(
-            element(
-                'div',
-                element('span', label),
-                element('b', value),
-                element('span', note),
-                class_='card',
-            )
-            for label, value, note in items
-        ),
-        class_='cards',
-    )
+def cards(items: Iterable[tuple[str, object, str]]) -> Markup:
+    """Returns boxes of (label, value, remark)."""
+    boxes = [
+        element(
+            'div',
+            element('span', label),
+            element('b', show(value)),
+            element('span', show(remark)),
+            class_='card',
+        )
+        for label, value, remark in items
+    ]
+    return element('div', *boxes, class_='cards')
 
 
 def strip(stages: Sequence[tuple[str, float]]) -> Markup:
-    """Returns a bar of the stages (name, length), as wide as they are long."""
-    total = sum(length for _, length in stages) or 1
-    return element(
-        'div',
-        *(
-            element(
-                'div',
-                f'{name} · {length:,.0f}',
-                title=f'{name}: {length:,.0f} updates',
-                style=f'flex: {max(length / total, 0.01):.4f} 1 0; '
-                f'background: {STAGE_COLOURS[i % len(STAGE_COLOURS)]}',
-            )
-            for i, (name, length) in enumerate(stages)
-        ),
-        class_='strip',
-    )
+    """Returns a bar of the stages (name, updates), as wide as they are long."""
+    total = sum(steps for _, steps in stages) or 1
+    boxes = [
+        element(
+            'div',
+            f'{name} · {steps:,.0f}',
+            title=f'{name}: {steps:,.0f} updates',
+            style=f'flex: {max(steps / total, 0.01):.4f} 1 0; '
+            f'background: {STAGE_COLOURS[i % len(STAGE_COLOURS)]}',
+        )
+        for i, (name, steps) in enumerate(stages)
+    ]
+    return element('div', *boxes, class_='strip')
 
 
-def page(title: str, body: Iterable[Markup]) -> str:
-    """Returns the whole document; its policy forbids scripts and anything from outside."""
+def document(title: str, body: Iterable[Markup]) -> str:
+    """Returns the whole page; its policy forbids scripts and anything from outside."""
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f'<title>{text(title)}</title><style>{_CSS}</style>'
+        f'<title>{escape(title)}</title><style>{_CSS}</style>'
     )
     main = element('main', *body)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{main}</body></html>\n'
 
 
-def show(value: Any) -> str:
-    """Formats a value of a table: four digits of a float, thousands apart in a count."""
-    if isinstance(value, bool) or value is None:
-        return '–' if value is None else str(value).lower()
-    if isinstance(value, int):
-        return f'{value:,}'
-    if isinstance(value, float):
-        if value and not 1e-3 <= abs(value) < 1e6:
-            return f'{value:.3g}'
-        whole = value.is_integer() or abs(value) >= 1e4
-        return f'{value:,.0f}' if whole else f'{value:.4g}'
-    if isinstance(value, Mapping | list):
+def show(value: object) -> str:
+    """Formats a value: '–' for None, four digits of a float, thousands apart in an integer."""
+    if isinstance(value, Markup):
+        return value
+    if isinstance(value, bool | Mapping | list):
         value = json.dumps(value, ensure_ascii=False)
-    words = str(value)
+    if isinstance(value, float) and abs(value) < 1e6 and (value.is_integer() or abs(value) >= 1e4):
+        value = round(value)
+    if isinstance(value, int | float):
+        return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
+    words = '–' if value is None else str(value)
     return words if len(words) <= _CELL else words[: _CELL - 1] + '…'
-
-
-def duration(seconds: float) -> str:
-    """Formats seconds: '42 s', '7 min 05 s', '3 h 07 min'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f'{hours} h {minutes:02d} min'
-    return f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'
