@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+from mmjax import testing
 from mmjax.engine import config as config_lib
 from tests import toy_tasks
 

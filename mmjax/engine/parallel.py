@@ -82,7 +82,7 @@ def weights(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(sharding, tree)
 
 
-def with_shardings(tree: Any, mesh: Mesh) -> Any:
+def with_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """Returns a tree of ShapeDtypeStructs with the sharding of each leaf."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, weights(tree, mesh)
