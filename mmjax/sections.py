@@ -1,0 +1,463 @@
+"""Typed sections of a config: frozen dataclasses whose fields declare type, range and meaning.
+
+From one declaration come the checks of what a user wrote, one-line errors, and the lines of --help.
+
+    @dataclasses.dataclass(frozen=True)
+    class Optimizer:
+        name: str = field('adamw', 'update rule', choices=('adamw', 'lion'))
+        learning_rate: float = field(1e-3, 'rate of a group with multiple 1', least=0)
+
+    parse(Optimizer, {'name': 'lion'}, 'optimizer')
+
+Annotations may be int, float, bool, str, None, object, Literal[...], tuple[X, ...], tuple[X, Y],
+Mapping[str, X], another such dataclass, and unions of these.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import numbers
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
+from typing import Any, Literal, TypeVar, Union
+
+from mmjax.errors import UserError
+
+T = TypeVar('T')
+# What an error calls a type: one value, several values.
+_WORDS = {
+    int: ('an integer', 'integers'),
+    float: ('a number', 'numbers'),
+    str: ('a string', 'strings'),
+    bool: ('True or False', 'booleans'),
+}
+_BOUNDS = {
+    'least': ('at least', lambda value, bound: value >= bound),
+    'above': ('above', lambda value, bound: value > bound),
+    'most': ('at most', lambda value, bound: value <= bound),
+    'below': ('below', lambda value, bound: value < bound),
+}
+_NO_DEFAULT: Any = MISSING
+_BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
+
+
+class _Mismatch(Exception):
+    """A value that is not of the declared type or not in the declared range."""
+
+
+def field(
+    default: T = _NO_DEFAULT,
+    help: str = '',
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[object, ...] | None = None,
+) -> T:
+    """Declares a field of a section.
+
+    Args:
+      default: its value if the user gives none; without a default the key is required.
+      help: what the key means, in one sentence.
+      least, most: inclusive bounds of a number, of each number of a tuple or mapping.
+      above, below: exclusive bounds.
+      choices: the values allowed, also for each item of a tuple or mapping.
+
+    Returns:
+      A `dataclasses.Field`; for a type checker, a value of the default's type.
+    """
+    limits = {'least': least, 'above': above, 'most': most, 'below': below, 'choices': choices}
+    metadata = {'help': help} | {key: value for key, value in limits.items() if value is not None}
+    if type(default).__hash__ is None:  # a mapping, a list
+        return dataclasses.field(default_factory=lambda: _plain(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls: type[T], values: Mapping[str, object], where: str = '') -> T:
+    """Builds a section from what the user wrote.
+
+    Keys that `values` lacks take the declared defaults, those of nested sections too; a mapping
+    with open keys replaces its default. At the end a section's method `check(where)`, if any, may
+    raise UserError for what relates two fields.
+
+    Args:
+      cls: a dataclass.
+      values: nested mappings, `ml_collections.ConfigDict` included.
+      where: the dotted key of the section, '' for the whole config.
+
+    Raises:
+      UserError: an unknown or missing key, a wrong type, a value out of range or not a choice; one
+        sentence with the dotted key, the value and what is allowed.
+    """
+    return _section(cls, values, where, MISSING)
+
+
+def coerce(annotation: object, text: str, where: str) -> object:
+    """Converts command-line text to the type of `annotation`.
+
+    'None' stands for None; true, false, 1 and 0 for a bool; 'a,b', "('a', 'b')" and '1,2' for a
+    tuple; a dict literal for a mapping. A section's dict literal is returned as a dict, for `parse`
+    to merge and check.
+
+    Raises:
+      UserError: text that is not of the type, in one sentence that begins with `where`.
+    """
+    try:
+        return _from_text(annotation, text, where)
+    except _Mismatch:
+        raise _error(annotation, text, where, {}) from None
+
+
+def describe(cls: type, prefix: str = '') -> list[tuple[str, str, str, str]]:
+    """Lists the leaves of a section in order of declaration, for --help.
+
+    Returns:
+      (dotted key, type with range or choices, default, meaning) of each. `<name>` in a key stands
+      for any name; a required key has the default 'required'.
+    """
+    return _leaves(cls, prefix, MISSING)
+
+
+def to_dict(section: object) -> dict[str, Any]:
+    """Converts a section to nested plain dicts; tuples stay tuples."""
+    plain = _plain(section)
+    assert isinstance(plain, dict), f'{section!r} is no section'
+    return plain
+
+
+def did_you_mean(word: object, known: Sequence[object]) -> str:
+    """Returns "; did you mean 'x'?" for the known word closest to `word`, or ''."""
+    close = difflib.get_close_matches(str(word), [str(one) for one in known], 1)
+    return f"; did you mean '{close[0]}'?" if close else ''
+
+
+def _section(cls: Any, values: Any, where: str, base: Any) -> Any:
+    """Builds the dataclass `cls`; `base` holds its defaults, MISSING for those declared."""
+    if isinstance(values, cls):
+        return values
+    if not _is_mapping(values):
+        raise _error(cls, values, where, {})
+    given = dict(values.items())
+    hints = typing.get_type_hints(cls)
+    fields = {one.name: one for one in dataclasses.fields(cls) if one.init}
+    for name, value in given.items():
+        if name not in fields:
+            raise UserError(
+                f'unknown key {_join(where, name)}={_plain(value)!r}; known keys'
+                f'{" of " + where if where else ""}: {", ".join(fields) or "none"}'
+                + did_you_mean(name, list(fields))
+            )
+    arguments = {}
+    for name, one in fields.items():
+        key = _join(where, name)
+        default = _default(one, base)
+        section = _section_of(hints[name])
+        if name not in given:
+            if default is MISSING:
+                if section is not hints[name]:
+                    raise UserError(
+                        f'{key} is missing: it needs {_allowed(hints[name], one.metadata)}'
+                        + (f' ({one.metadata["help"]})' if one.metadata.get('help') else '')
+                    )
+                default = _section(section, {}, key, MISSING)
+            arguments[name] = default
+        elif section and _is_mapping(given[name]):
+            arguments[name] = _section(section, given[name], key, default)
+        else:
+            try:
+                arguments[name] = _convert(hints[name], given[name], key, one.metadata)
+            except _Mismatch:
+                raise _error(hints[name], given[name], key, one.metadata) from None
+    result = cls(**arguments)
+    if hasattr(result, 'check'):
+        result.check(where)
+    return result
+
+
+def _default(one: dataclasses.Field, base: Any) -> Any:
+    if dataclasses.is_dataclass(base):
+        return getattr(base, one.name)
+    if one.default_factory is not MISSING:
+        return one.default_factory()
+    return one.default
+
+
+def _convert(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -> Any:
+    """Returns `value` as the declared type; raises _Mismatch, or UserError for a nested key."""
+    if annotation is object:
+        return _plain(value)
+    if _is_union(annotation):
+        for arm in typing.get_args(annotation):
+            try:
+                return _convert(arm, value, where, limits)
+            except _Mismatch:
+                pass
+        raise _Mismatch
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin is Literal:
+        for one in arguments:
+            if type(one) is type(value) and one == value:
+                return one
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            items = _item_types(arguments, len(value))
+            pairs = zip(items, value, strict=True)
+            return tuple(_convert(item, one, where, limits) for item, one in pairs)
+    elif dataclasses.is_dataclass(annotation):
+        if _is_mapping(value) or type(value) is annotation:
+            return _section(annotation, value, where, MISSING)
+    elif origin is Mapping:
+        if _is_mapping(value):
+            return {
+                _name(key, where): _entry(arguments[1], one, _join(where, key), limits)
+                for key, one in value.items()
+            }
+    elif annotation is types.NoneType:
+        if value is None:
+            return None
+    elif annotation in _WORDS:
+        return _scalar(annotation, value, limits)
+    else:
+        raise TypeError(f'{where}: a section cannot declare {annotation!r}')
+    raise _Mismatch
+
+
+def _scalar(annotation: Any, value: Any, limits: Mapping[str, Any]) -> Any:
+    is_bool = isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not is_bool
+    if annotation is int and number and isinstance(value, numbers.Integral):
+        value = int(value)
+    elif annotation is float and number:
+        try:
+            value = float(value)
+        except OverflowError:
+            raise _Mismatch from None
+        if not math.isfinite(value):
+            raise _Mismatch
+    elif annotation not in (str, bool) or not isinstance(value, annotation):
+        raise _Mismatch
+    if annotation in (int, float):
+        for name, (_, holds) in _BOUNDS.items():
+            if name in limits and not holds(value, limits[name]):
+                raise _Mismatch
+    if value not in limits.get('choices', (value,)):
+        raise _Mismatch
+    return value
+
+
+def _entry(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -> Any:
+    """Converts a value of an open mapping; the error names its own key."""
+    try:
+        return _convert(annotation, value, where, limits)
+    except _Mismatch:
+        raise _error(annotation, value, where, limits) from None
+
+
+def _name(key: object, where: str) -> str:
+    if not isinstance(key, str):
+        raise UserError(f'{where} has the key {key!r}, which is not a string')
+    return key
+
+
+def _item_types(arguments: tuple, count: int) -> list:
+    if arguments[-1:] == (...,):
+        return [arguments[0]] * count
+    if arguments == ((),):
+        arguments = ()
+    if count != len(arguments):
+        raise _Mismatch
+    return list(arguments)
+
+
+def _from_text(annotation: Any, text: str, where: str) -> Any:
+    if _is_union(annotation):
+        # None and fixed words come before tuples; text as it stands always fits, so it is last.
+        fixed = lambda arm: arm is types.NoneType or typing.get_origin(arm) is Literal
+        arms = sorted(typing.get_args(annotation), key=lambda arm: (arm is str, not fixed(arm)))
+        for arm in arms:
+            try:
+                return _from_text(arm, text, where)
+            except _Mismatch:
+                pass
+        raise _Mismatch
+    origin = typing.get_origin(annotation)
+    if annotation is str:
+        return text
+    if annotation is bool:
+        if text.lower() not in _BOOLEANS:
+            raise _Mismatch
+        return _BOOLEANS[text.lower()]
+    if annotation in (int, float):
+        try:
+            return _scalar(annotation, annotation(text), {})
+        except ValueError:
+            raise _Mismatch from None
+    if annotation is types.NoneType:
+        if text != 'None':
+            raise _Mismatch
+        return None
+    if origin is Literal:
+        for one in typing.get_args(annotation):
+            if str(one) == text:
+                return one
+        raise _Mismatch
+    if origin is tuple:
+        return _tuple_from_text(annotation, text.strip(), where)
+    value = _literal(text)
+    if annotation is object:
+        return text if value is MISSING else value
+    if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, dict):
+            raise _Mismatch
+        return value
+    return _convert(annotation, value, where, {})
+
+
+def _tuple_from_text(annotation: Any, text: str, where: str) -> tuple:
+    bracketed = text[:1] in ('(', '[')
+    value = _literal(text)
+    if bracketed and isinstance(value, list | tuple):
+        return _convert(annotation, value, where, {})
+    if bracketed and text[-1:] == {'(': ')', '[': ']'}[text[0]]:
+        text = text[1:-1]
+    pieces = [piece.strip() for piece in text.split(',')]
+    if not pieces[-1]:
+        pieces.pop()
+    items = _item_types(typing.get_args(annotation), len(pieces))
+    pieces = [p[1:-1] if len(p) > 1 and p[0] == p[-1] and p[0] in '\'"' else p for p in pieces]
+    return tuple(_from_text(item, p, where) for item, p in zip(items, pieces, strict=True))
+
+
+def _literal(text: str) -> Any:
+    """Returns the Python value that `text` spells, MISSING if it spells none."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return MISSING
+
+
+def _leaves(cls: Any, prefix: str, base: Any) -> list[tuple[str, str, str, str]]:
+    hints = typing.get_type_hints(cls)
+    out = []
+    for one in dataclasses.fields(cls):
+        if not one.init:
+            continue
+        annotation = hints[one.name]
+        key = _join(prefix, one.name)
+        default = _default(one, base)
+        section = _section_of(annotation)
+        if section is not annotation:
+            text = 'required' if default is MISSING else repr(_plain(default))
+            kind = _type_text(annotation, one.metadata)
+            out.append((key, kind, text, one.metadata.get('help', '')))
+        if section:
+            out += _leaves(section, key, default)
+        elif typing.get_origin(annotation) is Mapping:
+            section = _section_of(typing.get_args(annotation)[1])
+            out += _leaves(section, f'{key}.<name>', MISSING) if section else []
+    return out
+
+
+def _type_text(annotation: Any, limits: Mapping[str, Any]) -> str:
+    """Returns a type as --help shows it: `float, at least 0`, `'adamw' | 'lion'`."""
+    return ', '.join(filter(None, [_type_name(annotation, limits), _bounds(limits)]))
+
+
+def _type_name(annotation: Any, limits: Mapping[str, Any]) -> str:
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if _is_union(annotation):
+        return ' | '.join(_type_name(arm, limits) for arm in arguments)
+    if origin is Literal:
+        return ' | '.join(map(repr, arguments))
+    if origin is tuple:
+        items = ['...' if item is ... else _type_name(item, limits) for item in arguments]
+        return f'tuple[{", ".join(items)}]'
+    if origin is Mapping:
+        return f'Mapping[str, {_type_name(arguments[1], limits)}]'
+    if annotation is types.NoneType:
+        return 'None'
+    if annotation in _WORDS and 'choices' in limits:
+        return ' | '.join(map(repr, limits['choices']))
+    return annotation.__name__
+
+
+def _allowed(annotation: Any, limits: Mapping[str, Any], many: bool = False) -> str:
+    """Says what a value may be: 'an integer at least 1', 'a tuple of 2 numbers'."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if _is_union(annotation) or origin is Literal:
+        each = [_allowed(arm, limits) if origin is not Literal else repr(arm) for arm in arguments]
+        return ('values that are each ' if many else '') + ' or '.join(each)
+    if origin is tuple:
+        count = '' if arguments[-1:] == (...,) else f'{len(arguments)} '
+        items = [item for item in dict.fromkeys(arguments) if item is not ...]
+        if len(items) == 1:
+            inner = _allowed(items[0], limits, many=True)
+        else:
+            inner = f'values ({", ".join(_allowed(item, limits) for item in items)})'
+        return f'{"tuples" if many else "a tuple"} of {count}{inner}'
+    if dataclasses.is_dataclass(annotation):
+        names = ', '.join(one.name for one in dataclasses.fields(annotation) if one.init)
+        return f'{"sections" if many else "a section"} with the keys {names}'
+    if origin is Mapping:
+        inner = _allowed(arguments[1], limits, many=True)
+        return f'{"mappings" if many else "a mapping"} from names to {inner}'
+    if annotation in (types.NoneType, object):
+        return 'None' if annotation is types.NoneType else 'values' if many else 'a value'
+    words = _WORDS[annotation][many]
+    if 'choices' in limits:
+        return f'{words + " out of" if many else "one of"} ' + ', '.join(
+            map(repr, limits['choices'])
+        )
+    bounds = _bounds(limits) if annotation in (int, float) else ''
+    return f'{words} {bounds}'.strip()
+
+
+def _bounds(limits: Mapping[str, Any]) -> str:
+    return ' and '.join(
+        f'{words} {limits[name]}' for name, (words, _) in _BOUNDS.items() if name in limits
+    )
+
+
+def _error(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -> UserError:
+    known = [*limits.get('choices', ())]
+    for arm in typing.get_args(annotation) if _is_union(annotation) else [annotation]:
+        known += typing.get_args(arm) if typing.get_origin(arm) is Literal else []
+    hint = did_you_mean(value, known) if isinstance(value, str) else ''
+    allowed = _allowed(annotation, limits)
+    return UserError(f'{where or "the config"}={_plain(value)!r} is not {allowed}{hint}')
+
+
+def _section_of(annotation: Any) -> Any:
+    """Returns the dataclass that an annotation is, or is a union with; None if it is another."""
+    arms = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    return next((arm for arm in arms if dataclasses.is_dataclass(arm)), None)
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (Union, types.UnionType)
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, 'items')
+
+
+def _plain(value: Any) -> Any:
+    """Replaces sections and mappings by plain dicts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+    if _is_mapping(value):
+        return {key: _plain(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(one) for one in value)
+    return value
+
+
+def _join(where: str, name: object) -> str:
+    return f'{where}.{name}' if where else str(name)
