@@ -75,7 +75,7 @@ def test_plans_follow_from_seed_and_epoch():
 
 
 def test_what_cannot_be_is_an_error():
-    with pytest.raises(UserError, match='k=0 is less than 1'):
+    with pytest.raises(UserError, match=r'^sampler\.k=0 is not an integer at least 1'):
         make(k=0)
-    with pytest.raises(UserError, match='batch_size 31 is larger than the 30 identities'):
+    with pytest.raises(UserError, match='batch_size=31 is larger than the 30 identities'):
         make(batch_size=31)

@@ -4,6 +4,7 @@ import collections
 import itertools
 import math
 import pickle
+import re
 import time
 
 import numpy as np
@@ -280,37 +281,100 @@ def test_bucketed_batches_have_one_bucket_that_fits_tightly(case):
 @pytest.mark.parametrize(
     'spec, message',
     [
-        ({'name': 'pkk'}, "no sampler 'pkk'; there are sequential, shuffle, stratified, pk, neigh"),
-        ({}, "no sampler 'None'"),
-        ({'name': 'shuffle', 'remain': 1}, "no option 'remain'; its options: remainder"),
-        ({'name': 'sequential', 'k': 1}, "no option 'k'; its options: by"),
-        ({'name': 'sequential', 'by': 'x'}, "wants the index 'x'"),
-        ({'name': 'shuffle', 'remainder': 'x'}, "remainder='x' is not 'drop' or 'pad'"),
-        ({'name': 'pk', 'by': 'a'}, "sampler 'pk' needs the option 'k'"),
-        ({'name': 'pk', 'by': 'a', 'k': 0}, 'k at least 1'),
-        ({'name': 'pk', 'by': 'a', 'k': 3}, 'batch_size 4 is not identities × k=3'),
-        ({'name': 'pk', 'by': 'x', 'k': 2}, "wants the index 'x'; there are: a, f"),
-        ({'name': 'pk', 'by': 'f', 'k': 2}, "cannot use the index 'f', float64"),
-        ({'name': 'stratified', 'by': {}}, 'names no index'),
-        ({'name': 'stratified', 'by': {'b': 2}}, "wants the index 'b'"),
-        ({'name': 'stratified', 'by': 'a', 'minimum': 1}, 'minimum needs booleans'),
-        ({'name': 'stratified', 'by': {'a': 9}, 'minimum': 2}, 'the split has 1 of 10'),
-        ({'name': 'stratified', 'by': {'a': 0}, 'minimum': 5}, 'minimum=5 rich rows in a batch'),
-        ({'name': 'bucketed', 'by': 'a', 'stretch': 0.9}, 'stretch=0.9 is less than 1'),
-        ({'name': 'bucketed', 'by': 'a', 'too_long': 'cut'}, "too_long='cut' is not"),
-        ({'name': 'bucketed', 'by': 'a'}, r'row 9 has a=9 and may need 9.*bucket 8 \(1 such rows'),
+        ('pk', "sampler='pk' is not a section with the key name"),
+        (
+            {'name': 'pkk'},
+            "sampler.name='pkk' is not one of 'sequential', 'shuffle', 'stratified', 'pk', "
+            "'neighbours', 'bucketed'; did you mean 'pk'?",
+        ),
+        ({'name': ['pk']}, "sampler.name=['pk'] is not one of "),
+        ({}, 'sampler.name=None is not one of '),
+        (
+            {'name': 'shuffle', 'remain': 1},
+            "unknown key sampler.remain=1; known keys of sampler: remainder; did you mean 'remaind",
+        ),
+        (
+            {'name': 'sequential', 'k': 1},
+            'unknown key sampler.k=1; known keys of sampler: by',
+        ),
+        ({'name': 'sequential', 'by': 3}, 'sampler.by=3 is not a string or None'),
+        ({'name': 'sequential', 'by': 'x'}, "sampler.by='x' is not an index of the dataset"),
+        (
+            {'name': 'shuffle', 'remainder': 'x'},
+            "sampler.remainder='x' is not one of 'drop', 'pad'",
+        ),
+        ({'name': 'shuffle', 'remainder': None}, 'sampler.remainder=None is not one of '),
+        ({'name': 'pk', 'by': 'a'}, 'sampler.k is missing: it needs an integer at least 1 (rows'),
+        ({'name': 'pk', 'by': 'a', 'k': 0}, 'sampler.k=0 is not an integer at least 1'),
+        ({'name': 'pk', 'by': 'a', 'k': '2'}, "sampler.k='2' is not an integer at least 1"),
+        ({'name': 'pk', 'by': 'a', 'k': 2.0}, 'sampler.k=2.0 is not an integer at least 1'),
+        ({'name': 'pk', 'by': 'a', 'k': 3}, 'sampler.k=3 does not divide batch_size=4'),
+        (
+            {'name': 'pk', 'by': 'a', 'k': 2},
+            'sampler.k=2 and batch_size=4 need 2 identities of at least 2 rows, but only 0 of 10 ',
+        ),
+        (
+            {'name': 'pk', 'by': 'x', 'k': 2},
+            "sampler.by='x' is not an index of the dataset; there are: a, f",
+        ),
+        (
+            {'name': 'pk', 'by': 'f', 'k': 2},
+            "sampler.by='f' cannot be used: that index is float64[10]",
+        ),
+        ({'name': 'pk', 'by': ['a'], 'k': 2}, "sampler.by=['a'] is not a string"),
+        ({'name': 'neighbours', 'by': 'a', 'near': 'a', 'k': 0}, 'sampler.k=0 is not an integer'),
+        ({'name': 'neighbours', 'by': 'a', 'k': 1}, 'sampler.near is missing: it needs a string'),
+        ({'name': 'stratified', 'by': {}}, 'sampler.by={} names no index'),
+        ({'name': 'stratified', 'by': {'b': 2}}, "sampler.by='b' is not an index of the dataset"),
+        ({'name': 'stratified', 'by': {'a': 'x'}}, "sampler.by.a='x' is not a number"),
+        (
+            {'name': 'stratified', 'by': 3},
+            'sampler.by=3 is not a string or a mapping from names to',
+        ),
+        (
+            {'name': 'stratified', 'by': 'a', 'minimum': 1},
+            'sampler.minimum=1 needs thresholds or an index of booleans, not sampler.by=',
+        ),
+        (
+            {'name': 'stratified', 'by': 'a', 'minimum': -1},
+            'sampler.minimum=-1 is not an integer at least 0',
+        ),
+        (
+            {'name': 'stratified', 'by': {'a': 9}, 'minimum': 2},
+            'sampler.minimum=2 rich rows do not go into a batch of 4: the split has 1 of 10',
+        ),
+        (
+            {'name': 'stratified', 'by': {'a': 0}, 'minimum': 5},
+            'sampler.minimum=5 rich rows do not go into a batch of 4',
+        ),
+        (
+            {'name': 'bucketed', 'by': 'a', 'stretch': 0.9},
+            'sampler.stretch=0.9 is not a number at least 1',
+        ),
+        ({'name': 'bucketed', 'by': 'a', 'stretch': 'x'}, "sampler.stretch='x' is not a number"),
+        (
+            {'name': 'bucketed', 'by': 'a', 'too_long': 'cut'},
+            "sampler.too_long='cut' is not one of 'error', 'drop'",
+        ),
+        (
+            {'name': 'bucketed', 'by': 'a'},
+            'row 9 has a=9 and may need 9, more than the largest bucket 8 (1 such rows; '
+            "sampler.too_long='drop' leaves them out)",
+        ),
     ],
 )
-def test_faults_of_a_config_are_told(spec, message):
+def test_faults_of_a_config_are_one_sentence(spec, message):
     index = {'a': np.arange(10), 'f': np.zeros(10)}
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match='^' + re.escape(message)):
         make(spec, index, 10, 4, lengths=(8,))
 
 
-def test_faults_of_the_data_are_told():
+def test_faults_of_the_data_are_one_sentence():
     with pytest.raises(UserError, match='no rows'):
         make({'name': 'sequential'}, {}, 0, 4)
-    with pytest.raises(UserError, match=r"batch_size 4 is larger than the split's 3.*'pad' makes"):
+    with pytest.raises(
+        UserError, match=r"batch_size=4 is larger .* 3 rows; sampler\.remainder='pad'"
+    ):
         make({'name': 'shuffle'}, {}, 3, 4)
     with pytest.raises(UserError, match="index 'a' has 2 values for 3 rows"):
         make({'name': 'sequential'}, {'a': np.zeros(2)}, 3, 4)
