@@ -57,7 +57,7 @@ def make(
       UserError: an unknown name or option, a wrong type or value, an array the index lacks, a split
         that gives no batch.
     """
-    if not isinstance(spec, Mapping):
+    if not hasattr(spec, 'items'):  # a ConfigDict is no Mapping
         raise UserError(f"{where}={spec!r} is not a section with the key name, as {{'name': 'pk'}}")
     name = spec.get('name')
     if not isinstance(name, str) or name not in SAMPLERS:
