@@ -130,7 +130,7 @@ def test_packed_files_read_the_same_and_faults_are_named(tmp_path, file, tokeniz
         (b'#version\na t</w>\n\n', 'merges line 3 holds 0 symbols'),
         (b'a t</w>\nat h\n', "merges line 2: no line before it makes 'at'"),
         (b'a t\nb at\nb a\nba t\n', "merges line 4: 'bat' is made twice"),
-        (b'a t\nb at\n', 'merges has 2 merges where 9 are wanted'),
+        (b'a t\nb at\n', 'merges has 2 merges, not the 9 expected'),
         (b'a t\nb \xff\n', 'merges line 2: not UTF-8'),
         (b'\x1f\x8b\x08\x00garbage', 'merges cannot be read'),
     ):
