@@ -1,4 +1,4 @@
-"""Variations of photographs: each by its formula, its share and its limits; cuts by their place."""
+"""Augmentation of photographs: formulas, probabilities and limits; crops by their position."""
 
 import colorsys
 
@@ -8,7 +8,8 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from mmjax.data import augment
+from mmjax import sections
+from mmjax.data import augment, images
 from mmjax.errors import UserError
 
 GREY = np.array([0.299, 0.587, 0.114])
@@ -16,7 +17,7 @@ NONE = dict(min_area=1.0, ratio=1.0, mirror=0.0, brightness=0.0, contrast=0.0, s
 
 
 def augmentation(**changes):
-    """An augmentation that does only what it is told."""
+    """Returns an augmentation with only these changes on."""
     return augment.Augmentation(**(NONE | changes))
 
 
@@ -63,13 +64,13 @@ def test_the_centre_square_is_pils_own_resize_of_the_middle(size):
     left, top = (size[0] - side) / 2, (size[1] - side) / 2
     box = (left, top, left + side, top + side)
     expected = np.asarray(picture.resize((20, 20), Image.Resampling.BILINEAR, box)).astype(int)
-    cut = augment.centre_square(picture, 20)
+    cut = augment.centre_crop(picture, 20)
     assert cut.shape == (20, 20, 3) and cut.dtype == np.uint8
     assert abs(cut - expected).max() <= 1
 
 
 def test_the_centre_square_leaves_both_ends_out():
-    cut = augment.centre_square(plane(300, 100), 50).astype(float) / 255
+    cut = augment.centre_crop(plane(300, 100), 50).astype(float) / 255
     at = (np.arange(50) + 0.5) / 50
     np.testing.assert_allclose(cut[25, :, 0], (1 + at) / 3, atol=0.006)
     np.testing.assert_allclose(cut[:, 25, 1], at, atol=0.012)
@@ -212,13 +213,13 @@ def test_cuts_keep_to_area_ratio_and_picture(size):
 def test_cuts_of_almost_the_whole_come_near_the_centre_square():
     picture = smooth(40, 40)
     near = augmentation(min_area=0.999)(picture, 20, np.random.default_rng(0)).astype(int)
-    assert abs(near - augment.centre_square(picture, 20)).max() <= 2
+    assert abs(near - augment.centre_crop(picture, 20)).max() <= 2
 
 
 @pytest.mark.parametrize('size', [(60, 60), (90, 60), (7, 31)])
 def test_an_area_of_one_is_the_centre_square_turned_or_not(size):
     picture = smooth(*size)
-    square = augment.centre_square(picture, 24)
+    square = augment.centre_crop(picture, 24)
     for seed in range(5):
         cut = augmentation(ratio=3.0)(picture, 24, np.random.default_rng(seed))
         np.testing.assert_array_equal(cut, square)
@@ -229,7 +230,7 @@ def test_an_area_of_one_is_the_centre_square_turned_or_not(size):
 def test_turned_cuts_continue_their_rim_and_turn_by_the_angle():
     picture = smooth(48, 48)
     turned = augmentation(rotation=30.0)(picture, 48, Highest()).astype(float)
-    square = augment.centre_square(picture, 48).astype(float)
+    square = augment.centre_crop(picture, 48).astype(float)
     expected = ndimage.rotate(square, 30, reshape=False, order=1, mode='nearest')
     y, x = np.mgrid[:48, :48] - 23.5
     assert abs(turned - expected)[np.hypot(x, y) < 23].max() <= 2
@@ -266,7 +267,7 @@ def test_tiny_and_extreme_pictures_are_cut_too(size, side):
         cut = vary(noise(*size), side, np.random.default_rng(seed))
         assert cut.shape == (side, side, 3) and cut.dtype == np.uint8
     plain = Image.new('RGB', size, (10, 200, 60))
-    for cut in (augment.centre_square(plain, side), augmentation(min_area=0.2)(plain, side, RNG)):
+    for cut in (augment.centre_crop(plain, side), augmentation(min_area=0.2)(plain, side, RNG)):
         np.testing.assert_array_equal(cut, np.full((side, side, 3), (10, 200, 60)))
 
 
@@ -296,8 +297,21 @@ def test_what_comes_out_depends_on_picture_and_rng_alone():
         ('rotation', 200.0),
         ('brightness', 1.5),
         ('hue', 0.6),
+        ('tint', -0.1),
+        ('mirror', 'x'),
+        ('contrast', True),
+        ('saturation', None),
     ],
 )
 def test_values_out_of_their_range_are_refused_by_name(name, value):
-    with pytest.raises(UserError, match=rf'data\.augmentation\.{name} is {value}, not in \['):
-        augment.Augmentation(**{name: value})
+    with pytest.raises(UserError) as error:
+        sections.parse(augment.Augmentation, {name: value}, 'data.augmentation')
+    assert str(error.value).startswith(f'data.augmentation.{name}={value!r} is not a number ')
+
+
+@pytest.mark.parametrize('name', ['shift', 'scale', 'brightness', 'contrast'])
+def test_values_of_panels_out_of_their_range_are_refused_by_name(name):
+    for value in (-0.1, 1.1, float('nan'), 'x'):
+        with pytest.raises(UserError) as error:
+            sections.parse(images.Augmentation, {name: value}, 'data.augmentation')
+        assert str(error.value).startswith(f'data.augmentation.{name}={value!r} is not a number ')

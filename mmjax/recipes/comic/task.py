@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax import sections
 from mmjax.data import images, prepare, tokenizers
 from mmjax.engine.task import Task, final_weights
 from mmjax.errors import UserError
@@ -266,7 +267,9 @@ def _pages(config, assets):
         hidden_tokens=spec.hidden_tokens,
         hidden_texts=spec.hidden_texts,
         hidden_places=spec.hidden_places,
-        augmentation=images.Augmentation(**spec.augmentation.to_dict()),
+        augmentation=sections.parse(
+            images.Augmentation, spec.augmentation.to_dict(), 'data.augmentation'
+        ),
     )
     splits = {name: comic.ComicPages(prepared, name, **options) for name in ('train', 'val')}
     if assets is not None:
