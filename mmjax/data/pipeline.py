@@ -6,6 +6,7 @@ only, and 1, 2 or 4 hosts see the same global batches. Grain reads ahead and run
 
 import atexit
 import collections
+import dataclasses
 import functools
 import multiprocessing
 import signal
@@ -24,7 +25,7 @@ from absl import flags
 
 from mmjax.data.dataset import Dataset
 from mmjax.data.processes import follow_parent
-from mmjax.data.samplers import Plan, Sampler
+from mmjax.data.samplers import Sampler
 from mmjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,42 +44,25 @@ class _PicklableError(RuntimeError):
     """A fault of the code, not of the data, with the row it happened at."""
 
 
+@dataclasses.dataclass(eq=False)
 class _Steps:
     """Random access to this host's batches of a stage by step; pickled into loader processes."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        sampler: Sampler,
-        *,
-        seed: int,
-        stage: int,
-        train: bool,
-        threads: int,
-        positions: np.ndarray,
-    ):
-        self._dataset = dataset
-        self._sampler = sampler
-        self._seed = seed
-        self._stage = stage
-        self._train = train
-        self._threads = threads
-        self._positions = positions  # of this host's rows in the global batch
-        self._start()
+    dataset: Dataset
+    sampler: Sampler
+    seed: int
+    stage: int
+    train: bool
+    threads: int
+    positions: np.ndarray  # of this host's rows in the global batch
 
-    def _start(self) -> None:
-        self._lock = threading.Lock()
+    def __post_init__(self) -> None:
         self._stopped = threading.Event()
-        self._plans: dict[int, Plan] = {}
         self._pool: futures.ThreadPoolExecutor | None = None
+        self._plan = functools.lru_cache(2)(self.sampler.plan)
 
-    def __getstate__(self) -> dict[str, object]:
-        of_process = ('_lock', '_stopped', '_plans', '_pool')
-        return {name: value for name, value in vars(self).items() if name not in of_process}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self._start()
+    def __reduce__(self) -> tuple[type['_Steps'], tuple[object, ...]]:
+        return _Steps, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -94,47 +78,39 @@ class _Steps:
             raise _picklable(error, f'batch of step {step}') from error
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
-        epoch, within = divmod(step, self._sampler.steps_per_epoch)
+        epoch, within = divmod(step, self.sampler.steps_per_epoch)
         plan = self._plan(epoch)
         rows = plan.rows[within]
         mask = plan.mask[within]
         # Padding repeats the example at position 0, on every host: the same global batch.
-        sources = np.where(mask, np.arange(len(rows)), 0)[self._positions]
+        sources = np.where(mask, np.arange(len(rows)), 0)[self.positions]
         unique, inverse = np.unique(sources, return_inverse=True)
         decode = lambda position: self._example(int(rows[position]), step, int(position))
         decoded = list(self._map(decode, unique))
         examples = [decoded[i] for i in inverse]
-        batch = dict(self._dataset.collate(examples, int(plan.bucket[within])))
+        batch = dict(self.dataset.collate(examples, int(plan.bucket[within])))
         _check_batch(batch, len(examples))
         return batch | {
             'row': rows[sources].astype(np.int32),
-            'mask': mask[self._positions].copy(),
+            'mask': mask[self.positions].copy(),
         }
-
-    def _plan(self, epoch: int) -> Plan:
-        with self._lock:
-            if epoch not in self._plans:
-                self._plans = {k: v for k, v in self._plans.items() if k == epoch - 1}
-                self._plans[epoch] = self._sampler.plan(epoch)
-            return self._plans[epoch]
 
     def _map(
         self, decode: Callable[[int], dict[str, np.ndarray]], positions: np.ndarray
     ) -> Iterator[dict[str, np.ndarray]]:
-        if self._threads < 2:
+        if self.threads < 2:
             return map(decode, positions)
-        with self._lock:
-            if self._pool is None:
-                self._pool = futures.ThreadPoolExecutor(self._threads, 'mmjax-decode')
+        if self._pool is None:
+            self._pool = futures.ThreadPoolExecutor(self.threads, 'mmjax-decode')
         return self._pool.map(decode, positions)
 
     def _example(self, row: int, step: int, position: int) -> dict[str, np.ndarray]:
         if self._stopped.is_set():
             raise _Closed
-        rng = np.random.default_rng([self._seed, self._stage, step, position])
-        where = f"row {row} of split '{self._dataset.split}'"
+        rng = np.random.default_rng([self.seed, self.stage, step, position])
+        where = f"row {row} of split '{self.dataset.split}'"
         try:
-            return self._dataset.example(row, rng, self._train)
+            return self.dataset.example(row, rng, self.train)
         except UserError as error:
             raise UserError(f'{where}: {error}') from error
         except Exception as error:
