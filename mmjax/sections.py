@@ -124,9 +124,7 @@ def describe(cls: type, prefix: str = '') -> list[tuple[str, str, str, str]]:
 
 def to_dict(section: object) -> dict[str, Any]:
     """Converts a section to nested plain dicts; tuples stay tuples."""
-    plain = _plain(section)
-    assert isinstance(plain, dict), f'{section!r} is no section'
-    return plain
+    return _plain(section)
 
 
 def did_you_mean(word: object, known: Sequence[object]) -> str:
@@ -168,10 +166,7 @@ def _section(cls: Any, values: Any, where: str, base: Any) -> Any:
         elif section and _is_mapping(given[name]):
             arguments[name] = _section(section, given[name], key, default)
         else:
-            try:
-                arguments[name] = _convert(hints[name], given[name], key, one.metadata)
-            except _Mismatch:
-                raise _error(hints[name], given[name], key, one.metadata) from None
+            arguments[name] = _entry(hints[name], given[name], key, one.metadata)
     result = cls(**arguments)
     if hasattr(result, 'check'):
         result.check(where)
@@ -251,7 +246,7 @@ def _scalar(annotation: Any, value: Any, limits: Mapping[str, Any]) -> Any:
 
 
 def _entry(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -> Any:
-    """Converts a value of an open mapping; the error names its own key."""
+    """Converts the value of a key; raises UserError for a mismatch."""
     try:
         return _convert(annotation, value, where, limits)
     except _Mismatch:

@@ -6,7 +6,6 @@ bytes, 256 bytes that end a word, the merges, <|startoftext|>, <|endoftext|>. Te
 <|endoftext|>: a text's vector stands at the first one. Free of jax.
 """
 
-import copy
 import gzip
 import json
 import os
@@ -15,10 +14,14 @@ import re
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from mmjax.data import tokenizers
 from mmjax.data.tokenizers import Tokenizer
 from mmjax.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import normalizers, pre_tokenizers
 
 CUTS = ('kept', 'front', 'end', 'words', 'unfit')
 START, END = '<|startoftext|>', '<|endoftext|>'
@@ -26,10 +29,10 @@ VOCABULARY = 49_408  # ids of the published models
 MERGES = ('bpe_simple_vocab_16e6.txt.gz', 'bpe_simple_vocab_16e6.txt')
 MAX_BYTES = 50_000_000  # unpacked; the published file has 3.2 million
 _SUFFIX = '</w>'
-_FIXED = 2 * 256 + 2  # ids that are no merges
+_FIXED = 2 * 256 + 2  # ids that are not merges
 # Words: clitics, runs of letters, single digits, runs of anything else but white space.
 _WORDS = r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-# Ends of sentences; possessive, so that a text of nothing but stops takes linear time.
+# Ends of sentences; possessive, so that a text of only full stops takes linear time.
 _END = re.compile(
     r'(?<![.!?…।])(?!(?:\.\.++|…++)["\'”’»)\]]*+\s++[a-zß-ÿа-я])[.!?…।]++["\'”’»)\]]*+(?:\s++|$)'
     r'|[。！？｡]++["\'”’»)\]」』）】]*+\s*+|[\n\r\u2028\u2029]\s*+'
@@ -45,33 +48,38 @@ def clip_tokenizer(merges_file: str | os.PathLike, vocabulary: int = VOCABULARY)
     Hugging Face's, normalises by NFC only. Special tokens spelt out in a text are special.
 
     Args:
-      merges_file: a header, then two symbols a line, the most frequent pair first; packed or not.
+      merges_file: a header, then two symbols per line, the most frequent pair first; gzip or text.
       vocabulary: number of ids; the first `vocabulary` - 514 merges count, later ones are not read.
 
     Raises:
       UserError: the file is missing, malformed, larger than MAX_BYTES, or has too few merges.
     """
-    path, wanted = pathlib.Path(merges_file), _merges_of(vocabulary)
-    made, merges = set(_symbols()), []
-    for line, merge in _read_merges(path, wanted):
+    path = pathlib.Path(merges_file)
+    count = _merge_count(vocabulary)
+    symbols = set(_symbols())
+    merges = []
+    for line, merge in _read_merges(path, count):
         for symbol in merge:
-            if symbol not in made:
+            if symbol not in symbols:
                 raise UserError(f'{path} line {line}: no line before it makes {symbol!r}')
-        if (new := ''.join(merge)) in made:
+        new = ''.join(merge)
+        if new in symbols:
             raise UserError(f'{path} line {line}: {new!r} is made twice')
-        made.add(new)
+        symbols.add(new)
         merges.append(merge)
-    if len(merges) < wanted:
-        raise UserError(f'{path} has {len(merges)} merges where {wanted} are wanted')
+    if len(merges) < count:
+        raise UserError(f'{path} has {len(merges)} merges, not the {count} expected')
     return _numbered(merges)
 
 
 def load_clip_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Loads CLIP's tokenizer from a folder, from the first of these files that it holds.
 
-    `tokenizer.json` (ours or Hugging Face's); `vocab.json` with `merges.txt` (Hugging Face's);
-    `bpe_simple_vocab_16e6.txt.gz` or `.txt` (OpenAI's). Raises UserError: it holds none of them, or
-    one that is malformed or not CLIP's.
+    `tokenizer.json` (written by mmjax or Hugging Face); `vocab.json` with `merges.txt` (Hugging
+    Face); `bpe_simple_vocab_16e6.txt.gz` or `.txt` (OpenAI).
+
+    Raises:
+      UserError: the folder holds none of them, or one that is malformed or not CLIP's.
     """
     folder = pathlib.Path(folder)
     if (folder / tokenizers.FILE).exists():
@@ -89,7 +97,7 @@ def load_clip_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def train_clip_tokenizer(texts: Iterable[str], vocabulary: int = 2000) -> Tokenizer:
-    """Trains a tokenizer of CLIP's make: the same texts give the same JSON in every process.
+    """Trains a tokenizer like CLIP's: the same texts give the same JSON in every process.
 
     Args:
       texts: read once, in order.
@@ -98,12 +106,12 @@ def train_clip_tokenizer(texts: Iterable[str], vocabulary: int = 2000) -> Tokeni
     from tokenizers import Tokenizer as Model
     from tokenizers import models, pre_tokenizers, trainers
 
-    wanted = _merges_of(vocabulary)
-    normalizer, splitter = _steps()
+    count = _merge_count(vocabulary)
+    normalizer, splitter = _text_steps()
     values = {symbol: value for value, symbol in _bytes().items()}
 
     # The library numbers symbols with a suffix in an order that differs from process to process,
-    # and ties between merges follow the numbers. Spelt as one character each, they are sorted.
+    # and ties between merges follow the numbers. Written as one character each, they are sorted.
     def spelled(word: str) -> str:
         *plain, final = (values[symbol] for symbol in word)
         return ''.join(chr(_PLAIN + value) for value in plain) + chr(_FINAL + final)
@@ -118,7 +126,7 @@ def train_clip_tokenizer(texts: Iterable[str], vocabulary: int = 2000) -> Tokeni
     model = Model(models.BPE())
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=len(spelling) + wanted, initial_alphabet=sorted(spelling), show_progress=False
+        vocab_size=len(spelling) + count, initial_alphabet=sorted(spelling), show_progress=False
     )
     model.train_from_iterator(lines(), trainer)
     table = str.maketrans(spelling)
@@ -128,28 +136,30 @@ def train_clip_tokenizer(texts: Iterable[str], vocabulary: int = 2000) -> Tokeni
 
 def token_counter(tokenizer: Tokenizer) -> Callable[[str], int]:
     """Returns text → number of its tokens, special ones included; a blank text has none."""
-    own = copy.copy(tokenizer)  # so that the other's `truncated` stays as it is
+    from tokenizers import Tokenizer as Model
 
-    def count(text: str) -> int:
-        length = 16 + 4 * len(text)
-        while (mask := own.encode([text], length)[1]).all():  # it may have been cut
-            length *= 2
-        return int(mask.sum())
-
-    return count
+    model = Model.from_str(tokenizer.__getstate__())
+    model.no_padding()
+    model.no_truncation()
+    return lambda text: len(model.encode(text)) if text.strip() else 0
 
 
 def shorten(text: str, count: Callable[[str], int], limit: int = 77) -> tuple[str, str]:
     """Shortens a text until `count` finds at most `limit` tokens; no word is cut.
 
-    Returns (kind of cut, text) for the first of these that fits, losing as little as it can:
-      kept: the text as it is.
-      front: without sentences at the front, a template's among them.
-      end: without sentences at the end; from the first sentence on that fits by itself.
-      words: of a sentence, without words at the end (words stand apart by white space): of those
-        whose first word fits, the sentence of fewest tokens.
-      unfit: '', of a blank text too.
-    What is returned has been counted. Runs are bisected, as more text has no fewer tokens.
+    Args:
+      text: what is shortened.
+      count: text → number of its tokens; more text has no fewer tokens.
+      limit: the largest number of tokens.
+
+    Returns:
+      (kind of cut, text) for the first of these that fits, with as much text as possible:
+        kept: the whole text.
+        front: the text without sentences at the front, a template's among them.
+        end: the text without sentences at the end, from the first sentence that fits by itself.
+        words: one sentence without words at its end (white space separates words): of those whose
+          first word fits, the sentence of fewest tokens.
+        unfit: '', also if `text` is white space.
     """
     fits = lambda part: count(part) <= limit
     if text.strip() and fits(text):
@@ -174,63 +184,70 @@ def shorten(text: str, count: Callable[[str], int], limit: int = 77) -> tuple[st
 
 
 def sentences(text: str) -> list[str]:
-    """Splits a text into sentences, in order; between them stands white space or nothing.
+    """Splits a text into sentences, in order; at most white space is left out between them.
 
-    A sentence ends with stops (and closing quotes or brackets) before white space, so that 3.5
+    A sentence ends with full stops (and closing quotes or brackets) before white space, so that 3.5
     stays whole; with an ellipsis if no small letter follows; with full-width stops; with a line.
-    A piece without letters or digits ('!!!', an emoji) belongs to the one before, or else after.
+    A piece without letters or digits ('!!!', an emoji) belongs to the sentence before it, or else
+    to the one after it.
     """
     return [text[start:end] for start, end in _spans(text)]
 
 
 def _spans(text: str) -> list[tuple[int, int]]:
-    spans, worded, start = [], True, 0
+    """Returns (start, end) of each sentence."""
+    spans: list[tuple[int, int]] = []
+    last_has_word = True
+    start = 0
     for end in [*(end.end() for end in _END.finditer(text)), len(text)]:
         piece = text[start:end]
         if piece.strip():
-            first, last = end - len(piece.lstrip()), start + len(piece.rstrip())
+            first = end - len(piece.lstrip())
             has_word = any(map(str.isalnum, piece))
-            if spans and not (has_word and worded):
-                first, has_word = spans.pop()[0], has_word or worded
-            spans.append((first, last))
-            worded = has_word
+            if spans and not (has_word and last_has_word):
+                first = spans.pop()[0]
+                has_word = has_word or last_has_word
+            spans.append((first, start + len(piece.rstrip())))
+            last_has_word = has_word
         start = end
     return spans
 
 
 def _bytes() -> dict[int, str]:
-    """Returns byte → symbol in the order of the published ids: bytes that print stand first."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = sorted(set(range(256)) - set(shown))
-    codes = [*shown, *range(256, 256 + len(hidden))]
-    return dict(zip([*shown, *hidden], map(chr, codes), strict=True))
+    """Returns byte → symbol in the order of the published ids: printable bytes first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted(set(range(256)) - set(printable))
+    codes = [*printable, *range(256, 256 + len(others))]
+    return dict(zip([*printable, *others], map(chr, codes), strict=True))
 
 
 def _symbols() -> list[str]:
+    """Returns the symbols of single bytes in the order of the published ids."""
     symbols = list(_bytes().values())
     return symbols + [symbol + _SUFFIX for symbol in symbols]
 
 
-def _merges_of(vocabulary: int) -> int:
+def _merge_count(vocabulary: int) -> int:
     if vocabulary < _FIXED:
         raise ValueError(f'a vocabulary of {vocabulary} is under 512 bytes + 2 special')
     return vocabulary - _FIXED
 
 
 def _numbered(merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    """Builds a tokenizer with the published order of ids."""
     tokens = [*_symbols(), *map(''.join, merges), START, END]
-    return _build({token: place for place, token in enumerate(tokens)}, merges)
+    return _build({token: i for i, token in enumerate(tokens)}, merges)
 
 
-def _steps():
-    """Returns what makes a text plain, and what splits it into words spelt in symbols."""
+def _text_steps() -> 'tuple[normalizers.Sequence, pre_tokenizers.Sequence]':
+    """Returns what normalizes a text, and what splits it into words written in symbols."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
-    blank = normalizers.Replace(Regex(r'\s+'), ' ')
+    space = normalizers.Replace(Regex(r'\s+'), ' ')
     words = pre_tokenizers.Split(Regex(_WORDS), behavior='removed', invert=True)
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    plain = normalizers.Sequence([normalizers.NFC(), blank, normalizers.Lowercase()])
-    return plain, pre_tokenizers.Sequence([words, spell])
+    symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
+    return normalizer, pre_tokenizers.Sequence([words, symbols])
 
 
 def _build(ids: dict[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
@@ -239,10 +256,10 @@ def _build(ids: dict[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
 
     model = Model(models.BPE(ids, list(merges), end_of_word_suffix=_SUFFIX))
     model.add_special_tokens([START, END])
-    model.normalizer, model.pre_tokenizer = _steps()
-    # The end of a word is read back as the symbol of a blank, before symbols become bytes.
-    blank = decoders.Replace(_SUFFIX, _bytes()[ord(' ')])
-    model.decoder = decoders.Sequence([blank, decoders.ByteLevel(), decoders.Strip(' ', 0, 1)])
+    model.normalizer, model.pre_tokenizer = _text_steps()
+    # The end of a word is decoded to the symbol of a space, before symbols become bytes.
+    space = decoders.Replace(_SUFFIX, _bytes()[ord(' ')])
+    model.decoder = decoders.Sequence([space, decoders.ByteLevel(), decoders.Strip(' ', 0, 1)])
     model.post_processor = processors.TemplateProcessing(
         single=f'{START} $A {END}', special_tokens=[(token, ids[token]) for token in (START, END)]
     )
@@ -250,6 +267,7 @@ def _build(ids: dict[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
 
 
 def _from_vocabulary(vocabulary_file: pathlib.Path, merges_file: pathlib.Path) -> Tokenizer:
+    """Reads the two files of a Hugging Face folder."""
     try:
         ids = json.loads(_read(vocabulary_file))
     except (ValueError, RecursionError) as error:
@@ -270,28 +288,32 @@ def _from_vocabulary(vocabulary_file: pathlib.Path, merges_file: pathlib.Path) -
 
 
 def _read_merges(path: pathlib.Path, most: int) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Yields (line, merge) of a list of merges, at most so many; a header is passed over."""
+    """Yields (line, merge) of at most `most` merges of a file; a header is skipped."""
     lines = _read(path).removesuffix('\n').split('\n')
     header = '#version' in lines[0]
     for line, content in enumerate(lines[header : header + most], 1 + header):
         symbols = content.split()
         if len(symbols) != 2:
-            raise UserError(f'{path} line {line} holds {len(symbols)} symbols where a merge has 2')
+            raise UserError(
+                f'{path} line {line} holds {len(symbols)} symbols, not the 2 of a merge'
+            )
         yield line, (symbols[0], symbols[1])
 
 
 def _read(path: pathlib.Path) -> str:
-    """Returns the text of a file, unpacked where it is a gzip; reads no more than MAX_BYTES."""
+    """Returns the text of a file, gzip or not; an error if it is larger than MAX_BYTES."""
     try:
         with path.open('rb') as file:
-            packed = file.read(2) == b'\x1f\x8b'
+            compressed = file.read(2) == b'\x1f\x8b'
             file.seek(0)
-            source = gzip.GzipFile(fileobj=file) if packed else file
+            source = gzip.GzipFile(fileobj=file) if compressed else file
             content = source.read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f'{path} cannot be read: {error}') from error
     if len(content) > MAX_BYTES:
-        raise UserError(f'{path} holds more than {MAX_BYTES:,} bytes; it is no vocabulary of CLIP')
+        raise UserError(
+            f'{path} holds more than {MAX_BYTES:,} bytes; it is not a vocabulary of CLIP'
+        )
     try:
         return content.decode()
     except UnicodeDecodeError as error:

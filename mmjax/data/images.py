@@ -1,4 +1,4 @@
-"""Opens pictures safely, cuts boxes out of them and varies the cuts. Free of jax."""
+"""Opens images safely, crops boxes from them and augments the crops. Free of jax."""
 
 import dataclasses
 import io
@@ -10,20 +10,15 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mmjax.errors import RecordError, UserError
+from mmjax.sections import field
 
 MAX_PIXELS = 50_000_000
-_FORMATS = (
-    'JPEG',
-    'PNG',
-    'WEBP',
-    'GIF',
-    'BMP',
-    'TIFF',
-)  # never EPS and the like: they run programs
+# Never EPS and the like: they run programs.
+_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')
 
 
 def inside(root: str | os.PathLike, relative: str) -> pathlib.Path:
-    """Returns root/relative; raises UserError where it is absolute or leads out of the root.
+    """Returns root/relative; raises UserError if it is absolute or leads out of the root.
 
     Symbolic links are followed, so that a link out of the root is refused too.
     """
@@ -31,138 +26,142 @@ def inside(root: str | os.PathLike, relative: str) -> pathlib.Path:
     if not relative or '\0' in relative:
         raise UserError(f'{relative!r} is not a path under {root}')
     path = root / relative
-    if pathlib.PurePath(relative).is_absolute() or not path.resolve().is_relative_to(
-        root.resolve()
-    ):
+    absolute = pathlib.PurePath(relative).is_absolute()
+    if absolute or not path.resolve().is_relative_to(root.resolve()):
         raise UserError(f'the path {relative!r} leads outside the data root {root}')
     return path
 
 
-def open_picture(
+def open_image(
     source: bytes | str | os.PathLike,
     name: str = '',
     *,
     max_pixels: int = MAX_PIXELS,
     at_least: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """Decodes a whole picture to RGB, turned as its EXIF orientation says.
+    """Decodes a whole image to RGB, in the orientation of its EXIF tag.
 
     Args:
       source: encoded bytes, or the path of a file.
-      name: what errors call it; the path by default.
-      max_pixels: larger pictures are refused before they are decoded.
-      at_least: (width, height) that suffice; a JPEG may then be decoded at 1/2, 1/4 or 1/8.
+      name: its name in errors; the path by default.
+      max_pixels: larger images are refused before they are decoded.
+      at_least: (width, height) in pixels that suffice; a JPEG may then be decoded at 1/2, 1/4 or
+        1/8 of its size.
 
     Raises:
-      RecordError: 'missing_picture', 'picture_too_large' or 'unreadable_picture' (truncated ones
-        too), naming the file.
+      RecordError: 'missing_image', 'image_too_large' or 'unreadable_image' (a truncated one too),
+        naming the file.
     """
-    name = name or ('a picture' if isinstance(source, bytes) else os.fspath(source))
+    name = name or ('an image' if isinstance(source, bytes) else os.fspath(source))
     try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS
-        ) as picture:
-            width, height = picture.size
+        with _open(source) as image:
+            width, height = image.size
             if width * height > max_pixels:
                 raise RecordError(
-                    'picture_too_large',
+                    'image_too_large',
                     f'{name} has {width}×{height} pixels, more than the {max_pixels} allowed',
                 )
             if at_least:
-                picture.draft('RGB', at_least)
-            picture.load()
-            return _rgb(ImageOps.exif_transpose(picture))
+                image.draft('RGB', at_least)
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
     except RecordError:
         raise
     except FileNotFoundError as error:
-        raise RecordError('missing_picture', f'{name} does not exist') from error
+        raise RecordError('missing_image', f'{name} does not exist') from error
     except Image.DecompressionBombError as error:
-        raise RecordError('picture_too_large', f'{name}: {error}') from error
+        raise RecordError('image_too_large', f'{name}: {error}') from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error…
         why = str(error).removesuffix('.') or type(error).__name__
-        raise RecordError('unreadable_picture', f'{name} cannot be read: {why}') from error
+        raise RecordError('unreadable_image', f'{name} cannot be read: {why}') from error
 
 
-def check_picture(
+def check_image(
     source: bytes | str | os.PathLike, name: str = '', *, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """Returns (width, height) of a picture whose every byte decodes; raises as `open_picture`."""
-    name = name or ('a picture' if isinstance(source, bytes) else os.fspath(source))
+    """Returns (width, height) of an image of which every byte decodes; raises as `open_image`."""
     # JPEGs are decoded at 1/8, which reads the whole stream and skips most of the arithmetic.
-    open_picture(source, name, max_pixels=max_pixels, at_least=(1, 1))
-    with Image.open(
-        io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS
-    ) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return picture.size[::-1] if turned else picture.size
+    open_image(source, name, max_pixels=max_pixels, at_least=(1, 1))
+    with _open(source) as image:
+        transposed = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if transposed else image.size
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == 'RGB':
-        return picture
-    if picture.mode.startswith('I;16'):  # 16-bit grey, which `convert` would clip to white
-        grey = np.asarray(picture, np.uint16) >> 8
+def _open(source: bytes | str | os.PathLike) -> Image.Image:
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == 'RGB':
+        return image
+    if image.mode.startswith('I;16'):  # 16-bit grey, which `convert` would clip to white
+        grey = np.asarray(image, np.uint16) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
-    if 'A' in picture.getbands() or 'transparency' in picture.info:
-        alpha = picture.convert('RGBA')  # what shows through is paper, not black
+    if 'A' in image.getbands() or 'transparency' in image.info:
+        alpha = image.convert('RGBA')  # the background is paper, not black
         return Image.alpha_composite(Image.new('RGBA', alpha.size, 'white'), alpha).convert('RGB')
-    return picture.convert('RGB')
+    return image.convert('RGB')
 
 
-def crop_resize(picture: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
-    """Cuts `box` = (x0, y0, x1, y1), in fractions of the picture, to uint8 [size, size, 3].
+def crop_resize(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
+    """Crops a box and resizes it to a square.
 
-    The sides are scaled independently, with antialiasing. Parts outside the picture are left out.
+    Args:
+      image: RGB.
+      box: (x0, y0, x1, y1) in fractions of the image; parts outside are left out.
+      size: side of the result in pixels.
+
+    Returns:
+      uint8 [size, size, 3]; width and height are scaled independently, with antialiasing.
     """
-    width, height = picture.size
+    width, height = image.size
     x0, y0, x1, y1 = (float(np.clip(value, 0.0, 1.0)) for value in box)
     x0, y0 = min(x0 * width, width - 1.0), min(y0 * height, height - 1.0)
     x1, y1 = max(x1 * width, x0 + 1.0), max(y1 * height, y0 + 1.0)
-    cut = picture.resize(
-        (size, size), Image.Resampling.BILINEAR, (x0, y0, x1, y1), reducing_gap=2.0
-    )
-    return np.asarray(cut)
+    crop = image.resize((size, size), Image.Resampling.BILINEAR, (x0, y0, x1, y1), reducing_gap=2.0)
+    return np.asarray(crop)
 
 
-class Kept:
-    """Decoded pictures by row, kept until they fill `limit` bytes; then no more are.
+class ImageCache:
+    """Keeps decoded images by row until they fill `limit` bytes; later images are not kept.
 
-    A small set is so decoded only in the first epoch. Pickled, it is empty.
+    Thus a small data set is decoded once. A pickled cache is empty.
     """
 
     def __init__(self, limit: int):
-        self._limit, self._bytes = limit, 0
-        self._pictures: dict[int, Image.Image] = {}
+        self._limit = limit
+        self._bytes = 0
+        self._images: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
-    def __reduce__(self):
-        return Kept, (self._limit,)
+    def __reduce__(self) -> tuple[type['ImageCache'], tuple[int]]:
+        return ImageCache, (self._limit,)
 
-    def get(self, row: int, make: Callable[[], Image.Image]) -> Image.Image:
-        """Returns the picture of `row`, made by `make` if it is not here."""
-        if (picture := self._pictures.get(row)) is None:
-            picture = make()
-            size = 4 * picture.width * picture.height  # PIL keeps four bytes a pixel
-            if self._bytes + size <= self._limit:  # a race of threads costs a picture too many
+    def get(self, row: int, decode: Callable[[], Image.Image]) -> Image.Image:
+        """Returns the image of `row`, calling `decode` if it is not in the cache."""
+        image = self._images.get(row)
+        if image is None:
+            image = decode()
+            size = 4 * image.width * image.height  # PIL uses four bytes per pixel
+            if self._bytes + size <= self._limit:  # a race of threads costs one image too many
                 self._bytes += size
-                self._pictures[row] = picture
-        return picture
+                self._images[row] = image
+        return image
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How far the cut of a panel may vary. Nothing is mirrored: that would reverse lettering.
+    """How far the crop of a panel may vary; each value v is drawn uniformly from [-v, v].
 
-    shift, scale: fractions of the box's sides; brightness: fraction of the full range;
-    contrast: relative change around mid-grey. All are drawn uniformly from [-v, v].
+    Nothing is mirrored: that would reverse lettering.
     """
 
-    shift: float = 0.04
-    scale: float = 0.06
-    brightness: float = 0.1
-    contrast: float = 0.15
+    shift: float = field(0.04, "shift of the box, in fractions of the box's sides", least=0, most=1)
+    scale: float = field(0.06, "change of the box's sides, as a fraction", least=0, below=1)
+    brightness: float = field(0.1, 'in fractions of the full range', least=0, most=1)
+    contrast: float = field(0.15, 'relative change around mid-grey', least=0, most=1)
 
     def box(self, box: Sequence[float], rng: np.random.Generator) -> np.ndarray:
         """Returns the box moved and scaled (each side by itself), kept within [0, 1]."""

@@ -1,4 +1,4 @@
-"""Batches of a stage by step: decoded in threads or processes, the same however that is done.
+"""Batches of a stage by step: decoded in threads or processes, with the same result.
 
 Batch `step` is a pure function of (dataset, sampler, seed, stage, step), so resuming needs the step
 only, and 1, 2 or 4 hosts see the same global batches. Grain reads ahead and runs the processes.
@@ -6,6 +6,7 @@ only, and 1, 2 or 4 hosts see the same global batches. Grain reads ahead and run
 
 import atexit
 import collections
+import dataclasses
 import functools
 import multiprocessing
 import signal
@@ -16,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
@@ -24,38 +25,44 @@ from absl import flags
 
 from mmjax.data.dataset import Dataset
 from mmjax.data.processes import follow_parent
-from mmjax.data.samplers import Plan, Sampler
+from mmjax.data.samplers import Sampler
 from mmjax.errors import UserError
 
-_ENDLESS = 1 << 40  # steps, where no stop is given
-_STARTING = threading.Lock()  # one loader at a time starts its processes, so each knows its own
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Sharding
+
+_ENDLESS = 1 << 40  # steps, if no stop is given
+_STARTING = threading.Lock()  # one loader at a time starts processes, so that it can list them
 
 
 class _Closed(Exception):
     """Ends the batch being decoded when its iterator is closed; nobody waits for it."""
 
 
+class _PicklableError(RuntimeError):
+    """A fault of the code, not of the data, with the row it happened at."""
+
+
+@dataclasses.dataclass(eq=False)
 class _Steps:
-    """Random access to the local batches of a stage by step; pickled into loader processes."""
+    """Random access to this host's batches of a stage by step; pickled into loader processes."""
 
-    def __init__(self, dataset, sampler, *, seed, stage, train, threads, place, count):
-        self._dataset, self._sampler = dataset, sampler
-        self._seed, self._stage, self._train = seed, stage, train
-        self._threads, self._place, self._count = threads, place, count
-        self._unpickled()
+    dataset: Dataset
+    sampler: Sampler
+    seed: int
+    stage: int
+    train: bool
+    threads: int
+    positions: np.ndarray  # of this host's rows in the global batch
 
-    def _unpickled(self) -> None:
-        self._lock, self._stopped = threading.Lock(), threading.Event()
-        self._plans: dict[int, Plan] = {}
-        self._pool = None
+    def __post_init__(self) -> None:
+        self._stopped = threading.Event()
+        self._pool: futures.ThreadPoolExecutor | None = None
+        self._plan = functools.lru_cache(2)(self.sampler.plan)
 
-    def __getstate__(self):
-        own = ('_lock', '_stopped', '_plans', '_pool')
-        return {name: value for name, value in vars(self).items() if name not in own}
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self._unpickled()
+    def __reduce__(self) -> tuple[type['_Steps'], tuple[object, ...]]:
+        return _Steps, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -63,55 +70,51 @@ class _Steps:
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         try:
             return self._batch(int(step))
-        except (_Closed, _Portable):
+        except (_Closed, _PicklableError):
             raise
         except UserError as error:
             raise UserError(str(error)) from error  # a subclass may not survive pickling
         except Exception as error:
-            raise _portable(error, f'batch of step {step}') from error
+            raise _picklable(error, f'batch of step {step}') from error
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
-        epoch, within = divmod(step, self._sampler.steps_per_epoch)
+        epoch, within = divmod(step, self.sampler.steps_per_epoch)
         plan = self._plan(epoch)
-        rows, mask, bucket = plan.rows[within], plan.mask[within], int(plan.bucket[within])
-        places = np.arange(self._place, self._place + self._count)
-        # A padding row repeats the example at place 0, on whichever host: the same global batch.
-        wanted = np.unique(np.where(mask[places], places, 0))
-        decode = lambda place: self._example(int(rows[place]), step, int(place))
-        found = dict(zip(wanted.tolist(), self._map(decode, wanted), strict=True))
-        examples = [found[place if mask[place] else 0] for place in places.tolist()]
-        batch = dict(self._dataset.collate(examples, bucket))
-        return _checked(batch, self._count) | {
-            'row': np.where(mask, rows, rows[0])[places].astype(np.int32),
-            'mask': mask[places].copy(),
+        rows = plan.rows[within]
+        mask = plan.mask[within]
+        # Padding repeats the example at position 0, on every host: the same global batch.
+        sources = np.where(mask, np.arange(len(rows)), 0)[self.positions]
+        unique, inverse = np.unique(sources, return_inverse=True)
+        decode = lambda position: self._example(int(rows[position]), step, int(position))
+        decoded = list(self._map(decode, unique))
+        examples = [decoded[i] for i in inverse]
+        batch = dict(self.dataset.collate(examples, int(plan.bucket[within])))
+        _check_batch(batch, len(examples))
+        return batch | {
+            'row': rows[sources].astype(np.int32),
+            'mask': mask[self.positions].copy(),
         }
 
-    def _plan(self, epoch: int) -> Plan:
-        with self._lock:
-            if epoch not in self._plans:
-                self._plans = {k: v for k, v in self._plans.items() if k == epoch - 1}
-                self._plans[epoch] = self._sampler.plan(epoch)
-            return self._plans[epoch]
+    def _map(
+        self, decode: Callable[[int], dict[str, np.ndarray]], positions: np.ndarray
+    ) -> Iterator[dict[str, np.ndarray]]:
+        if self.threads < 2:
+            return map(decode, positions)
+        if self._pool is None:
+            self._pool = futures.ThreadPoolExecutor(self.threads, 'mmjax-decode')
+        return self._pool.map(decode, positions)
 
-    def _map(self, decode: Callable, places: np.ndarray) -> Iterator[dict]:
-        if self._threads < 2:
-            return map(decode, places)
-        with self._lock:
-            if self._pool is None:
-                self._pool = futures.ThreadPoolExecutor(self._threads, 'mmjax-decode')
-        return self._pool.map(decode, places)
-
-    def _example(self, row: int, step: int, place: int) -> dict[str, np.ndarray]:
+    def _example(self, row: int, step: int, position: int) -> dict[str, np.ndarray]:
         if self._stopped.is_set():
             raise _Closed
-        rng = np.random.default_rng([self._seed, self._stage, step, place])
-        where = f"row {row} of split '{self._dataset.split}'"
+        rng = np.random.default_rng([self.seed, self.stage, step, position])
+        where = f"row {row} of split '{self.dataset.split}'"
         try:
-            return self._dataset.example(row, rng, self._train)
+            return self.dataset.example(row, rng, self.train)
         except UserError as error:
             raise UserError(f'{where}: {error}') from error
         except Exception as error:
-            raise _portable(error, where) from error
+            raise _picklable(error, where) from error
 
     def close(self) -> None:
         self._stopped.set()
@@ -119,39 +122,34 @@ class _Steps:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _portable(error: Exception, where: str) -> RuntimeError:
+def _picklable(error: Exception, where: str) -> _PicklableError:
     """Returns an error that any process can unpickle; Grain waits forever for one that cannot."""
-    result = _Portable(f'{where}: {type(error).__name__}: {error}')
+    result = _PicklableError(f'{where}: {type(error).__name__}: {error}')
     if multiprocessing.parent_process() is not None:  # the cause does not cross processes
         result.add_note(''.join(traceback.format_exception(error)))
     return result
 
 
-class _Portable(RuntimeError):
-    """A fault of the code, not of the data, with the row it happened at."""
-
-
-def _checked(batch: dict[str, Any], count: int) -> dict[str, np.ndarray]:
-    """Raises UserError where `collate` did not return arrays of `count` rows under free names."""
+def _check_batch(batch: Mapping[str, object], count: int) -> None:
+    """Raises UserError unless `collate` returned arrays of `count` rows under free names."""
     for key, value in batch.items():
         if key in ('row', 'mask'):
-            raise UserError(f"collate returns '{key}', a name that the engine gives to its own")
+            raise UserError(f"collate returns '{key}', a name that the engine uses itself")
         if not isinstance(value, np.ndarray) or value.shape[:1] != (count,):
-            found = getattr(value, 'shape', type(value).__name__)
-            raise UserError(f"collate returns '{key}' as {found}, not an array of {count} rows")
-    return batch
+            shape = getattr(value, 'shape', type(value).__name__)
+            raise UserError(f"collate returns '{key}' as {shape}, not an array of {count} rows")
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in a loader process: it outlives neither its parent nor takes an accelerator."""
+    """Runs first in a loader process, which ends with its parent and takes no accelerator."""
     if 'jax' in sys.modules:  # Grain imports it; no backend is up yet
         sys.modules['jax'].config.update('jax_platforms', 'cpu')
     follow_parent()
 
 
-def _close(reference: weakref.ref) -> None:
-    if (found := reference()) is not None:
-        found.close()
+def _close(reference: 'weakref.ref[Batches]') -> None:
+    if (batches := reference()) is not None:
+        batches.close()
 
 
 class Batches:
@@ -161,14 +159,17 @@ class Batches:
     """
 
     def __init__(self, steps: _Steps, start: int, stop: int, workers: int, ahead: int):
-        self._steps, self._workers, self._children = steps, workers, []
-        self._started, self._closed = False, False
+        self._steps = steps
+        self._workers = workers
+        self._children: list[multiprocessing.process.BaseProcess] = []
+        self._started = False
+        self._closed = False
         self._at_exit = functools.partial(_close, weakref.ref(self))
         if workers:
-            if not flags.FLAGS.is_parsed():  # Grain reads flags of its own
+            if not flags.FLAGS.is_parsed():  # Grain reads flags itself
                 flags.FLAGS.mark_as_parsed()
-            # A worker decodes with its own threads; reading ahead is its queue's business, so
-            # that closing waits for one batch at most.
+            # A worker decodes with its own threads, and only its queue reads ahead, so that
+            # closing waits for one batch at most.
             read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         else:
             read = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)
@@ -179,7 +180,7 @@ class Batches:
             source = source.mp_prefetch(options, worker_init_fn=_start_worker)
         self._iterator = iter(source)
 
-    def __iter__(self):
+    def __iter__(self) -> 'Batches':
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -193,7 +194,7 @@ class Batches:
         except StopIteration:
             self.close()
             raise
-        except (UserError, _Portable):
+        except (UserError, _PicklableError):
             self.close()
             raise
         except RuntimeError as error:
@@ -204,7 +205,7 @@ class Batches:
                 f'a loader process died ({error}): exit code -9 may be a lack of memory, -7 of '
                 'space in /dev/shm; set data.workers=0 or fewer'
             ) from error
-        if self._workers:  # out of shared memory, which nobody frees who is alive at exit
+        if self._workers:  # copied out of shared memory, so that it can be freed
             batch = {key: np.array(value) for key, value in batch.items()}
         return batch
 
@@ -212,10 +213,10 @@ class Batches:
         """Starts the processes and returns the first batch.
 
         A process is born with SIGINT and SIGTERM blocked, as its thread has them: Ctrl-C and batch
-        schedulers send those to all processes of a run, and it is the parent who decides.
+        schedulers send those to all processes of a run, and only the parent acts on them.
         """
 
-        def start():
+        def start() -> dict[str, np.ndarray]:
             resource_tracker.ensure_running()  # starting it later would unblock them
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             return next(self._iterator)
@@ -224,15 +225,16 @@ class Batches:
         atexit.register(self._at_exit)  # before multiprocessing's own, which ends the queues
         with _STARTING, futures.ThreadPoolExecutor(1, 'mmjax-start') as pool:
             before = set(multiprocessing.active_children())
-            first, seen = pool.submit(start), False
-            while not seen and len(self._children) < self._workers:
-                seen = first.done()
+            first = pool.submit(start)
+            done = False
+            while not done and len(self._children) < self._workers:
+                done = first.done()
                 self._children = list(set(multiprocessing.active_children()) - before)
                 futures.wait([first], timeout=0.01)
             return first.result()
 
     def close(self) -> None:
-        """Ends threads and processes: at once, or after the batch a process is at."""
+        """Ends threads and processes: at once, or after the batch that a process decodes."""
         if self._closed:
             return
         self._closed = True
@@ -240,19 +242,19 @@ class Batches:
         self._steps.close()
         self._iterator.close()
         self._iterator = None
-        for child in self._children:  # Grain does not know those it started but never read from
+        for child in self._children:  # Grain forgets those it has not read from
             if child.is_alive():
                 child.kill()
             child.join()
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, '_iterator') and not sys.is_finalizing():
             self.close()
 
-    def __enter__(self):
+    def __enter__(self) -> 'Batches':
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -276,31 +278,32 @@ def batches(
     Args:
       dataset: what to decode; it is pickled when `workers` > 0.
       sampler: its plan says which rows make which batch; the epoch is step // steps_per_epoch.
-      seed, stage: with the step and the row's place in the global batch, all that is random for
-        one example.
-      start, stop: steps in the stage; None goes on without end.
+      seed, stage: with the step and the row's position in the global batch, the seed of all that
+        is random for one example.
+      start, stop: steps in the stage; without `stop` the iterator does not end.
       train: passed to `Dataset.example`.
       workers: loader processes; 0 decodes in this one.
-      threads: decoding threads, in each loader process if there are any; 0 decodes in the
-        calling thread, when a batch is asked for.
-      prefetch: batches made ahead.
+      threads: decoding threads, in each loader process if any; 0 decodes in the calling thread,
+        when it asks for a batch.
+      prefetch: batches decoded ahead.
       process_index, process_count: this host's rows are the process_index-th of process_count
         equal parts of the global batch, in order.
 
     Returns:
-      an iterator of {key: array [local batch, …]}: what `collate` made, `row` int32 (in the
+      An iterator of {key: array [local batch, …]}: what `collate` made, `row` int32 (in the
       dataset) and `mask` bool (False on padding, which repeats the batch's first example).
 
     Raises:
-      ValueError: wrong arguments. UserError: while iterating, with the row.
+      ValueError: wrong arguments.
+      UserError: a fault of the data, while iterating, with the row.
     """
     if stop is None:
         stop = _ENDLESS
     if not 0 <= start <= stop:
         raise ValueError(f'start={start} and stop={stop} are not 0 ≤ start ≤ stop')
     if workers < 0 or threads < 0 or prefetch < 1:
-        found = f'workers={workers}, threads={threads}, prefetch={prefetch}'
-        raise ValueError(f'{found}: less than 0, 0 and 1')
+        given = f'workers={workers}, threads={threads}, prefetch={prefetch}'
+        raise ValueError(f'{given}: less than 0, 0 and 1')
     if not 0 <= process_index < process_count:
         raise ValueError(f'process {process_index} is not one of {process_count}')
     if sampler.batch_size % process_count:
@@ -315,15 +318,16 @@ def batches(
         stage=stage,
         train=train,
         threads=threads,
-        place=process_index * count,
-        count=count,
+        positions=np.arange(process_index * count, (process_index + 1) * count),
     )
     return Batches(steps, start, stop, min(workers, stop - start), prefetch if threads else 0)
 
 
 def to_device(
-    iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any, depth: int = 2
-) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    iterator: Iterator[Mapping[str, np.ndarray]],
+    sharding: 'Sharding | Callable[[str, np.ndarray], Sharding]',
+    depth: int = 2,
+) -> 'Iterator[tuple[dict[str, jax.Array], np.ndarray]]':
     """Yields (batch of global jax.Arrays, this host's rows int32), `depth` batches ahead.
 
     Args:
@@ -331,15 +335,19 @@ def to_device(
       sharding: one Sharding for all keys, or a callable (key, array) → Sharding.
       depth: batches on devices at a time, the one in use included.
 
-    A fault of the iterator is raised in its place, after the batches before it.
+    An error of the iterator is raised after the batches before it.
     """
     import jax
 
     if depth < 1:
         raise ValueError(f'depth={depth} is not positive')
-    which = sharding if callable(sharding) else lambda key, value: sharding
-    put = lambda key, value: jax.make_array_from_process_local_data(which(key, value), value)
-    ready, fault = collections.deque(), None
+
+    def put(key: str, value: np.ndarray) -> jax.Array:
+        target = sharding(key, value) if callable(sharding) else sharding
+        return jax.make_array_from_process_local_data(target, value)
+
+    ready: collections.deque[tuple[dict[str, jax.Array], np.ndarray]] = collections.deque()
+    fault: Exception | None = None
     while True:
         while fault is None and len(ready) < depth:
             try:
@@ -350,7 +358,7 @@ def to_device(
                 ready.append(({key: put(key, x) for key, x in batch.items()}, batch['row']))
         if ready:
             yield ready.popleft()
-        elif isinstance(fault, StopIteration):
+        elif fault is None or isinstance(fault, StopIteration):
             return
         else:
             raise fault

@@ -1,4 +1,4 @@
-"""Maps a function over items in processes, in order: how built-in data are made on all cores."""
+"""Maps a function over items in processes, in order: makes built-in data on all cores."""
 
 import collections
 import itertools
@@ -13,16 +13,18 @@ from typing import TypeVar
 
 from mmjax.errors import UserError
 
-Item, Result = TypeVar('Item'), TypeVar('Result')
-_AHEAD = 4  # chunks of a process that are asked for before they are needed
+Item = TypeVar('Item')
+Result = TypeVar('Result')
+_AHEAD = 4  # chunks per process that are submitted ahead
 
 
 def follow_parent() -> None:
-    """Runs first in a process: it ends with its parent, however that ends."""
-    sentinel = multiprocessing.parent_process().sentinel
+    """Makes this process end with its parent, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, 'only a process that multiprocessing started has a parent'
 
-    def follow():
-        multiprocessing.connection.wait([sentinel])
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=follow, name='mmjax-follow-parent', daemon=True).start()
@@ -36,11 +38,13 @@ def cores() -> int:
 
 
 def check_main() -> None:
-    """Raises UserError in a process that is only just importing its parent's main module.
+    """Raises UserError in a process that is still importing its parent's main module.
 
-    Such a process does what the script does, which is to wait for data that its parent makes.
+    Such a process runs the script again, and would wait for data that its parent makes.
     """
-    if getattr(multiprocessing.current_process(), '_inheriting', False):  # as multiprocessing asks
+    if getattr(
+        multiprocessing.current_process(), '_inheriting', False
+    ):  # the test of multiprocessing
         raise UserError(
             "a script that prepares data needs its calls under `if __name__ == '__main__':`: the "
             'processes that make data import it'
@@ -57,27 +61,30 @@ def ordered(
     """Yields function(item) for every item, in order, whatever the number of processes.
 
     Args:
-      function: what a process can import, or a partial of such; its results can be pickled.
-      items: they may have no end; few are asked for beyond those yielded.
-      chunk: items that a process takes at a time, worth half a second of work or so. Where there
-        are fewer than two chunks to share, this process does the work.
-      workers: processes; None for one a core that this process may use, at most 16.
+      function: what a process can import, or a partial of it; its results can be pickled.
+      items: possibly endless; few are read beyond those yielded.
+      chunk: items that a process takes at a time, about half a second of work. Fewer than two
+        chunks are computed in this process.
+      workers: number of processes; None for one per core that this process may use, at most 16.
 
     Raises:
-      UserError: a process died. What `function` raises comes through.
+      UserError: a process died. Errors of `function` are raised as they are.
     """
-    items, workers = iter(items), min(16, cores()) if workers is None else workers
-    first = list(itertools.islice(items, 2 * chunk))
+    remaining = iter(items)
+    if workers is None:
+        workers = min(16, cores())
+    first = list(itertools.islice(remaining, 2 * chunk))
+    remaining = itertools.chain(first, remaining)
     if workers < 2 or len(first) < 2 * chunk:
-        yield from map(function, itertools.chain(first, items))
+        yield from map(function, remaining)
         return
     pool = futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context('spawn'), initializer=_begin
     )
-    items, pending = itertools.chain(first, items), collections.deque()
+    pending: collections.deque[futures.Future[list[Result]]] = collections.deque()
     try:
-        for some in iter(lambda: tuple(itertools.islice(items, chunk)), ()):
-            pending.append(pool.submit(_apply, function, some))
+        for group in iter(lambda: tuple(itertools.islice(remaining, chunk)), ()):
+            pending.append(pool.submit(_apply, function, group))
             if len(pending) >= _AHEAD * workers:
                 yield from pending.popleft().result()
         while pending:
@@ -91,11 +98,11 @@ def ordered(
 
 
 def _begin() -> None:
-    # Ctrl-C tells all processes of a terminal; it is the parent who decides. SIGTERM must end them:
-    # it is how the pool stops the others once one has died.
+    # Ctrl-C reaches all processes of a terminal, but only the parent acts on it. SIGTERM must end
+    # them: the pool sends it to the others when one has died.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
 
 
-def _apply(function, items):
+def _apply(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     return [function(item) for item in items]

@@ -1,4 +1,4 @@
-"""Variations of photographs: each by its formula, its share and its limits; cuts by their place."""
+"""Augmentation of photographs: formulas, probabilities and limits; crops by their position."""
 
 import colorsys
 
@@ -8,7 +8,8 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from mmjax.data import augment
+from mmjax import sections
+from mmjax.data import augment, images
 from mmjax.errors import UserError
 
 GREY = np.array([0.299, 0.587, 0.114])
@@ -16,7 +17,7 @@ NONE = dict(min_area=1.0, ratio=1.0, mirror=0.0, brightness=0.0, contrast=0.0, s
 
 
 def augmentation(**changes):
-    """An augmentation that does only what it is told."""
+    """Returns an augmentation with only these changes on."""
     return augment.Augmentation(**(NONE | changes))
 
 
@@ -33,7 +34,7 @@ def smooth(width, height):
 
 
 def plane(width, height):
-    """Red tells the place from left to right, green from top to bottom."""
+    """Red encodes the position from left to right, green from top to bottom."""
     pixels = np.zeros((height, width, 3))
     pixels[..., 0] = 255 * (np.arange(width) + 0.5) / width
     pixels[..., 1] = 255 * ((np.arange(height) + 0.5) / height)[:, None]
@@ -58,21 +59,21 @@ class Highest:
 
 @pytest.mark.parametrize('size', [(90, 60), (60, 91), (61, 61), (200, 48), (5, 3)])
 def test_the_centre_square_is_pils_own_resize_of_the_middle(size):
-    picture = smooth(*size)
+    image = smooth(*size)
     side = min(size)
     left, top = (size[0] - side) / 2, (size[1] - side) / 2
     box = (left, top, left + side, top + side)
-    expected = np.asarray(picture.resize((20, 20), Image.Resampling.BILINEAR, box)).astype(int)
-    cut = augment.centre_square(picture, 20)
-    assert cut.shape == (20, 20, 3) and cut.dtype == np.uint8
-    assert abs(cut - expected).max() <= 1
+    expected = np.asarray(image.resize((20, 20), Image.Resampling.BILINEAR, box)).astype(int)
+    crop = augment.centre_crop(image, 20)
+    assert crop.shape == (20, 20, 3) and crop.dtype == np.uint8
+    assert abs(crop - expected).max() <= 1
 
 
 def test_the_centre_square_leaves_both_ends_out():
-    cut = augment.centre_square(plane(300, 100), 50).astype(float) / 255
+    crop = augment.centre_crop(plane(300, 100), 50).astype(float) / 255
     at = (np.arange(50) + 0.5) / 50
-    np.testing.assert_allclose(cut[25, :, 0], (1 + at) / 3, atol=0.006)
-    np.testing.assert_allclose(cut[:, 25, 1], at, atol=0.012)
+    np.testing.assert_allclose(crop[25, :, 0], (1 + at) / 3, atol=0.006)
+    np.testing.assert_allclose(crop[:, 25, 1], at, atol=0.012)
 
 
 def coloured(pixels, amounts, seed):
@@ -109,18 +110,18 @@ def test_colours_follow_their_formulas(amounts):
     pixels = np.asarray(noise(low=40, high=220))
     changed = 0
     for seed in range(20):
-        found = augmentation(**amounts)._colours(pixels, np.random.default_rng(seed))
+        result = augmentation(**amounts)._colours(pixels, np.random.default_rng(seed))
         expected = coloured(pixels, amounts, seed)
-        error = abs(found - expected)
+        error = abs(result - expected)
         assert error.max() <= 1 and error.mean() < 0.01  # a half may be rounded either way
         changed += abs(expected - pixels).mean() > 3
     assert changed >= 15
 
 
 def test_brightness_reaches_its_limits_either_way_and_no_further():
-    picture = Image.new('RGB', (4, 4), (100, 100, 100))
+    image = Image.new('RGB', (4, 4), (100, 100, 100))
     vary, rng = augmentation(brightness=0.4), np.random.default_rng(0)
-    values = [int(vary(picture, 4, rng)[0, 0, 0]) for _ in range(300)]
+    values = [int(vary(image, 4, rng)[0, 0, 0]) for _ in range(300)]
     assert 60 <= min(values) < 63 and 137 < max(values) <= 140
 
 
@@ -130,8 +131,8 @@ def test_hue_turns_as_colorsys_does_and_leaves_grey_alone():
     for turn in (0.04, 0.12):
         moved = augmentation(hue=turn)._colours(pixels, Highest())[0]
         for before, after in zip(colours, moved, strict=True):
-            hue, found = (colorsys.rgb_to_hsv(*(c / 255 for c in x))[0] for x in (before, after))
-            assert (found - hue) % 1 == pytest.approx(turn, abs=0.025)
+            hue, result = (colorsys.rgb_to_hsv(*(c / 255 for c in x))[0] for x in (before, after))
+            assert (result - hue) % 1 == pytest.approx(turn, abs=0.025)
     greys = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     for seed in range(5):
         turned = augmentation(hue=0.5)._colours(greys, np.random.default_rng(seed))
@@ -140,42 +141,42 @@ def test_hue_turns_as_colorsys_does_and_leaves_grey_alone():
     np.testing.assert_array_equal(third, np.roll(pixels, 1, axis=-1))
 
 
-def test_mirror_is_never_always_or_as_often_as_told():
-    picture = noise()
-    plain = np.asarray(picture)
+def test_mirror_is_never_always_or_as_often_as_set():
+    image = noise()
+    plain = np.asarray(image)
     outcomes = {}
-    for share in (0.0, 0.3, 1.0):
+    for probability in (0.0, 0.3, 1.0):
         rng = np.random.default_rng(1)
-        cuts = [augmentation(mirror=share)(picture, 24, rng) for _ in range(400)]
-        mirrored = [np.array_equal(cut, plain[:, ::-1]) for cut in cuts]
-        assert all(m or np.array_equal(c, plain) for c, m in zip(cuts, mirrored, strict=True))
-        outcomes[share] = np.mean(mirrored)
+        crops = [augmentation(mirror=probability)(image, 24, rng) for _ in range(400)]
+        mirrored = [np.array_equal(crop, plain[:, ::-1]) for crop in crops]
+        assert all(m or np.array_equal(c, plain) for c, m in zip(crops, mirrored, strict=True))
+        outcomes[probability] = np.mean(mirrored)
     assert (outcomes[0.0], outcomes[1.0]) == (0, 1) and 0.22 < outcomes[0.3] < 0.38
 
 
-def test_grey_pictures_have_equal_channels_whatever_else_varies():
-    picture = noise(128, 128)
+def test_grey_images_have_equal_channels_whatever_else_varies():
+    image = noise(128, 128)
     vary = augmentation(grey=1.0, hue=0.5, brightness=0.5, contrast=0.5, saturation=0.5, tint=0.5)
     for seed in range(30):
-        cut = vary(picture, 128, np.random.default_rng(seed))
-        assert (cut == cut[..., :1]).all() and cut.std() > 5
-    plain = augmentation(grey=1.0)(picture, 128, np.random.default_rng(0))
-    assert abs(plain[..., 0] - np.asarray(picture) @ GREY).max() <= 0.51
+        crop = vary(image, 128, np.random.default_rng(seed))
+        assert (crop == crop[..., :1]).all() and crop.std() > 5
+    plain = augmentation(grey=1.0)(image, 128, np.random.default_rng(0))
+    assert abs(plain[..., 0] - np.asarray(image) @ GREY).max() <= 0.51
     rng = np.random.default_rng(2)
-    cuts = [augmentation(grey=0.3)(picture, 24, rng) for _ in range(300)]
-    assert 0.2 < np.mean([(cut == cut[..., :1]).all() for cut in cuts]) < 0.4
+    crops = [augmentation(grey=0.3)(image, 24, rng) for _ in range(300)]
+    assert 0.2 < np.mean([(crop == crop[..., :1]).all() for crop in crops]) < 0.4
 
 
 def test_erased_is_one_rectangle_of_a_tenth_to_a_third():
-    picture = Image.new('RGB', (64, 64), (9, 9, 9))
+    image = Image.new('RGB', (64, 64), (9, 9, 9))
     areas, shapes, tops = [], [], []
     for seed in range(300):
-        cut = augmentation(erase=1.0)(picture, 64, np.random.default_rng(seed))
-        changed = (cut != 9).any(-1)
+        crop = augmentation(erase=1.0)(image, 64, np.random.default_rng(seed))
+        changed = (crop != 9).any(-1)
         rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
         box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         assert changed[box].all() and changed[box].size == changed.sum()
-        assert cut[box].std() > 60
+        assert crop[box].std() > 60
         areas.append(changed.mean())
         shapes.append(np.log(len(rows) / len(columns)))
         tops.append(rows[0])
@@ -183,19 +184,19 @@ def test_erased_is_one_rectangle_of_a_tenth_to_a_third():
     assert -0.8 < min(shapes) < -0.5 and 0.5 < max(shapes) < 0.8
     assert min(tops) == 0 and max(tops) > 30
     rng = np.random.default_rng(3)
-    erased = [augmentation(erase=0.25)(picture, 64, rng).std() > 0 for _ in range(300)]
+    erased = [augmentation(erase=0.25)(image, 64, rng).std() > 0 for _ in range(300)]
     assert 0.17 < np.mean(erased) < 0.33
 
 
 @pytest.mark.parametrize('size', [(400, 200), (200, 400), (300, 300), (1000, 100)])
 def test_cuts_keep_to_area_ratio_and_picture(size):
-    """Judged by the slopes that a cut of `plane` has."""
-    picture, side = plane(*size), min(size)
+    """Judged by the slopes that a crop of `plane` has."""
+    image, side = plane(*size), min(size)
     vary, rng = augmentation(min_area=0.4, ratio=1.5), np.random.default_rng(0)
     seen = []
     for _ in range(200):
-        cut = vary(picture, 40, rng) / 255
-        red, green = cut[..., 0], cut[..., 1]
+        crop = vary(image, 40, rng) / 255
+        red, green = crop[..., 0], crop[..., 1]
         sides = red[:, 39] - red[:, 0], green[39] - green[0]
         w, h = (np.mean(d) * 40 / 39 * n for d, n in zip(sides, size, strict=True))
         seen.append((w * h / side**2, w / h, red.mean(), green.mean()))
@@ -210,26 +211,26 @@ def test_cuts_keep_to_area_ratio_and_picture(size):
 
 
 def test_cuts_of_almost_the_whole_come_near_the_centre_square():
-    picture = smooth(40, 40)
-    near = augmentation(min_area=0.999)(picture, 20, np.random.default_rng(0)).astype(int)
-    assert abs(near - augment.centre_square(picture, 20)).max() <= 2
+    image = smooth(40, 40)
+    near = augmentation(min_area=0.999)(image, 20, np.random.default_rng(0)).astype(int)
+    assert abs(near - augment.centre_crop(image, 20)).max() <= 2
 
 
 @pytest.mark.parametrize('size', [(60, 60), (90, 60), (7, 31)])
 def test_an_area_of_one_is_the_centre_square_turned_or_not(size):
-    picture = smooth(*size)
-    square = augment.centre_square(picture, 24)
+    image = smooth(*size)
+    square = augment.centre_crop(image, 24)
     for seed in range(5):
-        cut = augmentation(ratio=3.0)(picture, 24, np.random.default_rng(seed))
-        np.testing.assert_array_equal(cut, square)
-    quarter = augmentation(ratio=3.0, rotation=90.0)(picture, 24, Highest())
+        crop = augmentation(ratio=3.0)(image, 24, np.random.default_rng(seed))
+        np.testing.assert_array_equal(crop, square)
+    quarter = augmentation(ratio=3.0, rotation=90.0)(image, 24, Highest())
     np.testing.assert_array_equal(quarter, np.rot90(square))
 
 
 def test_turned_cuts_continue_their_rim_and_turn_by_the_angle():
-    picture = smooth(48, 48)
-    turned = augmentation(rotation=30.0)(picture, 48, Highest()).astype(float)
-    square = augment.centre_square(picture, 48).astype(float)
+    image = smooth(48, 48)
+    turned = augmentation(rotation=30.0)(image, 48, Highest()).astype(float)
+    square = augment.centre_crop(image, 48).astype(float)
     expected = ndimage.rotate(square, 30, reshape=False, order=1, mode='nearest')
     y, x = np.mgrid[:48, :48] - 23.5
     assert abs(turned - expected)[np.hypot(x, y) < 23].max() <= 2
@@ -239,8 +240,8 @@ def test_turned_cuts_continue_their_rim_and_turn_by_the_angle():
         for angle in (20.0, 45.0, 180.0):
             assert (augmentation(rotation=angle)(white, size, Highest()) == 255).all()
     rng = np.random.default_rng(4)
-    cuts = [augmentation(rotation=10.0)(picture, 48, rng) for _ in range(20)]
-    assert len({cut.tobytes() for cut in cuts}) == 20
+    crops = [augmentation(rotation=10.0)(image, 48, rng) for _ in range(20)]
+    assert len({crop.tobytes() for crop in crops}) == 20
 
 
 EVERYTHING = dict(
@@ -260,26 +261,26 @@ EVERYTHING = dict(
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 700), (700, 1), (2, 3), (5, 4), (3000, 20)])
 @pytest.mark.parametrize('side', [1, 16])
-def test_tiny_and_extreme_pictures_are_cut_too(size, side):
+def test_tiny_and_extreme_images_are_cut_too(size, side):
     vary = augment.Augmentation(**EVERYTHING)
     for seed in range(4):
-        cut = vary(noise(*size), side, np.random.default_rng(seed))
-        assert cut.shape == (side, side, 3) and cut.dtype == np.uint8
+        crop = vary(noise(*size), side, np.random.default_rng(seed))
+        assert crop.shape == (side, side, 3) and crop.dtype == np.uint8
     plain = Image.new('RGB', size, (10, 200, 60))
-    for cut in (augment.centre_square(plain, side), augmentation(min_area=0.2)(plain, side, RNG)):
-        np.testing.assert_array_equal(cut, np.full((side, side, 3), (10, 200, 60)))
+    for crop in (augment.centre_crop(plain, side), augmentation(min_area=0.2)(plain, side, RNG)):
+        np.testing.assert_array_equal(crop, np.full((side, side, 3), (10, 200, 60)))
 
 
 RNG = np.random.default_rng(0)
 
 
-def test_what_comes_out_depends_on_picture_and_rng_alone():
-    picture = smooth(50, 40)
-    before = picture.tobytes()
+def test_what_comes_out_depends_on_images_and_rng_alone():
+    image = smooth(50, 40)
+    before = image.tobytes()
     vary = augment.Augmentation(**EVERYTHING)
-    first, again, other = (vary(picture, 20, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (vary(image, 20, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
-    assert (first != other).any() and picture.tobytes() == before
+    assert (first != other).any() and image.tobytes() == before
     assert augment.Augmentation() == augment.Augmentation(**vars(augment.Augmentation()))
 
 
@@ -296,8 +297,21 @@ def test_what_comes_out_depends_on_picture_and_rng_alone():
         ('rotation', 200.0),
         ('brightness', 1.5),
         ('hue', 0.6),
+        ('tint', -0.1),
+        ('mirror', 'x'),
+        ('contrast', True),
+        ('saturation', None),
     ],
 )
 def test_values_out_of_their_range_are_refused_by_name(name, value):
-    with pytest.raises(UserError, match=rf'data\.augmentation\.{name} is {value}, not in \['):
-        augment.Augmentation(**{name: value})
+    with pytest.raises(UserError) as error:
+        sections.parse(augment.Augmentation, {name: value}, 'data.augmentation')
+    assert str(error.value).startswith(f'data.augmentation.{name}={value!r} is not a number ')
+
+
+@pytest.mark.parametrize('name', ['shift', 'scale', 'brightness', 'contrast'])
+def test_values_of_panels_out_of_their_range_are_refused_by_name(name):
+    for value in (-0.1, 1.1, float('nan'), 'x'):
+        with pytest.raises(UserError) as error:
+            sections.parse(images.Augmentation, {name: value}, 'data.augmentation')
+        assert str(error.value).startswith(f'data.augmentation.{name}={value!r} is not a number ')

@@ -49,7 +49,7 @@ def reference_ids(text, merges):
     """Ids of an ASCII text: '!' is 0, bytes follow, then those that end a word, then merges."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     number = {chr(code): code - 33 for code in range(33, 127)}
-    number |= {f'{symbol}</w>': 256 + place for symbol, place in number.items()}
+    number |= {f'{symbol}</w>': 256 + index for symbol, index in number.items()}
     number |= {''.join(pair): 512 + rank for pair, rank in ranks.items()}
     words = (reference_merge(word, ranks) for word in ASCII.findall(text.lower()))
     ids = [number[symbol] for word in words for symbol in word]
@@ -130,7 +130,7 @@ def test_packed_files_read_the_same_and_faults_are_named(tmp_path, file, tokeniz
         (b'#version\na t</w>\n\n', 'merges line 3 holds 0 symbols'),
         (b'a t</w>\nat h\n', "merges line 2: no line before it makes 'at'"),
         (b'a t\nb at\nb a\nba t\n', "merges line 4: 'bat' is made twice"),
-        (b'a t\nb at\n', 'merges has 2 merges where 9 are wanted'),
+        (b'a t\nb at\n', 'merges has 2 merges, not the 9 expected'),
         (b'a t\nb \xff\n', 'merges line 2: not UTF-8'),
         (b'\x1f\x8b\x08\x00garbage', 'merges cannot be read'),
     ):
@@ -156,12 +156,12 @@ def test_a_folder_of_each_form_loads(tmp_path, file, tokenizer, monkeypatch):
     assert clip.load_clip_tokenizer(tmp_path).__getstate__() == tokenizer.__getstate__()
 
     model = json.loads(tokenizer.__getstate__())['model']
-    # In a Hugging Face folder the numbers stand in a file of their own; the order is theirs.
-    ids = {token: SIZE - 1 - place for token, place in model['vocab'].items()}
+    # In a Hugging Face folder the numbers stand in their own file; the order is theirs.
+    ids = {token: SIZE - 1 - index for token, index in model['vocab'].items()}
     (tmp_path / 'vocab.json').write_text(json.dumps(ids))
     (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *PAIRS]), encoding='utf-8')
     other = clip.load_clip_tokenizer(tmp_path)
-    assert ids_of(other, TEXTS[1]) == [SIZE - 1 - place for place in ids_of(tokenizer, TEXTS[1])]
+    assert ids_of(other, TEXTS[1]) == [SIZE - 1 - index for index in ids_of(tokenizer, TEXTS[1])]
 
     tokenizer.save(tmp_path)
     assert ids_of(clip.load_clip_tokenizer(tmp_path), TEXTS[1]) == ids_of(tokenizer, TEXTS[1])
@@ -209,13 +209,13 @@ def test_every_merge_trained_was_the_most_frequent_pair(trained):
     words = [word for text in TEXTS for word in ASCII.findall(text.lower())]
     merges = [tuple(m) for m in json.loads(trained.__getstate__())['model']['merges']]
     assert len(merges) == 530 - 514
-    for place, merge in enumerate(merges):
-        ranks = {pair: rank for rank, pair in enumerate(merges[:place])}
+    for index, merge in enumerate(merges):
+        ranks = {pair: rank for rank, pair in enumerate(merges[:index])}
         counts = collections.Counter()
         for word in words:
             symbols = reference_merge(word, ranks)
             counts.update(itertools.pairwise(symbols))
-        assert counts[merge] == max(counts.values()), (place, merge)
+        assert counts[merge] == max(counts.values()), (index, merge)
 
 
 def test_a_trained_tokenizer_is_of_the_same_make(trained, tmp_path):
@@ -233,12 +233,12 @@ def test_a_trained_tokenizer_is_of_the_same_make(trained, tmp_path):
 
 
 def test_tokens_are_counted_whole_and_leave_no_trace(trained):
-    own = clip.train_clip_tokenizer(TEXTS, 530)
-    count = clip.token_counter(own)
+    tokenizer = clip.train_clip_tokenizer(TEXTS, 530)
+    count = clip.token_counter(tokenizer)
     for text in ['the cat', 'cat', 'é' * 500, '\U0001d160' * 300, '\u0958' * 50, '!', "'s" * 90]:
         assert count(text) == len(trained._model.encode(text).ids)
     assert count('') == count(' \n') == 0
-    assert own.truncated == 0
+    assert tokenizer.truncated == 0
 
 
 def test_published_ids(tmp_path):

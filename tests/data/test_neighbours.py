@@ -30,9 +30,9 @@ def test_an_epoch_shows_one_row_of_every_identity_but_for_the_last_batch():
     for epoch in range(200):
         plan = sampler.plan(epoch)
         assert plan.rows.shape == plan.mask.shape == (3, 8) and plan.mask.all()
-        shown = IDENTITY[plan.rows.ravel()]
-        assert len(set(shown)) == 24
-        dropped.update(set(range(30)) - set(shown))
+        identities = IDENTITY[plan.rows.ravel()]
+        assert len(set(identities)) == 24
+        dropped.update(set(range(30)) - set(identities))
         for row in plan.rows.ravel():
             versions[IDENTITY[row]].add(row)
     assert set(dropped) == set(range(30))  # 200 · 6 / 30 = 40 times each, if all alike
@@ -44,7 +44,7 @@ def test_neighbours_stand_together_and_change_their_company():
     sampler, cut, pairs = make(batch_size=10, k=4), 0, collections.Counter()
     for epoch in range(300):
         for batch in sampler.plan(epoch).rows:
-            cut += 0 < np.sum(NEAR[batch] == 3 * 7 - 3) < 4  # of the four in place 3
+            cut += 0 < np.sum(NEAR[batch] == 3 * 7 - 3) < 4  # of the four of neighbourhood 3
             pairs.update((a, b) for a in IDENTITY[batch] for b in IDENTITY[batch] if a < b)
     # One stretch of 30 starts anywhere: a batch's end cuts it in 2 · 3 of them, each into two.
     assert 0 < cut < 300 * 2 * 6 / 30 * 1.5
@@ -61,8 +61,8 @@ def test_stretches_have_at_most_k():
     sampler, inside = make(batch_size=10, k=1), 0
     for epoch in range(400):
         for batch in sampler.plan(epoch).rows:
-            found = collections.Counter(NEAR[batch])
-            inside += sum(n * (n - 1) / 2 for n in found.values())
+            counts = collections.Counter(NEAR[batch])
+            inside += sum(n * (n - 1) / 2 for n in counts.values())
     same = sum(n * (n - 1) / 2 for n in SIZES)
     assert inside / 400 == pytest.approx(same * 9 / 29, rel=0.05)
 
@@ -75,7 +75,7 @@ def test_plans_follow_from_seed_and_epoch():
 
 
 def test_what_cannot_be_is_an_error():
-    with pytest.raises(UserError, match='k=0 is less than 1'):
+    with pytest.raises(UserError, match=r'^sampler\.k=0 is not an integer at least 1'):
         make(k=0)
-    with pytest.raises(UserError, match='batch_size 31 is larger than the 30 identities'):
+    with pytest.raises(UserError, match='batch_size=31 is larger than the 30 identities'):
         make(batch_size=31)

@@ -32,7 +32,7 @@ class Awkward(Exception):
 
 class Missing(UserError):
     def __init__(self, path, line):
-        super().__init__(f'no picture {path}, line {line}')
+        super().__init__(f'no image {path}, line {line}')
 
 
 class Rows(Dataset):
@@ -82,26 +82,26 @@ def batches(dataset=None, sampler=None, **options):
 
 
 def expected(sampler, step, train=True):
-    """The global batch of a step, said again from the documentation alone."""
+    """The global batch of a step, computed from the documentation alone."""
     plan = sampler.plan(step // sampler.steps_per_epoch)
-    at = step % sampler.steps_per_epoch
-    rows, mask, bucket = plan.rows[at], plan.mask[at], int(plan.bucket[at])
+    within = step % sampler.steps_per_epoch
+    rows, mask, bucket = plan.rows[within], plan.mask[within], int(plan.bucket[within])
     out = {'tokens': np.zeros((len(rows), bucket or 8), np.int32), 'row': rows.astype(np.int32)}
     out |= {'mask': mask, 'noise': np.zeros((len(rows), 2, 3), np.float32)}
-    for place, row in enumerate(rows):
-        rng = np.random.default_rng([SEED, STAGE, step, place if mask[place] else 0])
+    for position, row in enumerate(rows):
+        rng = np.random.default_rng([SEED, STAGE, step, position if mask[position] else 0])
         tokens = rng.integers(0, 1000, row % 8 + 1)
-        out['tokens'][place, : len(tokens)] = tokens
+        out['tokens'][position, : len(tokens)] = tokens
         noise = rng.normal(size=(2, 3)).astype(np.float32) if train else np.float32(0)
-        out['noise'][place] = noise + row
+        out['noise'][position] = noise + row
     return out
 
 
-def check_equal(found, wanted):
-    assert set(found) - {'pid'} == set(wanted)
-    for key, value in wanted.items():
-        assert type(found[key]) is np.ndarray and found[key].dtype == value.dtype, key
-        np.testing.assert_array_equal(found[key], value, err_msg=key)
+def check_equal(batch, target):
+    assert set(batch) - {'pid'} == set(target)
+    for key, value in target.items():
+        assert type(batch[key]) is np.ndarray and batch[key].dtype == value.dtype, key
+        np.testing.assert_array_equal(batch[key], value, err_msg=key)
 
 
 def check_gone(condition, seconds=5.0):
@@ -120,12 +120,12 @@ def decoding_threads():
 def test_batches_are_the_plan_decoded(threads, train):
     sampler = sampler_of(**BUCKETED)
     stop = 2 * sampler.steps_per_epoch + 1
-    with batches(sampler=sampler, threads=threads, train=train, stop=stop) as found:
-        found = list(found)
-    assert len(found) == stop
-    for step, batch in enumerate(found):
+    with batches(sampler=sampler, threads=threads, train=train, stop=stop) as loader:
+        loaded = list(loader)
+    assert len(loaded) == stop
+    for step, batch in enumerate(loaded):
         check_equal(batch, expected(sampler, step, train))
-    assert any(not batch['mask'].all() for batch in found)
+    assert any(not batch['mask'].all() for batch in loaded)
 
 
 @pytest.mark.parametrize('name', ['sequential', 'bucketed'])
@@ -146,17 +146,17 @@ def test_starting_at_a_step_is_skipping_to_it():
     sampler = sampler_of(**BUCKETED)
     all_of_them = list(batches(sampler=sampler, stop=12))
     for start in (1, sampler.steps_per_epoch, 11, 12):
-        found = list(batches(sampler=sampler, start=start, stop=12, threads=2))
-        assert len(found) == 12 - start
-        for batch, wanted in zip(found, all_of_them[start:], strict=True):
-            check_equal(batch, {k: v for k, v in wanted.items() if k != 'pid'})
+        loaded = list(batches(sampler=sampler, start=start, stop=12, threads=2))
+        assert len(loaded) == 12 - start
+        for batch, target in zip(loaded, all_of_them[start:], strict=True):
+            check_equal(batch, {k: v for k, v in target.items() if k != 'pid'})
 
 
 def test_without_a_stop_it_goes_on():
     sampler = sampler_of('shuffle')
-    with batches(sampler=sampler, start=10**9, threads=1) as found:
-        check_equal(next(found), expected(sampler, 10**9))
-        check_equal(next(found), expected(sampler, 10**9 + 1))
+    with batches(sampler=sampler, start=10**9, threads=1) as loader:
+        check_equal(next(loader), expected(sampler, 10**9))
+        check_equal(next(loader), expected(sampler, 10**9 + 1))
 
 
 def test_padding_is_decoded_once():
@@ -170,7 +170,7 @@ def test_padding_is_decoded_once():
     sampler = sampler_of('sequential', size=9)
     list(batches(Counted(9), sampler, start=1, stop=2))
     assert calls == [8]
-    calls.clear()  # the second host has padding only, and repeats what the first has at place 0
+    calls.clear()  # the second host has padding only, and repeats the first one's position 0
     (batch,) = batches(Counted(9), sampler, start=1, stop=2, process_index=1, process_count=2)
     assert calls == [8] and not batch['mask'].any() and (batch['row'] == 8).all()
 
@@ -186,8 +186,8 @@ def test_an_epoch_is_planned_once_and_forgotten():
             plans.append((epoch, weakref.ref(rows)))
             return samplers.Plan(rows, rows >= 0, np.zeros(2, np.int64))
 
-    with batches(sampler=Planned(), stop=12) as found:
-        list(found)
+    with batches(sampler=Planned(), stop=12) as loader:
+        list(loader)
     assert [epoch for epoch, _ in plans] == list(range(6))
     assert sum(rows() is not None for _, rows in plans) <= 2
 
@@ -197,27 +197,27 @@ def with_workers():
     """The first batches of two worker counts, the processes meanwhile, and seconds to close."""
     sampler, out = sampler_of(**BUCKETED), {}
     for workers, threads in ((1, 2), (2, 0)):
-        found = batches(sampler=sampler, workers=workers, threads=threads)
-        got = [next(found)]
+        loader = batches(sampler=sampler, workers=workers, threads=threads)
+        loaded = [next(loader)]
         children = multiprocessing.active_children()
         for child in children:  # as Ctrl-C and schedulers do to all processes of a run
             os.kill(child.pid, signal.SIGINT)
             os.kill(child.pid, signal.SIGTERM)
-        got += [next(found) for _ in range(8)]
+        loaded += [next(loader) for _ in range(8)]
         start = time.monotonic()
-        found.close()
-        out[workers] = (got, children, time.monotonic() - start)
+        loader.close()
+        out[workers] = (loaded, children, time.monotonic() - start)
     return sampler, out
 
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_processes_make_the_same_batches(with_workers, workers):
     sampler, out = with_workers
-    found, children, _ = out[workers]
-    assert len(found) == 9
-    for step, batch in enumerate(found):
+    loaded, children, _ = out[workers]
+    assert len(loaded) == 9
+    for step, batch in enumerate(loaded):
         check_equal(batch, expected(sampler, step))
-    pids = {int(pid) for batch in found for pid in batch['pid']}
+    pids = {int(pid) for batch in loaded for pid in batch['pid']}
     assert pids == {child.pid for child in children} and len(pids) == workers
 
 
@@ -233,25 +233,25 @@ def test_closing_ends_the_processes(with_workers):
     'fault, kind, message',
     [
         ((UserError, 'cut short'), UserError, "row 13 of split 'train': cut short"),
-        ((Missing, 'a', 3), UserError, "row 13 of split 'train': no picture a, line 3"),
+        ((Missing, 'a', 3), UserError, "row 13 of split 'train': no image a, line 3"),
         ((Awkward, 1, 2), RuntimeError, "row 13 of split 'train': Awkward: 1 and 2"),
         ((StopIteration,), RuntimeError, "row 13 of split 'train': StopIteration: "),
     ],
 )
-def test_a_fault_names_its_row_and_comes_in_its_place(threads, fault, kind, message):
-    found = batches(Rows(faults={13: fault}), sampler_of('sequential'), threads=threads, stop=4)
-    assert next(found)['row'][0] == 0
+def test_a_fault_names_its_row_and_comes_after_the_batches_before_it(threads, fault, kind, message):
+    loader = batches(Rows(faults={13: fault}), sampler_of('sequential'), threads=threads, stop=4)
+    assert next(loader)['row'][0] == 0
     with pytest.raises(kind) as error:
-        next(found)
+        next(loader)
     assert str(error.value) == message
-    assert list(found) == []  # closed
+    assert list(loader) == []  # closed
     check_gone(lambda: not decoding_threads())
 
 
 @pytest.mark.parametrize(
     'fault, kind, message',
     [
-        ((Missing, 'a', 3), UserError, "row 13 of split 'train': no picture a, line 3"),
+        ((Missing, 'a', 3), UserError, "row 13 of split 'train': no image a, line 3"),
         pytest.param(
             (Awkward, 1, 2),
             RuntimeError,
@@ -262,10 +262,10 @@ def test_a_fault_names_its_row_and_comes_in_its_place(threads, fault, kind, mess
 )
 def test_a_fault_in_a_process_names_its_row(fault, kind, message):
     rows = Rows(faults={13: fault})
-    found = batches(rows, sampler_of('sequential'), workers=1, stop=4)
-    assert next(found)['row'][0] == 0
+    loader = batches(rows, sampler_of('sequential'), workers=1, stop=4)
+    assert next(loader)['row'][0] == 0
     with pytest.raises(kind) as error:
-        next(found)
+        next(loader)
     assert str(error.value) == message
     if kind is RuntimeError:
         assert 'raise self.faults' in '\n'.join(error.value.__notes__)
@@ -273,28 +273,28 @@ def test_a_fault_in_a_process_names_its_row(fault, kind, message):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_told_and_the_others_end():
-    found = batches(workers=2)
-    next(found)
+def test_a_process_that_dies_is_a_user_error_and_the_others_end():
+    loader = batches(workers=2)
+    next(loader)
     one, other = multiprocessing.active_children()
     one.kill()
     with pytest.raises(UserError, match=r'a loader process died.*data\.workers'):
         for _ in range(50):
-            next(found)
+            next(loader)
     assert not other.is_alive()
 
 
 @pytest.mark.parametrize('threads', [1, 3])
 def test_closing_ends_the_threads(threads):
-    found = batches(Rows(seconds=0.1), threads=threads)
-    next(found)
+    loader = batches(Rows(seconds=0.1), threads=threads)
+    next(loader)
     assert decoding_threads()
     start = time.monotonic()
-    found.close()
-    found.close()
+    loader.close()
+    loader.close()
     assert time.monotonic() - start < 0.2
     check_gone(lambda: not decoding_threads(), 0.3)  # one example, not the batches ahead
-    assert list(found) == []
+    assert list(loader) == []
 
 
 def test_dropping_the_iterator_ends_the_threads():
@@ -303,9 +303,9 @@ def test_dropping_the_iterator_ends_the_threads():
 
 
 def test_closing_before_the_first_batch_starts_nothing():
-    found = batches(workers=2)
-    found.close()
-    assert not multiprocessing.active_children() and list(found) == []
+    loader = batches(workers=2)
+    loader.close()
+    assert not multiprocessing.active_children() and list(loader) == []
 
 
 KILLED = """
@@ -313,8 +313,8 @@ KILLED = """
     sys.path[:0] = [{root!r}]
     if __name__ == '__main__':
         from tests.data import test_pipeline
-        found = test_pipeline.batches(test_pipeline.Rows(seconds=0.01), workers=2)
-        next(found)
+        loader = test_pipeline.batches(test_pipeline.Rows(seconds=0.01), workers=2)
+        next(loader)
         print(*[c.pid for c in multiprocessing.active_children()], flush=True)
         {then}
 """
@@ -332,7 +332,7 @@ def test_processes_do_not_outlive_the_run(tmp_path, root, then):
     before = set(glob.glob('/dev/shm/*'))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.returncode == ENDS[then], done.stderr
-    if not then.startswith('os.'):  # nobody closed it, but nothing is said that is not so
+    if not then.startswith('os.'):  # nobody closed it, but no other error is printed
         assert done.stderr.count('Error') == done.stderr.count('ZeroDivisionError')
         assert 'leaked' not in done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
@@ -351,7 +351,7 @@ def test_processes_do_not_outlive_the_run(tmp_path, root, then):
         ({'x': [1] * 8}, "'x' as list, not an array of 8 rows"),
     ],
 )
-def test_a_wrong_collate_is_told(batch, message):
+def test_a_wrong_collate_is_a_user_error(batch, message):
     class Wrong(Rows):
         def collate(self, examples, bucket):
             return batch
@@ -370,35 +370,35 @@ def test_a_wrong_collate_is_told(batch, message):
         ({'process_count': 3}, 'batch of 8 does not divide among 3'),
     ],
 )
-def test_wrong_arguments_are_told(options, message):
+def test_wrong_arguments_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         batches(**options)
 
 
-def test_to_device_keeps_order_and_puts_each_key_where_told():
+def test_to_device_keeps_order_and_puts_each_key_on_its_sharding():
     sampler = sampler_of('shuffle')
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    asked = set()
+    keys = set()
 
     def sharding(key, value):
-        asked.add(key)
+        keys.add(key)
         assert value.shape[0] == BATCH
         return one
 
-    found = list(pipeline.to_device(batches(sampler=sampler, stop=5, threads=2), sharding))
-    assert asked == {'tokens', 'noise', 'pid', 'row', 'mask'} and len(found) == 5
-    for step, (batch, rows) in enumerate(found):
-        wanted = expected(sampler, step)
+    loaded = list(pipeline.to_device(batches(sampler=sampler, stop=5, threads=2), sharding))
+    assert keys == {'tokens', 'noise', 'pid', 'row', 'mask'} and len(loaded) == 5
+    for step, (batch, rows) in enumerate(loaded):
+        target = expected(sampler, step)
         assert isinstance(rows, np.ndarray)
-        np.testing.assert_array_equal(rows, wanted['row'])
-        for key, value in wanted.items():
+        np.testing.assert_array_equal(rows, target['row'])
+        for key, value in target.items():
             assert batch[key].sharding == one
             np.testing.assert_array_equal(batch[key], value)
     again = list(pipeline.to_device(batches(sampler=sampler, stop=5), one, depth=1))
-    np.testing.assert_array_equal(again[4][0]['noise'], found[4][0]['noise'])
+    np.testing.assert_array_equal(again[4][0]['noise'], loaded[4][0]['noise'])
 
 
-def test_to_device_is_ahead_by_its_depth_and_faults_come_in_their_place():
+def test_to_device_is_ahead_by_its_depth_and_faults_come_after_the_batches_before_them():
     made = []
 
     def source():
@@ -408,11 +408,11 @@ def test_to_device_is_ahead_by_its_depth_and_faults_come_in_their_place():
         raise UserError('row 9 is broken')
 
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = pipeline.to_device(source(), one, depth=3)
+    loader = pipeline.to_device(source(), one, depth=3)
     assert not made
-    assert next(found)[1][0] == 0 and made == [0, 1, 2]
-    assert [next(found)[1][0] for _ in range(3)] == [1, 2, 3]
+    assert next(loader)[1][0] == 0 and made == [0, 1, 2]
+    assert [next(loader)[1][0] for _ in range(3)] == [1, 2, 3]
     with pytest.raises(UserError, match='row 9 is broken'):
-        next(found)
+        next(loader)
     with pytest.raises(ValueError, match='depth=0'):
         next(pipeline.to_device(source(), one, depth=0))

@@ -39,27 +39,27 @@ def _listed(folder, x):
 
 def test_order_does_not_depend_on_the_number_of_processes():
     for workers in (0, 1, 3):
-        found = list(processes.ordered(_square, range(50), chunk=4, workers=workers))
-        assert [x for x, _ in found] == [x * x for x in range(50)]
-        others = {pid for _, pid in found} - {os.getpid()}
+        results = list(processes.ordered(_square, range(50), chunk=4, workers=workers))
+        assert [x for x, _ in results] == [x * x for x in range(50)]
+        others = {pid for _, pid in results} - {os.getpid()}
         assert len(others) <= 3 and bool(others) == (workers > 1)
 
 
 def test_little_work_starts_no_process():
-    found = list(processes.ordered(_square, range(7), chunk=4, workers=3))
-    assert {pid for _, pid in found} == {os.getpid()}
+    results = list(processes.ordered(_square, range(7), chunk=4, workers=3))
+    assert {pid for _, pid in results} == {os.getpid()}
     assert list(processes.ordered(_square, [], chunk=4, workers=3)) == []
 
 
 def test_endless_items_are_read_little_ahead(tmp_path):
     listed = functools.partial(_listed, str(tmp_path))
-    found = processes.ordered(listed, itertools.count(), chunk=2, workers=2)
-    with contextlib.closing(found):
-        assert list(itertools.islice(found, 21)) == list(range(21))
+    results = processes.ordered(listed, itertools.count(), chunk=2, workers=2)
+    with contextlib.closing(results):
+        assert list(itertools.islice(results, 21)) == list(range(21))
     assert len(list(tmp_path.iterdir())) <= 21 + 2 * 2 * 8
 
 
-def test_a_fault_comes_through_and_a_dead_process_is_told():
+def test_a_fault_comes_through_and_a_dead_process_is_a_user_error():
     with pytest.raises(UserError, match='item 11 is no good'):
         list(processes.ordered(_faulty, range(40), chunk=2, workers=2))
     with pytest.raises(UserError, match='a process that makes data died'):
@@ -73,9 +73,9 @@ from mmjax.data import processes
 from tests.data import test_processes
 
 if __name__ == '__main__':
-    found = processes.ordered(test_processes._square, itertools.count(), chunk=1, workers=2)
-    print(os.getpid(), *{{next(found)[1] for _ in range(400)}}, flush=True)
-    for _ in found:
+    results = processes.ordered(test_processes._square, itertools.count(), chunk=1, workers=2)
+    print(os.getpid(), *{{next(results)[1] for _ in range(400)}}, flush=True)
+    for _ in results:
         pass
 """
 
@@ -84,8 +84,8 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
     script = tmp_path / 'parent.py'
     script.write_text(_PARENT.format(here=str(pathlib.Path(__file__).parents[2])))
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    own, *children = map(int, parent.stdout.readline().split())
-    assert own == parent.pid and children
+    parent_pid, *children = map(int, parent.stdout.readline().split())
+    assert parent_pid == parent.pid and children
     parent.kill()
     parent.wait()
     end = time.monotonic() + 20
@@ -105,7 +105,7 @@ code.prepare_code(None, pathlib.Path(sys.argv[1]), synthetic_sizes=sizes)
 """
 
 
-def test_a_script_without_a_guard_is_told_so(tmp_path):
+def test_a_script_without_a_guard_is_a_user_error(tmp_path):
     """Its processes do what it does: they would wait for a lock that it holds, and it for them."""
     script = tmp_path / 'script.py'
     script.write_text(_UNGUARDED)

@@ -4,6 +4,7 @@ import collections
 import itertools
 import math
 import pickle
+import re
 import time
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_shuffle_is_uniform():
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_every_batch_has_its_share_of_every_stratum(case):
+def test_every_batch_has_its_fraction_of_every_stratum(case):
     rng = np.random.default_rng(case)
     batch = int(rng.integers(1, 24))
     size = batch + int(rng.integers(0, 150))
@@ -117,17 +118,17 @@ def test_every_batch_has_its_share_of_every_stratum(case):
         for plan in check_form(sampler, size, batch):
             assert plan.mask.all() and len(set(plan.rows.ravel())) == plan.rows.size
             for value in set(stratum.tolist()):
-                found = (stratum[plan.rows] == value).sum(axis=1)
-                share = batch * int((stratum == value).sum())
-                assert found.min() >= share // size, (by, value)
-                assert found.max() <= -(-share // size), (by, value)
+                counts = (stratum[plan.rows] == value).sum(axis=1)
+                due = batch * int((stratum == value).sum())
+                assert counts.min() >= due // size, (by, value)
+                assert counts.max() <= -(-due // size), (by, value)
 
 
 def test_stratified_leaves_out_other_rows_every_epoch():
     kind = np.repeat([0, 1, 2], [50, 30, 3])
     sampler = make({'name': 'stratified', 'by': 'kind'}, {'kind': kind}, 83, 10)
-    shown = np.bincount(np.concatenate([sampler.plan(e).rows.ravel() for e in range(400)]))
-    assert np.abs(shown / 400 - 80 / 83).max() < 0.06
+    times_seen = np.bincount(np.concatenate([sampler.plan(e).rows.ravel() for e in range(400)]))
+    assert np.abs(times_seen / 400 - 80 / 83).max() < 0.06
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -140,23 +141,23 @@ def test_stratified_minimum_repeats_rich_rows_evenly(case):
     minimum = int(rng.integers(1, min(batch, rich.sum()) + 1))
     spec = {'name': 'stratified', 'by': 'rich', 'minimum': minimum}
     sampler = make(spec, {'rich': rich}, size, batch)
-    share = batch * int(rich.sum()) / size
+    due = batch * int(rich.sum()) / size
     for plan in check_form(sampler, size, batch):
-        found = rich[plan.rows].sum(axis=1)
-        assert found.min() >= minimum
+        counts = rich[plan.rows].sum(axis=1)
+        assert counts.min() >= minimum
         assert all(len(set(rows)) == batch for rows in plan.rows.tolist())
-        shown = np.bincount(plan.rows.ravel(), minlength=size)
-        assert shown[~rich].max(initial=0) <= 1
-        if math.floor(share) >= minimum:
-            assert shown.max() == 1 and sampler.steps_per_epoch == size // batch
+        times_seen = np.bincount(plan.rows.ravel(), minlength=size)
+        assert times_seen[~rich].max(initial=0) <= 1
+        if math.floor(due) >= minimum:
+            assert times_seen.max() == 1 and sampler.steps_per_epoch == size // batch
         else:
-            assert (found == minimum).all()
-            assert shown[rich].max() - shown[rich].min() <= 1
-            assert shown[rich].max() == sampler.report['repeats_of_a_row']
+            assert (counts == minimum).all()
+            assert times_seen[rich].max() - times_seen[rich].min() <= 1
+            assert times_seen[rich].max() == sampler.report['repeats_of_a_row']
             assert plan.rows.size - len(set(plan.rows.ravel())) == sampler.report['repeated_rows']
-            assert (shown == 0).sum() == sampler.report['dropped_rows']
+            assert (times_seen == 0).sum() == sampler.report['dropped_rows']
             if minimum < batch:
-                assert (shown[~rich] == 0).sum() < batch - minimum
+                assert (times_seen[~rich] == 0).sum() < batch - minimum
 
 
 def identities(rng, count, most):
@@ -166,50 +167,50 @@ def identities(rng, count, most):
 
 
 @pytest.mark.parametrize('case', range(120))
-def test_pk_covers_every_picture_with_each_identity_at_most_once_a_batch(case):
+def test_pk_covers_every_row_with_each_identity_at_most_once_a_batch(case):
     rng = np.random.default_rng(case)
     k, p = int(rng.integers(1, 5)), int(rng.integers(1, 9))
     # A few identities that are in (nearly) every batch come with every third case.
     most = [4 * k, 12 * k, 3][case % 3]
     identity = identities(rng, int(rng.integers(p, 4 * p + 2)), most)
     count = collections.Counter(identity.tolist())
-    kept = {name: n for name, n in count.items() if n >= k}
+    large = {name: n for name, n in count.items() if n >= k}
     spec = {'name': 'pk', 'by': 'id', 'k': k}
-    if len(kept) < p:
-        with pytest.raises(UserError, match=f'only {len(kept)} of {len(count)} identities'):
+    if len(large) < p:
+        with pytest.raises(UserError, match=f'only {len(large)} of {len(count)} identities'):
             make(spec, {'id': identity}, len(identity), p * k)
         return
     sampler = make(spec, {'id': identity}, len(identity), p * k)
-    groups = {name: -(-n // k) for name, n in kept.items()}
+    groups = {name: -(-n // k) for name, n in large.items()}
     steps = -(-sum(groups.values()) // p)
     assert sampler.steps_per_epoch == steps
-    assert sampler.report['identities'] == len(kept)
-    assert sampler.report['identities_left_out'] == len(count) - len(kept)
+    assert sampler.report['identities'] == len(large)
+    assert sampler.report['identities_left_out'] == len(count) - len(large)
     assert sampler.report['rows_left_out'] == sum(n for n in count.values() if n < k)
     assert sampler.report['crowded_identities'] == sum(g > steps for g in groups.values())
     lack = steps * p - sum(groups.values())
     assert 0 <= lack < p
     everywhere = sum(g for g in groups.values() if g >= steps)
     for plan in check_form(sampler, len(identity), p * k):
-        assert set(plan.rows.ravel()) == {r for r, i in enumerate(identity) if i in kept}
-        shown = collections.Counter()
+        assert set(plan.rows.ravel()) == {r for r, i in enumerate(identity) if i in large}
+        times_seen = collections.Counter()
         for at, batch in enumerate(plan.rows.reshape(steps, p, k).tolist()):
             assert all(len(set(group)) == k for group in batch)
             names = [{int(identity[row]) for row in group} for group in batch]
             assert all(len(name) == 1 for name in names)
             times = collections.Counter(name.pop() for name in names)
             assert all(n == 1 or groups[name] > steps for name, n in times.items())
-            shown.update(times)
+            times_seen.update(times)
             if at < steps - 1 and everywhere <= steps * (p - lack):
                 before = set(plan.rows[:at].ravel()) if at else set()
                 own = lambda g: identity[g[0]]
                 assert all(set(g) - before or count[own(g)] % k for g in batch)
-        extra = {name: shown[name] - groups[name] for name in kept}
+        extra = {name: times_seen[name] - groups[name] for name in large}
         assert set(extra.values()) <= {0, 1} or any(g > steps for g in groups.values())
         assert sum(extra.values()) == lack and min(extra.values()) >= 0
-        pictures = np.bincount(plan.rows.ravel(), minlength=len(identity))
+        repeats = np.bincount(plan.rows.ravel(), minlength=len(identity))
         assert plan.rows.size - len(set(plan.rows.ravel())) == sampler.report['repeated_rows']
-        assert pictures.max() <= 3
+        assert repeats.max() <= 3
 
 
 def test_pk_repeats_stand_in_the_last_batch():
@@ -233,7 +234,7 @@ def test_pk_partners_change_from_batch_to_batch():
     assert len(met) > 500 and max(met.values()) <= 8
 
 
-def test_pk_pictures_meet_others_of_their_identity_every_epoch():
+def test_pk_rows_meet_others_of_their_identity_every_epoch():
     sampler = make({'name': 'pk', 'by': 'id', 'k': 2}, {'id': np.repeat(np.arange(4), 10)}, 40, 8)
     pairs = [{tuple(sorted(p)) for p in sampler.plan(e).rows.reshape(-1, 2)} for e in range(30)]
     assert len(set.union(*pairs)) > 0.9 * 4 * 45
@@ -265,8 +266,8 @@ def test_bucketed_batches_have_one_bucket_that_fits_tightly(case):
         spec['too_long'] = 'drop'
     sampler = make(spec, index, size, batch, lengths=lengths)
     assert sampler.report['dropped_rows'] == len(beyond)
-    wanted = [min(m for m in lengths if m >= n) for n in longest if n <= lengths[-1]]
-    steps = sum(-(-n // batch) for n in collections.Counter(wanted).values())
+    buckets = [min(m for m in lengths if m >= n) for n in longest if n <= lengths[-1]]
+    steps = sum(-(-n // batch) for n in collections.Counter(buckets).values())
     assert sampler.steps_per_epoch == steps
     for plan in check_form(sampler, size, batch):
         assert sorted([*plan.rows[plan.mask], *beyond]) == list(range(size))
@@ -280,37 +281,100 @@ def test_bucketed_batches_have_one_bucket_that_fits_tightly(case):
 @pytest.mark.parametrize(
     'spec, message',
     [
-        ({'name': 'pkk'}, "no sampler 'pkk'; there are sequential, shuffle, stratified, pk, neigh"),
-        ({}, "no sampler 'None'"),
-        ({'name': 'shuffle', 'remain': 1}, "no option 'remain'; its options: remainder"),
-        ({'name': 'sequential', 'k': 1}, "no option 'k'; its options: by"),
-        ({'name': 'sequential', 'by': 'x'}, "wants the index 'x'"),
-        ({'name': 'shuffle', 'remainder': 'x'}, "remainder='x' is not 'drop' or 'pad'"),
-        ({'name': 'pk', 'by': 'a'}, "sampler 'pk' needs the option 'k'"),
-        ({'name': 'pk', 'by': 'a', 'k': 0}, 'k at least 1'),
-        ({'name': 'pk', 'by': 'a', 'k': 3}, 'batch_size 4 is not identities × k=3'),
-        ({'name': 'pk', 'by': 'x', 'k': 2}, "wants the index 'x'; there are: a, f"),
-        ({'name': 'pk', 'by': 'f', 'k': 2}, "cannot use the index 'f', float64"),
-        ({'name': 'stratified', 'by': {}}, 'names no index'),
-        ({'name': 'stratified', 'by': {'b': 2}}, "wants the index 'b'"),
-        ({'name': 'stratified', 'by': 'a', 'minimum': 1}, 'minimum needs booleans'),
-        ({'name': 'stratified', 'by': {'a': 9}, 'minimum': 2}, 'the split has 1 of 10'),
-        ({'name': 'stratified', 'by': {'a': 0}, 'minimum': 5}, 'minimum=5 rich rows in a batch'),
-        ({'name': 'bucketed', 'by': 'a', 'stretch': 0.9}, 'stretch=0.9 is less than 1'),
-        ({'name': 'bucketed', 'by': 'a', 'too_long': 'cut'}, "too_long='cut' is not"),
-        ({'name': 'bucketed', 'by': 'a'}, r'row 9 has a=9 and may need 9.*bucket 8 \(1 such rows'),
+        ('pk', "sampler='pk' is not a section with the key name"),
+        (
+            {'name': 'pkk'},
+            "sampler.name='pkk' is not one of 'sequential', 'shuffle', 'stratified', 'pk', "
+            "'neighbours', 'bucketed'; did you mean 'pk'?",
+        ),
+        ({'name': ['pk']}, "sampler.name=['pk'] is not one of "),
+        ({}, 'sampler.name=None is not one of '),
+        (
+            {'name': 'shuffle', 'remain': 1},
+            "unknown key sampler.remain=1; known keys of sampler: remainder; did you mean 'remaind",
+        ),
+        (
+            {'name': 'sequential', 'k': 1},
+            'unknown key sampler.k=1; known keys of sampler: by',
+        ),
+        ({'name': 'sequential', 'by': 3}, 'sampler.by=3 is not a string or None'),
+        ({'name': 'sequential', 'by': 'x'}, "sampler.by='x' is not an index of the dataset"),
+        (
+            {'name': 'shuffle', 'remainder': 'x'},
+            "sampler.remainder='x' is not one of 'drop', 'pad'",
+        ),
+        ({'name': 'shuffle', 'remainder': None}, 'sampler.remainder=None is not one of '),
+        ({'name': 'pk', 'by': 'a'}, 'sampler.k is missing: it needs an integer at least 1 (rows'),
+        ({'name': 'pk', 'by': 'a', 'k': 0}, 'sampler.k=0 is not an integer at least 1'),
+        ({'name': 'pk', 'by': 'a', 'k': '2'}, "sampler.k='2' is not an integer at least 1"),
+        ({'name': 'pk', 'by': 'a', 'k': 2.0}, 'sampler.k=2.0 is not an integer at least 1'),
+        ({'name': 'pk', 'by': 'a', 'k': 3}, 'sampler.k=3 does not divide batch_size=4'),
+        (
+            {'name': 'pk', 'by': 'a', 'k': 2},
+            'sampler.k=2 and batch_size=4 need 2 identities of at least 2 rows, but only 0 of 10 ',
+        ),
+        (
+            {'name': 'pk', 'by': 'x', 'k': 2},
+            "sampler.by='x' is not an index of the dataset; there are: a, f",
+        ),
+        (
+            {'name': 'pk', 'by': 'f', 'k': 2},
+            "sampler.by='f' cannot be used: that index is float64[10]",
+        ),
+        ({'name': 'pk', 'by': ['a'], 'k': 2}, "sampler.by=['a'] is not a string"),
+        ({'name': 'neighbours', 'by': 'a', 'near': 'a', 'k': 0}, 'sampler.k=0 is not an integer'),
+        ({'name': 'neighbours', 'by': 'a', 'k': 1}, 'sampler.near is missing: it needs a string'),
+        ({'name': 'stratified', 'by': {}}, 'sampler.by={} names no index'),
+        ({'name': 'stratified', 'by': {'b': 2}}, "sampler.by='b' is not an index of the dataset"),
+        ({'name': 'stratified', 'by': {'a': 'x'}}, "sampler.by.a='x' is not a number"),
+        (
+            {'name': 'stratified', 'by': 3},
+            'sampler.by=3 is not a string or a mapping from names to',
+        ),
+        (
+            {'name': 'stratified', 'by': 'a', 'minimum': 1},
+            'sampler.minimum=1 needs thresholds or an index of booleans, not sampler.by=',
+        ),
+        (
+            {'name': 'stratified', 'by': 'a', 'minimum': -1},
+            'sampler.minimum=-1 is not an integer at least 0',
+        ),
+        (
+            {'name': 'stratified', 'by': {'a': 9}, 'minimum': 2},
+            'sampler.minimum=2 rich rows do not go into a batch of 4: the split has 1 of 10',
+        ),
+        (
+            {'name': 'stratified', 'by': {'a': 0}, 'minimum': 5},
+            'sampler.minimum=5 rich rows do not go into a batch of 4',
+        ),
+        (
+            {'name': 'bucketed', 'by': 'a', 'stretch': 0.9},
+            'sampler.stretch=0.9 is not a number at least 1',
+        ),
+        ({'name': 'bucketed', 'by': 'a', 'stretch': 'x'}, "sampler.stretch='x' is not a number"),
+        (
+            {'name': 'bucketed', 'by': 'a', 'too_long': 'cut'},
+            "sampler.too_long='cut' is not one of 'error', 'drop'",
+        ),
+        (
+            {'name': 'bucketed', 'by': 'a'},
+            'row 9 has a=9 and may need 9, more than the largest bucket 8 (1 such rows; '
+            "sampler.too_long='drop' leaves them out)",
+        ),
     ],
 )
-def test_faults_of_a_config_are_told(spec, message):
+def test_faults_of_a_config_are_one_sentence(spec, message):
     index = {'a': np.arange(10), 'f': np.zeros(10)}
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match='^' + re.escape(message)):
         make(spec, index, 10, 4, lengths=(8,))
 
 
-def test_faults_of_the_data_are_told():
+def test_faults_of_the_data_are_one_sentence():
     with pytest.raises(UserError, match='no rows'):
         make({'name': 'sequential'}, {}, 0, 4)
-    with pytest.raises(UserError, match=r"batch_size 4 is larger than the split's 3.*'pad' makes"):
+    with pytest.raises(
+        UserError, match=r"batch_size=4 is larger .* 3 rows; sampler\.remainder='pad'"
+    ):
         make({'name': 'shuffle'}, {}, 3, 4)
     with pytest.raises(UserError, match="index 'a' has 2 values for 3 rows"):
         make({'name': 'sequential'}, {'a': np.zeros(2)}, 3, 4)
@@ -347,9 +411,9 @@ def test_bucket_lengths_pad_least(count):
     for _ in range(10):
         lengths = rng.geometric(0.05, 40)
         padded = lambda ends, lengths=lengths: np.array(ends)[np.searchsorted(ends, lengths)].sum()
-        found = samplers.bucket_lengths(lengths, count)
+        counts = samplers.bucket_lengths(lengths, count)
         edges = sorted({-(-int(length) // 8) * 8 for length in lengths})
-        assert len(found) == min(count, len(edges)) and found[-1] == edges[-1]
-        assert not any(length % 8 for length in found)
-        choices = itertools.combinations(edges[:-1], len(found) - 1)
-        assert padded(found) == min(padded((*choice, edges[-1])) for choice in choices)
+        assert len(counts) == min(count, len(edges)) and counts[-1] == edges[-1]
+        assert not any(length % 8 for length in counts)
+        choices = itertools.combinations(edges[:-1], len(counts) - 1)
+        assert padded(counts) == min(padded((*choice, edges[-1])) for choice in choices)

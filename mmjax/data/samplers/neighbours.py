@@ -1,36 +1,42 @@
-"""Batches of neighbours: every identity once an epoch, those alike beside each other."""
+"""Batches of neighbours: every identity once an epoch, similar ones in one batch."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from mmjax.data.samplers.plan import Data, Plan
 from mmjax.errors import UserError
+from mmjax.sections import field
 
 
 class Neighbours:
-    """Hard negatives: a batch holds identities that are alike, and none of them twice.
+    """Hard negatives: a batch holds similar identities, and none of them twice.
 
-    by: the index that holds the identity (of a function, say, of which several rows are versions);
-      an epoch shows one row of each, drawn anew.
-    near: the index of what makes identities alike: the file that a function stands in.
-    k: most identities of one neighbourhood that stand together; where it has more, they are
-      divided, otherwise in every epoch. Neighbourhoods may be smaller, and straddle two batches.
-
-    What does not fill the last batch is dropped, other identities every epoch.
+    Every epoch shows one row of each identity, drawn anew; several rows may be versions of one
+    function, say. Identities that share `near` are neighbours. A neighbourhood of more than `k` is
+    divided, in every epoch otherwise; smaller ones may lie in two batches. Identities that do not
+    fill the last batch are dropped, others every epoch.
     """
 
-    def __init__(self, data: Data, *, by: str, near: str, k: int):
-        if k < 1:
-            raise UserError(f"sampler 'neighbours': k={k} is less than 1")
-        self._data, self._k, self.batch_size = data, k, data.batch_size
-        identity = data.column('neighbours', by, 'biuSU')
+    @dataclass(frozen=True)
+    class Options:
+        by: str = field(help='index that holds the identity')
+        near: str = field(help='index that similar identities share: the file of a function')
+        k: int = field(help='most identities of one neighbourhood side by side', least=1)
+
+    def __init__(self, data: Data, options: Options):
+        identity = data.column('by', options.by, 'biuSU')
         _, first, self._identity = np.unique(identity, return_index=True, return_inverse=True)
-        place = data.column('neighbours', near, 'biuSU')
-        self._near = np.unique(place[first], return_inverse=True)[1]
+        near = data.column('near', options.near, 'biuSU')
+        self._near = np.unique(near[first], return_inverse=True)[1]
+        self._data = data
+        self._k = options.k
+        self.batch_size = data.batch_size
         self.steps_per_epoch = len(first) // self.batch_size
         if not self.steps_per_epoch:
             raise UserError(
-                f"sampler 'neighbours': batch_size {self.batch_size} is larger than the "
-                f'{len(first)} identities of the split'
+                f'batch_size={self.batch_size} is larger than the {len(first)} identities that '
+                f'{data.where}.by={options.by!r} has in the split'
             )
         self.examples_per_epoch = self.steps_per_epoch * self.batch_size
         self.report = {
@@ -47,8 +53,8 @@ class Neighbours:
         order = np.lexsort([rng.random(len(rows)), self._near])
         count = np.bincount(self._near)
         within = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
-        stretch = np.cumsum(within % self._k == 0) - 1
-        turn = rng.permutation(stretch[-1] + 1)[stretch]
+        run = np.cumsum(within % self._k == 0) - 1  # of at most k neighbours
+        turn = rng.permutation(run[-1] + 1)[run]
         rows = rows[order[np.argsort(turn, kind='stable')]][: self.examples_per_epoch]
         rows = rng.permuted(rows.reshape(self.steps_per_epoch, self.batch_size), axis=1)
-        return Plan(rows, np.ones(rows.shape, bool), np.zeros(len(rows), np.int64))
+        return Plan.full(rows)

@@ -141,7 +141,7 @@ def _drawn(
         if page['page_type'] not in page_types:
             ledger.skip(f'page_type:{page["page_type"]}')
         else:
-            size = pictures.check_picture(page['image'], name)
+            size = pictures.check_image(page['image'], name)
             record, counts = comic_folder.page_record(page['page'], name, size, max_panels)
             ledger.counts.update(counts)
             if record['boxes']:
@@ -208,7 +208,7 @@ class ComicPages(Dataset):
         self.augmentation = augmentation
         self.hidden_tokens, self.hidden_texts = hidden_tokens, hidden_texts
         self.hidden_places = hidden_places
-        self._kept = pictures.Kept(cache_bytes)
+        self._kept = pictures.ImageCache(cache_bytes)
         summary = pages.prepared.summary
         if split not in summary['splits']:
             raise UserError(f'{pages.prepared.directory} holds no split {split!r}')
@@ -240,14 +240,14 @@ class ComicPages(Dataset):
                 raise UserError(f'{path} does not exist (a page is a picture and its JSON beside)')
         image = picture.read_bytes()
         limits = {'max_pixels': self.pages.max_pixels}
-        size = pictures.check_picture(image, str(picture), **limits)
+        size = pictures.check_image(image, str(picture), **limits)
         content = tables.read_json(page, str(page))
         record, _ = comic_folder.page_record(content, str(page), size, self.pages.max_panels)
         if not record['boxes']:
             raise UserError(f'{page} has no panels')
         other = copy.copy(self)
         other.pages = dataclasses.replace(self.pages, root=None)
-        other._kept = pictures.Kept(0)
+        other._kept = pictures.ImageCache(0)
         other._records = [
             {
                 **record,
@@ -352,7 +352,7 @@ class ComicPages(Dataset):
         name = record['image_path'] or record['canonical_id']
         source = record['image'] if self.pages.root is None else self.pages.root / name
         try:
-            return pictures.open_picture(
+            return pictures.open_image(
                 source, str(name), max_pixels=self.pages.max_pixels, at_least=at_least
             )
         except RecordError as error:

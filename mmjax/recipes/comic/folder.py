@@ -105,7 +105,7 @@ class ComicFolder:
         annotation, image_path = self._files(row)
         picture = images.inside(self.root, image_path)
         page = read_json(images.inside(self.root, annotation), annotation)
-        size = images.check_picture(picture, image_path, max_pixels=max_pixels)
+        size = images.check_image(picture, image_path, max_pixels=max_pixels)
         record, counts = page_record(page, annotation, size, max_panels)
         record |= {'canonical_id': row.canonical_id, 'image_path': image_path, 'line': row.line}
         return {'record': record, 'counts': counts}

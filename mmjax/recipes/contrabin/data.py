@@ -233,14 +233,15 @@ class CodeFunctions(Dataset):
     def rooms(self, rows: int) -> dict[str, float]:
         """Returns tokens a row that nearly all batches of `rows` rows need, by text; see `Bert`.
 
-        Measured on up to 1,000 rows, as `samplers.room` has it. A text without use of one has none.
+        Measured on up to 1,000 rows by `samplers.packed_length`; a text for which that is None has
+        no entry.
         """
         chosen = sample(len(self), 1000)
         examples = [self.example(row, np.random.default_rng(0), False) for row in chosen]
         out = {}
         for text in TEXTS:
             counts = np.array([example[f'{text}_mask'].sum() for example in examples])
-            room = samplers.room(counts.mean(), counts.var(), rows, self._lengths[text])
+            room = samplers.packed_length(counts.mean(), counts.var(), rows, self._lengths[text])
             out |= {text: room} if room else {}
         return out
 

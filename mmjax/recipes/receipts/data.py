@@ -148,7 +148,7 @@ class ReceiptQuestions(Dataset):
         self.split, self.prepared, self.image_size = split, prepared, image_size
         self.classes, self.augmentation = classes, augmentation
         self.lengths, self.length_key = tuple(sorted(set(buckets))), 'length'
-        self._kept = images.Kept(cache_bytes)
+        self._kept = images.ImageCache(cache_bytes)
         summary = prepared.prepared.summary
         if split not in summary['splits']:
             raise UserError(f'{prepared.prepared.directory} holds no split {split!r}')
@@ -221,7 +221,7 @@ class ReceiptQuestions(Dataset):
             raise UserError(f'{path} does not exist')
         other = copy.copy(self)
         other.prepared = dataclasses.replace(self.prepared, root=None)
-        other._kept, other._tokens = images.Kept(0), ()
+        other._kept, other._tokens = images.ImageCache(0), ()
         record = {'question': question, 'answer': '', 'count': 0, 'pair': 0, 'picture': 0}
         other._records = [record | {'image_path': str(path), 'image': path.read_bytes(), 'line': 0}]
         other.index = {key: np.asarray([value]) for key, value in _index(record).items()}
@@ -249,7 +249,7 @@ class ReceiptQuestions(Dataset):
         else:
             source = self.prepared.root / name
         try:
-            return images.open_picture(
+            return images.open_image(
                 source, name, max_pixels=self.prepared.max_pixels, at_least=at_least
             )
         except RecordError as error:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax import sections
 from mmjax.data import images, prepare, tokenizers
 from mmjax.decode import autoregressive
 from mmjax.engine.task import Task, final_weights
@@ -85,7 +86,9 @@ class ReceiptsTask(Task):
             max_pixels=spec.max_pixels,
             wait=jax.process_index() > 0,
         )
-        augmentation = images.Augmentation(**spec.augmentation.to_dict())
+        augmentation = sections.parse(
+            images.Augmentation, spec.augmentation.to_dict(), 'data.augmentation'
+        )
         splits = {
             name: receipts.ReceiptQuestions(
                 prepared,

@@ -145,7 +145,7 @@ class ItemPictures(Dataset):
         """
         self.split, self.items, self.image_size = split, prepared.items, image_size
         self.augmentation, self.prepared = augmentation, prepared
-        self._kept = pictures.Kept(cache_bytes)
+        self._kept = pictures.ImageCache(cache_bytes)
         summary = prepared.prepared.summary
         self._name, self._books = summary['name'], summary['splits'][split]
         self.index = prepared.prepared.index(split)
@@ -232,7 +232,7 @@ class ItemPictures(Dataset):
         needed = round(1.5 * self.image_size)
         limits = {'max_pixels': self.prepared.max_pixels, 'at_least': (needed, needed)}
         try:
-            picture = pictures.open_picture(source, name, **limits)
+            picture = pictures.open_image(source, name, **limits)
         except RecordError as error:
             raise UserError(str(error)) from error
         share = needed / min(picture.size)
@@ -256,7 +256,7 @@ class ItemPictures(Dataset):
         if train and self.augmentation:
             image = self.augmentation(picture, self.image_size, rng)
         else:
-            image = augment.centre_square(picture, self.image_size)
+            image = augment.centre_crop(picture, self.image_size)
         identity = self.index['identity'][row]
         return {
             'images': image,

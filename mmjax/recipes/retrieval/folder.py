@@ -77,8 +77,8 @@ class RetrievalFolder:
         try:
             picture = images.inside(self.root, path)  # of the root: `images` may be a link
         except RuntimeError as error:  # a link to itself, before Python 3.13
-            raise RecordError('unreadable_picture', f'{path} cannot be read: {error}') from error
-        images.check_picture(picture, path, max_pixels=max_pixels)
+            raise RecordError('unreadable_image', f'{path} cannot be read: {error}') from error
+        images.check_image(picture, path, max_pixels=max_pixels)
         return {'item': row.item, 'image_path': path, 'line': row.line}
 
 

@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 
+from mmjax import sections
 from mmjax.data import augment, clip_tokenizer, prepare, tokenizers
 from mmjax.errors import UserError
 from mmjax.recipes.retrieval import data as retrieval
@@ -88,7 +89,9 @@ def open_splits(config):
         max_pixels=spec.max_pixels,
         wait=jax.process_index() > 0,
     )
-    augmentation = augment.Augmentation(**spec.augmentation.to_dict())
+    augmentation = sections.parse(
+        augment.Augmentation, spec.augmentation.to_dict(), 'data.augmentation'
+    )
     options = {'image_size': spec.image_size, 'augmentation': augmentation}
     splits = {name: retrieval.ItemPictures(prepared, name, **options) for name in names}
     if spec.val_items:

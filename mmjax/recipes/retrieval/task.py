@@ -188,7 +188,7 @@ class RetrievalTask(Task):
         path = pathlib.Path(inputs)
         if path.is_file():
             picture = gallery.open(path, inputs)
-            image = augment.centre_square(picture, gallery.image_size)
+            image = augment.centre_crop(picture, gallery.image_size)
             found = jax.jit(self.embed_images)(apply.variables, {'images': image[None]})
         elif path.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff'):
             raise UserError(f'{inputs} does not exist')

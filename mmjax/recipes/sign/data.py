@@ -120,7 +120,7 @@ class SignSequences(Dataset):
 
         Batches of one length each, their rows drawn and stretched at random: two standard errors
         above the mean, as few rows vary much, and one batch in 44 may take a third longer. A length
-        without rows, or without use of a room, has none; see `samplers.room`.
+        without rows, or without use of a room, has none; see `samplers.packed_length`.
         """
         low, high = self.augmentation.stretch if self.augmentation else (1.0, 1.0)
         longest = np.ceil(self.index['length'] * high - 1e-6)
@@ -132,7 +132,9 @@ class SignSequences(Dataset):
                 rest = max(len(own) - rows, 0) / max(len(own) - 1, 1)
                 tempo, spread = (low + high) / 2, (high - low) ** 2 / 12
                 variance = rest * tempo**2 * own.var() + spread * (own**2).mean()
-                room = samplers.room(tempo * own.mean(), variance, rows, length, errors=2.0)
+                room = samplers.packed_length(
+                    tempo * own.mean(), variance, rows, length, standard_errors=2.0
+                )
                 out |= {length: room} if room else {}
         return out
 

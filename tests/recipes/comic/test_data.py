@@ -431,7 +431,7 @@ def test_up_to_the_share_faults_are_skipped_listed_and_counted(tmp_path):
         table.write('\nonly_one_field\n')
     data = pages_of(folder.prepare(tmp_path / 'cache', ('train',)))
     assert len(data) == 298
-    assert data.skipped == {'malformed_json': 1, 'unreadable_picture': 1, 'malformed_row': 1}
+    assert data.skipped == {'malformed_json': 1, 'unreadable_image': 1, 'malformed_row': 1}
     listing = data.pages.prepared.directory / 'skipped.jsonl'
     listed = [json.loads(line) for line in listing.read_text().splitlines()]
     assert [entry['row'] for entry in listed] == [303, 300, 301]
@@ -453,7 +453,7 @@ def test_a_picture_spoilt_after_preparation_is_named(folder, tmp_path, tokenizer
 def test_prepared_pages_are_found_again_until_a_file_changes(folder, tmp_path, monkeypatch):
     first = folder.prepare(tmp_path / 'cache')
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, 'check_picture', None)
+        patch.setattr(pictures, 'check_image', None)
         assert folder.prepare(tmp_path / 'cache').prepared == first.prepared
     path = folder.root / 'json/train_0.json'
     path.write_text(json.dumps(page(panel(0, 0, 9, 9, 'changed'))))
@@ -570,8 +570,8 @@ def test_pictures_are_turned_as_their_exif_says(orientation):
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(buffer, 'PNG', exif=exif)
     expected = shown[orientation](pixels)
-    np.testing.assert_array_equal(np.asarray(pictures.open_picture(buffer.getvalue())), expected)
-    assert pictures.check_picture(buffer.getvalue()) == expected.shape[1::-1]
+    np.testing.assert_array_equal(np.asarray(pictures.open_image(buffer.getvalue())), expected)
+    assert pictures.check_image(buffer.getvalue()) == expected.shape[1::-1]
 
 
 def test_a_key_that_stands_twice_is_malformed(tmp_path):
@@ -590,7 +590,7 @@ def test_every_mode_becomes_rgb_on_white_paper(mode):
     else:
         form = 'TIFF' if mode == 'CMYK' else 'PNG'
         data, expected = encoded(Image.new('RGB', (4, 4), 'white').convert(mode), form), [255] * 3
-    opened = pictures.open_picture(data)
+    opened = pictures.open_image(data)
     assert opened.mode == 'RGB' and opened.getpixel((1, 1)) == tuple(expected)
 
 

@@ -149,7 +149,7 @@ def test_built_in_rows_share_the_picture_that_was_drawn(built_in, tokenizer):
             assert data.index['count'][row] == len(shown)
             file = receipts_synthetic.picture(2, split, number, side=64)
             assert record['image'] == (b'' if row % 3 else file)
-            drawn = np.asarray(images.open_picture(file))
+            drawn = np.asarray(images.open_image(file))
             np.testing.assert_array_equal(data.example(row, RNG, False)['images'], drawn)
             np.testing.assert_array_equal(np.asarray(data.picture(row)), drawn)
 

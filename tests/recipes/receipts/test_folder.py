@@ -199,7 +199,7 @@ def test_malformed_rows_are_named_and_counted(folder, tmp_path, column, value, w
 @pytest.mark.parametrize('spoil', ['missing', 'truncated', 'text', 'large'])
 def test_every_row_of_an_unreadable_picture_is_a_fault(folder, tmp_path, spoil):
     path = folder.root / 'train/images/p2.png'
-    reasons = {'missing': 'missing_picture', 'large': 'picture_too_large'}
+    reasons = {'missing': 'missing_image', 'large': 'image_too_large'}
     if spoil == 'missing':
         path.unlink()
     elif spoil == 'large':
@@ -209,7 +209,7 @@ def test_every_row_of_an_unreadable_picture_is_a_fault(folder, tmp_path, spoil):
     with pytest.raises(UserError, match=r'train/images/p2\.png .*\(row 6\): 1 of the 10 rows'):
         folder.prepare(tmp_path / 'cache', max_pixels=5000)
     data = questions(folder.prepare(tmp_path / 'cache', max_fault_share=0.2, max_pixels=5000))
-    assert len(data) == 8 and data.skipped == {reasons.get(spoil, 'unreadable_picture'): 2}
+    assert len(data) == 8 and data.skipped == {reasons.get(spoil, 'unreadable_image'): 2}
 
 
 def test_prepared_rows_are_found_again_until_a_table_or_picture_changes(folder, tmp_path):

@@ -236,7 +236,7 @@ def test_an_error_in_generation_is_an_error(model):
 def test_texts_cut_and_rows_skipped_of_a_split_are_told(cache, model):
     task = build.run(tiny(cache, data__buckets=(8,))).task
     val = task.dataset('val')
-    val.skipped = {'unreadable_picture': 2, 'malformed_row': 1}
+    val.skipped = {'unreadable_image': 2, 'malformed_row': 1}
     found = task.evaluators()['val'].run(
         lambda method, data, size: model[1](method, model[0].task.dataset('val'), size), final=False
     )

@@ -119,7 +119,7 @@ def test_a_missing_first_picture_does_not_decide_where_paths_begin(tmp_path, bas
     folder = Folder(tmp_path / 'root', {'train': (3, 2)}, base)
     (folder.base / next(iter(folder.table))).unlink()
     data = split_of(folder.prepare(tmp_path / 'cache', ('train',), max_fault_share=0.2))
-    assert len(data) == 5 and data.skipped == {'missing_picture': 1}
+    assert len(data) == 5 and data.skipped == {'missing_image': 1}
 
 
 def everything(root):
@@ -297,7 +297,7 @@ def test_up_to_the_share_faults_are_skipped_listed_and_counted(tmp_path):
     prepared = folder.prepare(tmp_path / 'cache')
     data = split_of(prepared)
     assert len(data) == 297 and split_of(prepared, 'val').skipped == {}
-    assert data.skipped == {'malformed_row': 1, 'unreadable_picture': 1, 'missing_picture': 1}
+    assert data.skipped == {'malformed_row': 1, 'unreadable_image': 1, 'missing_image': 1}
     listing = (prepared.prepared.directory / 'skipped.jsonl').read_text().splitlines()
     listed = [json.loads(line) for line in listing]
     assert [fault['row'] for fault in listed] == [301, 299, 300]
@@ -314,7 +314,7 @@ def test_prepared_pictures_are_found_again_until_one_changes_or_moves(
 ):
     first = folder.prepare(tmp_path / 'cache')
     with monkeypatch.context() as patch:
-        patch.setattr(images, 'check_picture', None)
+        patch.setattr(images, 'check_image', None)
         assert folder.prepare(tmp_path / 'cache').prepared == first.prepared
     path = folder.root / 'images/train/item_0_1.jpg'
     path.write_bytes(path.read_bytes()[:-40])
@@ -485,7 +485,7 @@ def test_in_evaluation_it_is_the_centre_square_near_to_pils_own_resize(waves, to
         assert min(picture.size) == min(round(1.5 * size), 480)
         assert picture.width / picture.height == pytest.approx(1.5, rel=0.01)
         found = data.example(0, RNG, False)['images']
-        np.testing.assert_array_equal(found, augment.centre_square(picture, size))
+        np.testing.assert_array_equal(found, augment.centre_crop(picture, size))
         whole = Image.open(root / 'images/train/item_0_0.jpg')
         errors = []
         for shift in (-4, 0, 4):  # pixels of the file
@@ -532,7 +532,7 @@ def test_pictures_are_kept_up_to_a_limit_and_by_row():
         made.append(size)
         return Image.new('RGB', (size, 10))
 
-    kept = images.Kept(1000)
+    kept = images.ImageCache(1000)
     first = kept.get(3, lambda: make(20))  # 800 bytes
     assert kept.get(3, lambda: make(20)) is first and made == [20]
     assert kept.get(0, lambda: make(6)).size == (6, 10) and len(kept) == 1  # 240 more: too many

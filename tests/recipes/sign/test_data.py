@@ -343,11 +343,11 @@ def test_rooms_are_what_nearly_all_batches_need(tmp_path):
 
 
 def test_lengths_that_are_nearly_full_have_no_room():
-    assert samplers.room(80.0, 0.0, 4, 100) == 80.0
-    assert samplers.room(80.0, 36.0, 4, 100) is None  # 80 + 4 · 6 / 2 = 92
-    assert samplers.room(80.0, 36.0, 16, 100) == 86.0
-    assert samplers.room(80.0, 36.0, 4, 100, errors=2.0) == 86.0
-    assert samplers.room(0.0, 0.0, 4, 100) is None
+    assert samplers.packed_length(80.0, 0.0, 4, 100) == 80.0
+    assert samplers.packed_length(80.0, 36.0, 4, 100) is None  # 80 + 4 · 6 / 2 = 92
+    assert samplers.packed_length(80.0, 36.0, 16, 100) == 86.0
+    assert samplers.packed_length(80.0, 36.0, 4, 100, standard_errors=2.0) == 86.0
+    assert samplers.packed_length(0.0, 0.0, 4, 100) is None
 
 
 def test_in_evaluation_every_row_is_seen_once_in_order(prepared):
