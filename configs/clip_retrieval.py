@@ -7,7 +7,7 @@ Words after the colon:
   v1         InfoNCE, raw prompts, shuffled batches        v2  SupCon, PK batches
   v3         v2 continued at twice its rate: --init_from=RUN_OF_V2, or `staged` for both in one run
   v4         token-safe prompts, cosine schedule with warm-up (default)
-  vit, rn50  the image tower                               few  a shallow net for few items
+  vit, rn50  the image tower (rn50; `smoke`: vit)          few  a shallow net for few items
   smoke      two tiny stages; published: ViT-B/16 or RN50, --config.model.pretrained=FOLDER
 
 Result: Rank-1 .833, mAP .776 on 60 unseen built-in items (best floor .233, .153).
