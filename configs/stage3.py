@@ -1,36 +1,15 @@
-"""Comic panels, Stage 3: one 512-d embedding a panel from picture, text and place on the page.
+"""Comic panels: one 512-d embedding per panel from its image, its text and its place on the page.
 
     python -m mmjax.main --config=configs/stage3.py                             # built-in pages
     python -m mmjax.main --config=configs/stage3.py --config.data.root=FOLDER   # your own
 
-Words after the colon: `smoke` (two tiny stages, to see that all works), `published` (SigLIP-base,
-ResNet-50 and MiniLM-L6 at 224 px; name their weights with
---config.model.pretrained.siglip=FOLDER etc.). From the original it differs in the weight of the
-alignment (.3 there and under `published`), in a stage before the three losses that only aligns
-pictures and texts, and in all that its review asked for: detached targets, a symmetric alignment,
-weights and temperature from the config.
+Words after the colon:
+  smoke      two tiny stages, to see that everything works
+  published  SigLIP-base, ResNet-50 and MiniLM-L6 at 224 px; name their weights with
+             --config.model.pretrained.siglip=FOLDER, .resnet=FOLDER and .bert=FOLDER
 
-Measured on the built-in validation pages (119 narrative pages, 625 panels; 968 updates):
-image→text R@1 within the page .959, text→image .991 (chance .207). Floors of
-`benchmarks/comic_floors.py` on 113 such pages: nearest neighbour in pixels .331, bag of words from
-colours .373, layout .201. The contrastive term falls to 4.252 between collapse 6.436 and floor
-1.523; mean cosine .877 inside a page, .400 between pages; verdict healthy. The README's first
-command took 533 to 591 s on 2 CPU cores, installation and drawing the pages included.
-
-Real pages, 119 of comic strips and manga to validate on, two fifths of their panels from a book
-that training lacks: image→text R@1 within the page .410 (chance .285, standard error .022 by page),
-text→image .399. The contrastive term of all pages in one batch falls by .171 of the way from
-collapse (6.131) to floor (1.140); without the composition input by .157, with image→text .428.
-Verdicts healthy; 10 min on one core. To know the book would help most: hand-made cues of text,
-pixels and layout, weighted for this very loss on training pages, reach .197, told the true book
-.333; with weights fitted on the validation pages themselves the model's cosine reaches .181, with
-those cues .265, told the true book .303 (`benchmarks/comic_cues.py`). Words are learnt by heart;
-hidden ones leave their number, which goes with the lettering's amount.
-
-    --config.data.root=FOLDER --config.data.hidden_tokens=0.85 --config.model.resnet.statistics=True
-    --config.data.augmentation.brightness=0. --config.data.augmentation.contrast=0.
-    --config.data.image_size=192 --config.optimizer.weight_decay=0.1 --config.stage.align.epochs=8.
-    --config.stage.pages.epochs=12. --config.evaluate.every_epochs=4.
+Result: image→text R@1 within the page .959 on built-in pages (chance .207). Real pages, floors,
+and what differs from the original: docs/results/comic.md
 """
 
 from mmjax.engine import config as config_lib
