@@ -66,35 +66,71 @@ def test_two_processes_give_the_losses_of_one(tmp_path, cache, single):
     assert json.loads((workdir / 'results.json').read_text())['final']['val']
 
 
-def test_pmap_gives_the_losses_of_jit_over_the_mesh():
-    """`jax.pmap` sums (total, count) over devices; the mesh does so by itself."""
-    code = """
-import functools, jax, jax.numpy as jnp, numpy as np
-from mmjax.engine import parallel
-from mmjax.losses.term import Term
-x = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
-mask = np.arange(16) % 3 > 0
-w = np.ones(5, np.float32)
-def term(w, x, mask):
-    return Term(jnp.sum(jnp.tanh(x @ w) ** 2 * mask), mask.sum().astype(jnp.float32))
-@functools.partial(jax.pmap, axis_name='d', in_axes=(None, 0, 0))
-def device_step(w, x, mask):
-    total, count = jax.lax.psum(term(w, x, mask), 'd')
-    grad = jax.grad(lambda w: term(w, x, mask).total)(w)
-    return total / count, jax.lax.psum(grad, 'd') / count
-mesh = parallel.mesh({'data': -1, 'fsdp': 1})
-loss, grad = device_step(w, x.reshape(8, 2, 5), mask.reshape(8, 2))
-with jax.set_mesh(mesh):
-    put = lambda a: jax.device_put(a, parallel.rows(mesh))
-    mean = lambda w, x, m: term(w, x, m).mean()
-    want, dw = jax.jit(jax.value_and_grad(mean))(w, put(x), put(mask))
-np.testing.assert_allclose(loss[0], want, rtol=1e-6)
-np.testing.assert_allclose(grad[0], dw, rtol=1e-5)
+PMAP = """
+import functools, sys
+import jax, numpy as np
+from mmjax.data import pipeline
+from mmjax.engine import build, optim, parallel, step
+from tests import runs
+
+name, cache = sys.argv[1:]
+config = runs.recipe(name, 'smoke')
+config.data.cache = cache
+config.batch_size = 16
+if name == 'stage3':
+    config.data.built_in = dict(train=48, val=8)
+    for part in (config.model.bert, config.model.siglip, config.model.heads):
+        part.dropout = 0.0
+else:
+    config.model.student.dropout = 0.0
+built = build.run(config)
+stage = built.stages[-1]
+call = functools.partial(
+    step.train_step, task=built.task, stage=stage.program, groups=built.groups,
+    settings=built.settings,
+)
+variables = jax.tree.map(np.asarray, built.init_variables())
+state = step.create(variables, stage, built.groups, built.settings)
+weights = {n: np.float32(w) for n, w in stage.weights(0).items()}
+sampler = built.sampler(stage)
+options = dict(seed=0, stage=0, stop=3, train=False, threads=0)
+batches = [batch for batch in pipeline.batches(built.data, sampler, **options)]
 assert jax.device_count() == 8
+
+mapped = jax.pmap(functools.partial(call, axis_name='devices'), axis_name='devices',
+                  in_axes=(0, 0, None, None))
+copies = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (8, *np.shape(x))), state)
+losses = []
+for at, batch in enumerate(batches):
+    local = {n: x.reshape(8, -1, *x.shape[1:]) for n, x in batch.items()}
+    rates = optim.rates(stage, built.groups.names, at + 60)
+    copies, metrics = mapped(copies, local, rates, weights)
+    losses.append(jax.tree.map(lambda x: np.asarray(x)[0], metrics))
+
+meshed = jax.jit(call)
+with jax.set_mesh(built.mesh):
+    for at, batch in enumerate(batches):
+        batch = {n: jax.device_put(x, parallel.rows(built.mesh)) for n, x in batch.items()}
+        rates = optim.rates(stage, built.groups.names, at + 60)
+        state, metrics = meshed(state, batch, rates, weights)
+        for n, value in metrics.items():
+            if n == 'loss' or n.startswith(('loss/', 'count/')):
+                np.testing.assert_allclose(losses[at][n], value, rtol=1e-5, err_msg=n)
+for part in ('trainable', 'batch_stats'):
+    ours, theirs = optim.flatten(copies[part]), optim.flatten(state[part])
+    for path, x in theirs.items():
+        np.testing.assert_allclose(np.asarray(ours[path])[0], x, rtol=1e-4, atol=1e-5, err_msg=path)
+        np.testing.assert_array_equal(np.asarray(ours[path])[0], np.asarray(ours[path])[7])
 """
+
+
+@pytest.mark.parametrize('name', ['stage3', pytest.param('sign_ctc', marks=pytest.mark.slow)])
+def test_the_step_under_pmap_gives_losses_and_weights_of_the_mesh(tmp_path, name):
+    """Three updates on eight devices: contrastive rows, CTC, batch statistics of all rows."""
     env = environment({'XLA_FLAGS': '--xla_force_host_platform_device_count=8'})
-    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, '-c', PMAP, name, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_an_error():
