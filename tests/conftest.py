@@ -40,8 +40,12 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
+import tests.typechecker  # noqa: E402, F401
+
 # The shapes in their signatures hold wherever a test calls these packages.
-jaxtyping.install_import_hook(['mmjax.losses', 'mmjax.models', 'mmjax.decode'], 'beartype.beartype')
+jaxtyping.install_import_hook(
+    ['mmjax.cpu', 'mmjax.losses', 'mmjax.models', 'mmjax.decode'], 'tests.typechecker.check'
+)
 
 flags.FLAGS.mark_as_parsed()
 

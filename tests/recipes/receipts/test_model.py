@@ -280,7 +280,9 @@ def test_the_answers_loss_trains_the_cross_attention():
 
     def _logits(model, question, answer):
         prefix, seen, _ = model.ask(model.see(IMAGES, train=False), *question, train=False)
-        return model.logits(model.answer(prefix, seen, *language.shift_right(*answer, 1), train=False))
+        return model.logits(
+            model.answer(prefix, seen, *language.shift_right(*answer, 1), train=False)
+        )
 
     gradients = jax.jit(jax.grad(loss))(variables()['params'])
     for part in ('cross_attention', 'vision', 'projector_up', 'language'):
