@@ -94,8 +94,8 @@ def beam_search(
 
     >>> import jax.numpy as jnp
     >>> log_probs = jnp.log(jnp.array([[[0.6, 0.4], [0.6, 0.4]]]))
-    >>> found = beam_search(log_probs, jnp.ones((1, 2), bool), beam=2)
-    >>> found.ids[0, 0].tolist(), round(float(jnp.exp(found.scores[0, 0])), 2)  # greedy: blanks
+    >>> beams = beam_search(log_probs, jnp.ones((1, 2), bool), beam=2)
+    >>> beams.ids[0, 0].tolist(), round(float(jnp.exp(beams.scores[0, 0])), 2)  # greedy: blanks
     ([1, 0], 0.64)
 
     Args:

@@ -10,7 +10,7 @@ from mmjax.models.layers import MaskedBatchNorm
 from mmjax.models.statistics import ImageStatistics
 from mmjax.typing import Array, DType
 
-IMAGENET_RANGE = (-2.12, 2.64)  # of pixels less their mean, by their deviation
+IMAGENET_RANGE = (-2.12, 2.64)  # of normalised pixels
 _he_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
