@@ -65,7 +65,8 @@ def pairs(batch: int, frames: int, channels: int):
     draw = lambda *shape: jax.random.normal(next(keys), shape) * 0.05
     x = draw(batch, frames, channels)
     mask = jnp.arange(frames) < jnp.linspace(frames // 2, frames, batch).astype(int)[:, None]
-    indices = packing.pack_indices(mask, batch * frames * 3 // 4)
+    # Of floats, so that it is an argument like the others and no constant of the program.
+    pack_indices = lambda mask: packing.pack_indices(mask > 0.5, batch * frames * 3 // 4)
     heads = [draw(batch, frames, 4, channels // 4) for _ in range(3)]
     image = draw(batch // 4, 56, 56, channels)
     image_dims = ('NHWC', 'HWIO', 'NHWC')
@@ -105,9 +106,9 @@ def pairs(batch: int, frames: int, channels: int):
             (x, *lstm),
         ),
         'packing.pack': (
-            lambda x: gathered(x, indices),
-            lambda x: packing.pack(x, indices),
-            (x,),
+            lambda x, mask: gathered(x, pack_indices(mask)),
+            lambda x, mask: packing.pack(x, pack_indices(mask)),
+            (x, mask.astype(jnp.float32)),
         ),
     }
 
@@ -120,7 +121,7 @@ def forward_only(batch: int, frames: int, channels: int):
     return {
         'argmax': (lambda x: jnp.argmax(x, -1), cpu.argmax, (logits,)),
         'random_bits16': (
-            lambda key: jax.random.bits(key, shape) >= 2**31,
+            lambda key: jax.random.bits(key, shape) >= jnp.uint32(2**31),
             lambda key: cpu.random_bits16(key, shape) >= 2**15,
             (key,),
         ),

@@ -299,13 +299,13 @@ def _check(logits: Array, max_tokens: int, pad: int) -> int:
     return logits.shape[0]
 
 
-def _pick(x: jax.Array, indices: jax.Array) -> jax.Array:
+def _pick(x: Array, indices: Array) -> jax.Array:
     """Returns x [batch, n] at indices [batch] or [batch, m]."""
     if indices.ndim == 1:
         return jnp.take_along_axis(x, indices[:, None], 1)[:, 0]
     return jnp.take_along_axis(x, indices, 1)
 
 
-def _reorder(x: jax.Array, beams: jax.Array) -> jax.Array:
+def _reorder(x: Array, beams: Array) -> jax.Array:
     """Returns x [batch, beams, …] with beam beams[b, k] in place of beam k."""
     return jax.vmap(lambda row, order: row[order])(x, beams)

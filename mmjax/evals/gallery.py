@@ -161,43 +161,6 @@ def rank(
     )
 
 
-def bootstrap_difference(
-    a: np.ndarray,
-    b: np.ndarray,
-    groups: np.ndarray | None = None,
-    samples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Returns mean(a) − mean(b) and its 95 % interval, by a paired bootstrap over queries.
-
-    Queries of one identity are not independent: with `groups`, whole groups are fig. The interval
-    is infinite with fewer than two groups: nothing is known then.
-
-    Args:
-      a, b: float [n], scores of the same queries (`ap`, `hits[k]`) by two models.
-      groups: int [n], the identity of each query.
-
-    Raises:
-      ValueError: shapes that do not fit, nothing to compare, or values that are not finite.
-    """
-    a = np.asarray(a, np.float64)
-    b = np.asarray(b, np.float64)
-    groups = np.arange(len(a)) if groups is None else np.asarray(groups)
-    if a.ndim != 1 or not len(a) or not a.shape == b.shape == groups.shape:
-        shapes = f'{a.shape}, {b.shape} and {groups.shape}'
-        raise ValueError(f'a, b and groups must be [n] of one length, 1 or more, got {shapes}')
-    if not np.isfinite(a - b).all():
-        raise ValueError(f'row {np.flatnonzero(~np.isfinite(a - b))[0]} of a or b is not finite')
-    index = np.unique(groups, return_inverse=True)[1]
-    sums, sizes = np.bincount(index, a - b), np.bincount(index)
-    if len(sizes) < 2:
-        return mean(a - b), float('-inf'), float('inf')
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(sizes), size=len(sizes)) for _ in range(samples))
-    means = [sums[draw].sum() / sizes[draw].sum() for draw in draws]
-    return mean(a - b), *np.quantile(means, [0.025, 0.975]).tolist()
-
-
 def figure(queries: Sequence, results: Sequence, right: Sequence, titles: Sequence[str]) -> Figure:
     """Draws each query and its first ten results in one row, right in green, wrong in red.
 

@@ -104,7 +104,7 @@ class InternViT(nn.Module):
             x = run(block, x)
         return x
 
-    def _convolve(self, images: jax.Array) -> jax.Array:
+    def _convolve(self, images: Array) -> jax.Array:
         halvings = self.patch_size.bit_length() - 1
         if 2**halvings != self.patch_size or self.image_size % self.patch_size:
             raise ValueError(
@@ -123,7 +123,7 @@ class InternViT(nn.Module):
 
 def shuffle_pixels(
     tokens: Float[Array, 'batch tokens width'], factor: int
-) -> Float[jax.Array, 'batch tokens//{factor}**2 width*{factor}**2']:
+) -> Float[Array, 'batch tokens//{factor}**2 width*{factor}**2']:
     """Joins factor × factor neighbours of a square grid.
 
     Raises:

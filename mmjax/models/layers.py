@@ -63,7 +63,7 @@ def normalize_pixels(
 
 def patches(
     images: Float[Array, 'batch height width channels'], size: int, patch: int
-) -> Float[jax.Array, 'batch ({size}//{patch})**2 3*{patch}**2']:
+) -> Float[Array, 'batch ({size}//{patch})**2 3*{patch}**2']:
     """Cuts images [batch, size, size, 3] into rows of pixels, one per patch.
 
     A convolution whose stride is its kernel is one product of these rows. Pixels beyond the last
