@@ -1,19 +1,14 @@
-"""Times the sign-language layers against their plain forms, and the whole training step.
+"""Times the training step of the sign-language model against its plain forms and PyTorch.
 
-    python benchmarks/sign_layers.py [--batch=32] [--time=256] [--channels=256] [--repeats=9]
-    python benchmarks/sign_layers.py --step [--torch=PYTHON] [--frames=144] [--repeats=9]
+    python benchmarks/sign_layers.py [--torch=PYTHON] [--frames=144] [--repeats=9]
 
-Layers are timed forward and backward, in turns within this process, so that the ratios of medians
-hardly feel other programs. `plain` is the library's convolution, or an LSTM that is one scan a
-direction left to automatic differentiation. Forms marked `dropped` gained too little to be kept.
-
---step: an update as mmjax makes it, `mmjax.step.train_step` of configs/sign_ctc.py:published on
-its streams (4 rows of 6,516 numbers a frame, 1,000 glosses, 85 % of the frames real, for which the
-room is exact), the same without packing, against the four stream encoders in plain Flax, padding
-included, with a squared loss and AdamW, and the same model in PyTorch, run by the interpreter
---torch as it is and with huge pages, all in turns. Start
-it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 to give ours huge pages too. Results are written to
-benchmarks/results/sign_layers.json.
+An update as mmjax makes it, `mmjax.engine.step.train_step` of configs/sign_ctc.py:published on its
+streams (4 rows of 6,516 numbers per frame, 1,000 glosses, 85 % of the frames real, for which the
+packed length is exact), the same without packing, against the four stream encoders in plain Flax,
+padding included, with a squared loss and AdamW, and the same model in PyTorch, run by the
+interpreter --torch as it is and with huge pages, all in turns. Start it with
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 to give ours huge pages too. Results are written to
+benchmarks/results/sign_layers.json. The layers are timed by `benchmarks/cpu.py`.
 """
 
 import argparse
@@ -72,86 +67,6 @@ def timed(update, state, *arguments):
         return time.perf_counter() - start
 
     return call
-
-
-def plain_lstm(x, mask, kernel, recurrent, bias):
-    """What `bilstm` computes, as one scan a direction."""
-    import jax
-    import jax.numpy as jnp
-
-    def direction(d):
-        def step(carry, frame):
-            (h, c), (x, valid) = carry, frame
-            i, f, g, o = jnp.split(x @ kernel[d] + h @ recurrent[d] + bias[d], 4, -1)
-            c = valid * (jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g))
-            h = valid * jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (h, c), h
-
-        start = jnp.zeros((x.shape[0], recurrent.shape[1]))
-        frames = x.swapaxes(0, 1), mask.T[:, :, None]
-        return jax.lax.scan(step, (start, start), frames, reverse=d == 1)[1]
-
-    return jnp.concatenate([direction(0), direction(1)], -1).swapaxes(0, 1)
-
-
-def layers(batch: int, frames: int, channels: int, repeats: int):
-    """Prints a line a layer: plain and ours in ms, and how many times faster ours is."""
-    import jax
-    import jax.numpy as jnp
-
-    from mmjax.models import convolutions
-    from mmjax.models.recurrent import bilstm
-
-    keys = iter(jax.random.split(jax.random.key(0), 32))
-    draw = lambda *shape: jax.random.normal(next(keys), shape) * 0.05
-    x = draw(batch, frames, channels)
-    mask = jnp.arange(frames) < jnp.linspace(frames // 2, frames, batch).astype(int)[:, None]
-    library = lambda stride, groups=1: (
-        lambda x, kernel: jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride,),
-            [(kernel.shape[0] // 2,) * 2],
-            dimension_numbers=('NWC', 'WIO', 'NWC'),
-            feature_group_count=groups,
-        )
-    )
-    depthwise = lambda taps, stride=1: (
-        lambda x, k: library(stride, channels)(x, k[:, None]),
-        lambda x, k: convolutions.depthwise(x, k, stride),
-        draw(taps, channels),
-    )
-    transposed = lambda x, k: jax.lax.conv_transpose(
-        x, k.swapaxes(0, 1)[::-1], (4,), 'VALID', dimension_numbers=('NWC', 'WIO', 'NWC')
-    )[:, : 4 * x.shape[1]]
-
-    def gathered(x, kernel):
-        padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
-        columns = [padded[:, k : k + x.shape[1]] for k in range(3)]
-        return jnp.concatenate(columns, -1) @ kernel.reshape(-1, kernel.shape[-1])
-
-    lstm = [draw(2, *shape, 4 * channels) for shape in ((channels,), (channels,), ())]
-    plan = {
-        'depthwise k3': depthwise(3),
-        'depthwise k3 s2': depthwise(3, 2),
-        'depthwise k5': depthwise(5),
-        'upsample 4': (transposed, convolutions.upsample, draw(channels, 4, 32)),
-        'BiLSTM': (lambda x, p: plain_lstm(x, mask, *p), lambda x, p: bilstm(x, mask, *p), lstm),
-        'k1 as product (dropped)': (library(1), lambda x, k: x @ k[0], draw(1, channels, channels)),
-        'k3 as product (dropped)': (library(1), gathered, draw(3, channels, channels)),
-    }
-    print(f'{batch} × {frames} × {channels}, float32, forward and backward, load {load()}')
-    results = {}
-    for name, (plain, ours, params) in plan.items():
-        weight = jax.random.normal(next(keys), jax.eval_shape(plain, x, params).shape)
-        train = lambda f: jax.value_and_grad(lambda a: jnp.vdot(f(*a), weight))
-        call = lambda f: timed(lambda state, a: (state, train(f)(a)), (), (x, params))
-        found = in_turns({'plain_ms': call(plain), 'ours_ms': call(ours)}, repeats)
-        results[name] = found | {'ratio': found['plain_ms'] / found['ours_ms']}
-        print(
-            f'{name:24} ' + '  '.join(f'{key} {value:7.2f}' for key, value in results[name].items())
-        )
-    write('layers', {'batch': batch, 'time': frames, 'channels': channels, 'medians': results})
 
 
 def ours(frames: int, pack: bool = True):
@@ -341,15 +256,11 @@ def whole_step(torch: str | None, frames: int, repeats: int):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in dict(batch=32, time=256, channels=256, frames=144, repeats=9).items():
-        parser.add_argument(f'--{name}', type=int, default=default)
-    parser.add_argument('--step', action='store_true', help='time the whole training step')
+    parser.add_argument('--frames', type=int, default=144)
+    parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--torch', metavar='PYTHON', help='an interpreter that has PyTorch')
     flags = parser.parse_args()
-    if flags.step:
-        whole_step(flags.torch, flags.frames, flags.repeats)
-    else:
-        layers(flags.batch, flags.time, flags.channels, flags.repeats)
+    whole_step(flags.torch, flags.frames, flags.repeats)
 
 
 if __name__ == '__main__':

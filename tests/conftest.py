@@ -36,8 +36,16 @@ class _Forbidden:
 
 sys.meta_path.insert(0, _Forbidden())
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+
+import tests.typechecker  # noqa: E402, F401
+
+# The shapes in their signatures hold wherever a test calls these packages.
+jaxtyping.install_import_hook(
+    ['mmjax.cpu', 'mmjax.losses', 'mmjax.models', 'mmjax.decode'], 'tests.typechecker.check'
+)
 
 flags.FLAGS.mark_as_parsed()
 
@@ -46,3 +54,9 @@ flags.FLAGS.mark_as_parsed()
 def root() -> pathlib.Path:
     """The top of the repository."""
     return ROOT
+
+
+@pytest.fixture
+def unchecked_shapes(monkeypatch):
+    """Calls without the import hook, as users make them: wrong shapes meet the checks inside."""
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)

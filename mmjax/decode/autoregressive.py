@@ -1,36 +1,43 @@
 """Generation token by token: greedy, sampling and beam search, over any model given as a function.
 
 The model is `step(state, tokens, index) → (logits, state)`: it reads int tokens [batch, beams],
-the ones at place `index` of what is generated, and returns the logits [batch, beams, vocabulary]
-of the next ones. `state` is a pytree whose leaves all lead with [batch, beams]; beam search
-reorders it. What the beams of a row share (parameters, the cache of the prompt) belongs into the
-function, not into the state. The last token is never read: a cache of max_tokens − 1 places does.
+the generated ones at position `index`, and returns the logits [batch, beams, vocab] of the next
+ones. `state` is a pytree whose leaves all lead with [batch, beams]; beam search reorders it. What
+the beams of a row share (parameters, the cache of the prompt) belongs to the function, not to the
+state. The last token is never read: a cache of max_tokens − 1 positions is enough.
 
 Everything here is pure and has static shapes, to be called under `jax.jit`. The loops end as soon
 as every row of the batch has ended.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, PyTree
 
-Step = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+from mmjax import cpu
+from mmjax.typing import Array, Keys
+
+Step = Callable[
+    [PyTree, Int[Array, 'batch beams'], Int[Array, '']],
+    tuple[Float[Array, 'batch beams vocab'], PyTree],
+]
 
 
 class Generated(NamedTuple):
-    """One text a row."""
+    """One text per row."""
 
-    tokens: jax.Array  # int32 [batch, max_tokens], `pad` after the end
-    lengths: jax.Array  # int32 [batch], the end-of-text token included where there is one
-    scores: jax.Array  # float32 [batch]
+    tokens: Int[jax.Array, 'batch max_tokens']  # int32, `pad` after the end
+    lengths: Int[jax.Array, ' batch']  # int32, the end-of-text token included, if any
+    scores: Float[jax.Array, ' batch']  # float32
 
 
 def generate(
     step: Step,
-    state: Any,
-    logits: jax.Array,
+    state: PyTree,
+    logits: Float[Array, 'batch vocab'],
     *,
     max_tokens: int,
     eos: int,
@@ -38,12 +45,18 @@ def generate(
     method: str,
     beams: int = 1,
     length_penalty: float = 1.0,
-    keys: jax.Array | None = None,
+    keys: Keys | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Generated:
     """Generates by `method`: 'greedy', 'sample' or 'beam', which are the functions below.
+
+    >>> import jax.numpy as jnp
+    >>> step = lambda state, tokens, index: (jax.nn.one_hot(tokens + 1, 5), state)  # counts up
+    >>> options = dict(max_tokens=4, eos=4, pad=0, method='beam', beams=2)
+    >>> generate(step, (), jax.nn.one_hot(jnp.array([2]), 5), **options).tokens.tolist()
+    [[2, 3, 4, 0]]
 
     Raises:
       ValueError: another method, or an argument out of its range.
@@ -70,34 +83,48 @@ def generate(
 
 
 def greedy(
-    step: Step, state: Any, logits: jax.Array, *, max_tokens: int, eos: int, pad: int
+    step: Step,
+    state: PyTree,
+    logits: Float[Array, 'batch vocab'],
+    *,
+    max_tokens: int,
+    eos: int,
+    pad: int,
 ) -> Generated:
     """Takes the most probable token each time; of equal ones the one with the lower id.
 
+    >>> import jax.numpy as jnp
+    >>> step = lambda state, tokens, index: (jax.nn.one_hot(tokens + 1, 5), state)  # counts up
+    >>> texts = greedy(step, (), jax.nn.one_hot(jnp.array([2]), 5), max_tokens=4, eos=4, pad=0)
+    >>> texts.tokens.tolist(), texts.lengths.tolist()
+    ([[2, 3, 4, 0]], [3])
+
     Args:
       step, state: the model, for one beam.
-      logits: [batch, vocabulary], of the first token.
+      logits: of the first token.
       max_tokens: how many are generated at most, the end-of-text token included.
       eos: token that ends a text; a negative one never does.
       pad: token that fills a row after its end, in the vocabulary.
 
     Returns:
       Generated; a score is Σ log p of the row's tokens.
+
+    Raises:
+      ValueError: an argument out of its range.
     """
-    # A sort of one is much faster than argmax over a vocabulary on CPU.
-    choose = lambda logits, index: jax.lax.top_k(logits, 1)[1][:, 0]
-    return _one_by_one(step, state, logits, choose, max_tokens, eos, pad)
+    choose = lambda logits, index: cpu.argmax(logits)
+    return _generate(step, state, logits, choose, max_tokens, eos, pad)
 
 
 def sample(
     step: Step,
-    state: Any,
-    logits: jax.Array,
+    state: PyTree,
+    logits: Float[Array, 'batch vocab'],
     *,
     max_tokens: int,
     eos: int,
     pad: int,
-    keys: jax.Array,
+    keys: Keys | None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -109,11 +136,14 @@ def sample(
       keys: PRNG keys [batch]: what a row draws depends on its own key only, not on its batch.
       temperature: positive.
       top_k: how many of the most probable tokens may be drawn; 0: all.
-      top_p: in (0, 1]; of these, the fewest most probable that together hold at least this share
-        of their probability (Holtzman 2020).
+      top_p: in (0, 1]; of these, the fewest most probable that together hold at least this
+        fraction of their probability (Holtzman 2020).
 
     Returns:
       Generated; a score is Σ log p under the model itself, without temperature and cuts.
+
+    Raises:
+      ValueError: an argument out of its range.
     """
     if not temperature > 0:
         raise ValueError(f'temperature is {temperature}, not positive')
@@ -126,60 +156,60 @@ def sample(
     fold = jax.vmap(jax.random.fold_in, (0, None))
     draw = lambda logits, index: jax.vmap(jax.random.categorical)(fold(keys, index), logits)
 
-    def choose(logits: jax.Array, index: jax.Array) -> jax.Array:
-        logits, vocabulary = logits / temperature, logits.shape[-1]
+    def choose(logits, index):
+        logits = logits / temperature
+        vocabulary = logits.shape[-1]
         if not top_k and top_p == 1:
             return draw(logits, index)
         logits, ids = jax.lax.top_k(logits, min(top_k or vocabulary, vocabulary))
         if top_p < 1:
-            shares = jax.nn.softmax(logits)
-            before = jnp.cumsum(shares, -1) - shares
+            probs = jax.nn.softmax(logits)
+            before = jnp.cumsum(probs, -1) - probs
             logits = jnp.where(before < top_p, logits, -jnp.inf)
-        place = draw(logits, index)
-        return jnp.take_along_axis(ids, place[:, None], 1)[:, 0]
+        return _pick(ids, draw(logits, index))
 
-    return _one_by_one(step, state, logits, choose, max_tokens, eos, pad)
+    return _generate(step, state, logits, choose, max_tokens, eos, pad)
 
 
-def _one_by_one(step, state, logits, choose, max_tokens: int, eos: int, pad: int) -> Generated:
-    """Runs `choose(logits [batch, vocabulary], index) → tokens [batch]` until all rows end."""
+def _generate(step, state, logits, choose, max_tokens: int, eos: int, pad: int) -> Generated:
+    """Runs `choose(logits [batch, vocab], index) → tokens [batch]` until all rows end."""
 
-    def emit(index, logits, found, live):
+    def emit(index, logits, texts, active):
         logits = logits.astype(jnp.float32)
-        token = jnp.where(live, choose(logits, index), pad).astype(jnp.int32)
+        token = jnp.where(active, choose(logits, index), pad).astype(jnp.int32)
         log_probs = _pick(logits, token) - jax.nn.logsumexp(logits, -1)
-        found = Generated(
-            found.tokens.at[:, index].set(token),
-            found.lengths + live,
-            found.scores + jnp.where(live, log_probs, 0.0),
+        texts = Generated(
+            texts.tokens.at[:, index].set(token),
+            texts.lengths + active,
+            texts.scores + jnp.where(active, log_probs, 0.0),
         )
-        return found, live & (token != eos)
+        return texts, active & (token != eos)
 
     def body(carry):
-        index, state, found, live = carry
-        logits, state = step(state, found.tokens[:, index - 1, None], index - 1)
-        found, live = emit(index, logits[:, 0], found, live)
-        return index + 1, state, found, live
+        index, state, texts, active = carry
+        logits, state = step(state, texts.tokens[:, index - 1, None], index - 1)
+        texts, active = emit(index, logits[:, 0], texts, active)
+        return index + 1, state, texts, active
 
     batch = _check(logits, max_tokens, pad)
     tokens = jnp.full((batch, max_tokens), pad, jnp.int32)
     empty = Generated(tokens, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32))
-    found, live = emit(0, logits, empty, jnp.ones(batch, bool))
-    go_on = lambda carry: (carry[0] < max_tokens) & carry[3].any()
-    return jax.lax.while_loop(go_on, body, (jnp.int32(1), state, found, live))[2]
+    texts, active = emit(0, logits, empty, jnp.ones(batch, bool))
+    cond = lambda carry: (carry[0] < max_tokens) & carry[3].any()
+    return jax.lax.while_loop(cond, body, (jnp.int32(1), state, texts, active))[2]
 
 
 class _Beams(NamedTuple):
     """The beams that go on, best first; `sums` of −∞ where there are fewer than `beams`."""
 
-    tokens: jax.Array  # int32 [batch, beams, max_tokens]
-    sums: jax.Array  # float32 [batch, beams], Σ log p
+    tokens: Int[jax.Array, 'batch beams max_tokens']
+    sums: Float[jax.Array, 'batch beams']  # Σ log p
 
 
 def beam_search(
     step: Step,
-    state: Any,
-    logits: jax.Array,
+    state: PyTree,
+    logits: Float[Array, 'batch vocab'],
     *,
     max_tokens: int,
     eos: int,
@@ -203,30 +233,35 @@ def beam_search(
 
     Returns:
       Generated, with the score above.
+
+    Raises:
+      ValueError: an argument out of its range.
     """
     if beams < 1:
         raise ValueError(f'beams is {beams}, not positive')
     if length_penalty < 0:
         raise ValueError(f'length_penalty is {length_penalty}, not 0 or more')
-    batch, vocabulary = _check(logits, max_tokens, pad), logits.shape[-1]
+    batch = _check(logits, max_tokens, pad)
+    vocabulary = logits.shape[-1]
     if vocabulary < 2:
         raise ValueError(f'a vocabulary of {vocabulary} leaves nothing to search')
-    each = min(2 * beams, vocabulary)
+    per_beam = min(2 * beams, vocabulary)
     penalise = lambda sums, length: sums / length**length_penalty
     can_win = lambda live, best: penalise(live.sums[:, 0], max_tokens) > best.scores
 
     def expand(index, logits, live, best):
         """Returns (beams that go on, their parents [batch, beams], best ended ones)."""
         logits = logits.astype(jnp.float32)
-        # The best of each beam first: one sort over beams · vocabulary is slower, the same found.
-        log_probs, ids = jax.lax.top_k(logits, each)
+        # The best of each beam first: one sort over beams · vocab is slower, with the same result.
+        log_probs, ids = jax.lax.top_k(logits, per_beam)
         log_probs -= jax.nn.logsumexp(logits, -1, keepdims=True)
         sums = (live.sums[..., None] + log_probs).reshape(batch, -1)
-        sums, place = jax.lax.top_k(sums, 2 * beams)
-        parents, chosen = place // each, _pick(ids.reshape(batch, -1), place)
-        tokens = _reorder(live.tokens, parents).at[:, :, index].set(chosen)
+        sums, candidates = jax.lax.top_k(sums, 2 * beams)
+        parents = candidates // per_beam
+        next_tokens = _pick(ids.reshape(batch, -1), candidates)
+        tokens = _reorder(live.tokens, parents).at[:, :, index].set(next_tokens)
 
-        ended = (chosen == eos) | (index + 1 == max_tokens)
+        ended = (next_tokens == eos) | (index + 1 == max_tokens)
         counts = ended & (jnp.arange(2 * beams) < beams)
         scores = jnp.where(counts, penalise(sums, jnp.float32(index + 1)), -jnp.inf)
         first = scores.argmax(1)
@@ -236,8 +271,8 @@ def beam_search(
             jnp.where(better, index + 1, best.lengths),
             jnp.where(better, _pick(scores, first), best.scores),
         )
-        sums, place = jax.lax.top_k(jnp.where(ended, -jnp.inf, sums), beams)
-        return _Beams(_reorder(tokens, place), sums), _pick(parents, place), best
+        sums, order = jax.lax.top_k(jnp.where(ended, -jnp.inf, sums), beams)
+        return _Beams(_reorder(tokens, order), sums), _pick(parents, order), best
 
     def body(carry):
         index, state, live, best = carry
@@ -252,11 +287,11 @@ def beam_search(
     best = Generated(tokens[:, 0], jnp.zeros(batch, jnp.int32), jnp.full(batch, -jnp.inf))
     first = jnp.broadcast_to(logits[:, None], (batch, beams, vocabulary))
     live, _, best = expand(0, first, live, best)
-    go_on = lambda carry: (carry[0] < max_tokens) & can_win(*carry[2:]).any()
-    return jax.lax.while_loop(go_on, body, (jnp.int32(1), state, live, best))[3]
+    cond = lambda carry: (carry[0] < max_tokens) & can_win(*carry[2:]).any()
+    return jax.lax.while_loop(cond, body, (jnp.int32(1), state, live, best))[3]
 
 
-def _check(logits: jax.Array, max_tokens: int, pad: int) -> int:
+def _check(logits: Array, max_tokens: int, pad: int) -> int:
     if max_tokens < 1:
         raise ValueError(f'max_tokens is {max_tokens}, not positive')
     if not 0 <= pad < logits.shape[-1]:
@@ -264,13 +299,13 @@ def _check(logits: jax.Array, max_tokens: int, pad: int) -> int:
     return logits.shape[0]
 
 
-def _pick(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Returns x [batch, n] at places [batch] or [batch, m]."""
-    if places.ndim == 1:
-        return jnp.take_along_axis(x, places[:, None], 1)[:, 0]
-    return jnp.take_along_axis(x, places, 1)
+def _pick(x: Array, indices: Array) -> jax.Array:
+    """Returns x [batch, n] at indices [batch] or [batch, m]."""
+    if indices.ndim == 1:
+        return jnp.take_along_axis(x, indices[:, None], 1)[:, 0]
+    return jnp.take_along_axis(x, indices, 1)
 
 
-def _reorder(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Returns x [batch, beams, …] with beam places[b, k] in place of beam k."""
-    return jax.vmap(lambda row, place: row[place])(x, places)
+def _reorder(x: Array, beams: Array) -> jax.Array:
+    """Returns x [batch, beams, …] with beam beams[b, k] in place of beam k."""
+    return jax.vmap(lambda row, order: row[order])(x, beams)

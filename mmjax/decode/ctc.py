@@ -1,6 +1,6 @@
 """Decodes CTC outputs, greedily or by prefix beam search; everything has static shapes under jit.
 
-Symbol 0 is the blank. A path of one symbol a frame spells the sequence that is left when repeats
+Symbol 0 is the blank. A path of one symbol per frame spells the sequence that is left when repeats
 are collapsed and blanks dropped, in this order: 'aa' needs a blank between. The most probable path
 (greedy) need not spell the most probable sequence, whose probability sums over all its paths.
 """
@@ -11,38 +11,48 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from mmjax.typing import Array, Scalar
 
 
 class Decoded(NamedTuple):
-    """Greedy output. Symbol n of row b was read at frames starts[b, n] … ends[b, n] − 1.
+    """Greedy output, int32. Symbol n of row b was read at frames starts[b, n] … ends[b, n] − 1.
 
-    `ids`, `starts` and `ends` are int32 [B, T], 0 from `lengths` (int32 [B]) on.
+    `ids`, `starts` and `ends` are 0 from `lengths` on.
     """
 
-    ids: jax.Array
-    lengths: jax.Array
-    starts: jax.Array
-    ends: jax.Array
+    ids: Int[jax.Array, 'batch frames']
+    lengths: Int[jax.Array, ' batch']
+    starts: Int[jax.Array, 'batch frames']
+    ends: Int[jax.Array, 'batch frames']
 
 
 class Beams(NamedTuple):
     """Beam search output, best first.
 
-    `ids` is int32 [B, beam, L], 0 from `lengths` (int32 [B, beam]) on; `scores` is float32
-    [B, beam], −∞ where fewer than `beam` sequences are possible.
+    `ids` are 0 from `lengths` on; `scores` are −∞ where fewer than `beam` sequences are possible.
     """
 
-    ids: jax.Array
-    lengths: jax.Array
-    scores: jax.Array
+    ids: Int[jax.Array, 'batch beam length']
+    lengths: Int[jax.Array, 'batch beam']
+    scores: Float[jax.Array, 'batch beam']
 
 
-def greedy(log_probs, mask) -> Decoded:
+def greedy(
+    log_probs: Float[Array, 'batch frames vocab'], mask: Bool[Array, 'batch frames']
+) -> Decoded:
     """Takes the most probable symbol of each frame, collapses repeats and drops blanks.
 
+    >>> import jax, jax.numpy as jnp
+    >>> path = jnp.array([[1, 1, 0, 1, 2]])
+    >>> decoded = greedy(jax.nn.one_hot(path, 3), jnp.ones((1, 5), bool))
+    >>> decoded.ids[0, : decoded.lengths[0]].tolist()
+    [1, 1, 2]
+
     Args:
-      log_probs: float [B, T, V], or logits.
-      mask: bool [B, T], True for the first frames of a row; padding may hold anything.
+      log_probs: or logits.
+      mask: True for the first frames of a row; padding may hold anything.
 
     Raises:
       ValueError: shapes or a mask that do not fit.
@@ -50,25 +60,25 @@ def greedy(log_probs, mask) -> Decoded:
     _check(log_probs, mask)
     path = jnp.where(mask, jnp.argmax(log_probs, axis=2), 0).astype(jnp.int32)
     first = (path != 0) & (path != jnp.pad(path, ((0, 0), (1, 0)))[:, :-1])
-    # Frames count from 1, so that places without a symbol stay 0; a run ends at its largest.
+    # Frames count from 1, so that slots without a symbol stay 0; a run ends at its largest.
     frame = jnp.broadcast_to(jnp.arange(1, path.shape[1] + 1, dtype=jnp.int32), path.shape)
-    ids, lengths = _place(path, first)
-    starts, _ = _place(frame, first)
+    ids, lengths = _compact(path, first)
+    starts, _ = _compact(frame, first)
     last = (path != 0) & (path != jnp.pad(path, ((0, 0), (0, 1)))[:, 1:])
-    ends, _ = _place(frame, last)
+    ends, _ = _compact(frame, last)
     return Decoded(ids, lengths, jnp.maximum(starts - 1, 0), ends)
 
 
 def beam_search(
-    log_probs,
-    mask,
+    log_probs: Float[Array, 'batch frames vocab'],
+    mask: Bool[Array, 'batch frames'],
     *,
-    beam,
-    max_length=None,
-    symbols=None,
-    language_model=None,
-    weight=0.0,
-    length_bonus=0.0,
+    beam: int,
+    max_length: int | None = None,
+    symbols: int | None = None,
+    language_model: Float[Array, 'vocab vocab'] | None = None,
+    weight: Scalar = 0.0,
+    length_bonus: Scalar = 0.0,
 ) -> Beams:
     """Finds sequences of high probability, summed over their paths.
 
@@ -82,16 +92,22 @@ def beam_search(
     Bi-Directional Recurrent DNNs, https://arxiv.org/abs/1408.2873; equal prefixes are found by a
     64-bit hash.
 
+    >>> import jax.numpy as jnp
+    >>> log_probs = jnp.log(jnp.array([[[0.6, 0.4], [0.6, 0.4]]]))
+    >>> beams = beam_search(log_probs, jnp.ones((1, 2), bool), beam=2)
+    >>> beams.ids[0, 0].tolist(), round(float(jnp.exp(beams.scores[0, 0])), 2)  # greedy: blanks
+    ([1, 0], 0.64)
+
     Args:
-      log_probs: float [B, T, V], normalised, −∞ allowed.
-      mask: bool [B, T], True for the first frames of a row; padding may hold anything.
+      log_probs: normalised, −∞ allowed.
+      mask: True for the first frames of a row; padding may hold anything.
       beam: prefixes kept, 1 or more.
-      max_length: L, the longest sequence looked for; T by default.
+      max_length: the longest sequence searched for; that of all frames by default.
       symbols: how many symbols of a frame may grow a prefix, the most probable ones. By default
         beam + 1, which loses nothing without a language model, and all of them with one.
-      language_model: float32 [V, V] ln p(next | last) as `ngram.bigrams` makes it; index 0 is
-        the start as `last` and the end as `next`.
-      weight, length_bonus: numbers or traced scalars. The length bonus acts on its own too.
+      language_model: ln p(next | last) as `ngram.bigrams` makes it; index 0 is the start as `last`
+        and the end as `next`.
+      weight, length_bonus: see the score. The length bonus acts without a language model too.
 
     Raises:
       ValueError: shapes, a mask or options that do not fit.
@@ -142,22 +158,22 @@ def _search(log_probs, mask, *, beam, max_length, symbols, language_model, weigh
     """Returns int32 [K, L], int32 [K] and float32 [K] of one row, log_probs [T, V], mask [T]."""
     size = log_probs.shape[1]
     if symbols < size - 1:
-        values, chosen = jax.lax.top_k(log_probs[:, 1:], symbols)
-        chosen = chosen + 1
+        values, ids = jax.lax.top_k(log_probs[:, 1:], symbols)
+        ids = ids + 1
     else:
         values = log_probs[:, 1:]
-        chosen = jnp.broadcast_to(jnp.arange(1, size), values.shape)
+        ids = jnp.broadcast_to(jnp.arange(1, size), values.shape)
 
-    def gain(last, chosen):
+    def gain(last, ids):
         """Returns float32 [K, S], or a scalar: what a new symbol adds to `fusion`."""
         if language_model is None:
             return jnp.float32(length_bonus)
         rows = language_model[last]
-        rows = rows[:, 1:] if symbols == size - 1 else rows[:, chosen]
+        rows = rows[:, 1:] if symbols == size - 1 else rows[:, ids]
         return weight * rows + length_bonus
 
     def step(old, frame):
-        log_prob, values, chosen, valid = frame
+        log_prob, values, ids, valid = frame
         total = jnp.logaddexp(old.blank, old.symbol)
         live = total > -jnp.inf
         # Row k of a [K, K] array is a prefix, column q one that may be k grown by q's last symbol;
@@ -169,20 +185,21 @@ def _search(log_probs, mask, *, beam, max_length, symbols, language_model, weigh
         blank = total + log_prob[0]
         symbol = jnp.logaddexp(old.symbol, grown) + log_prob[old.last]
 
-        again = old.last[:, None] == chosen  # [K, S]
-        merged = child.astype(jnp.float32) @ again.astype(jnp.float32) > 0
-        new = jnp.where(again, old.blank[:, None], total[:, None]) + values
+        repeated = old.last[:, None] == ids  # [K, S]
+        merged = child.astype(jnp.float32) @ repeated.astype(jnp.float32) > 0
+        new = jnp.where(repeated, old.blank[:, None], total[:, None]) + values
         new = jnp.where(merged | (old.length >= max_length)[:, None], -jnp.inf, new)
-        fusion = old.fusion[:, None] + gain(old.last, chosen)  # [K, S] or [K, 1]
+        fusion = old.fusion[:, None] + gain(old.last, ids)  # [K, S] or [K, 1]
 
         stay = jnp.logaddexp(blank, symbol) + old.fusion
         _, best = jax.lax.top_k(jnp.concatenate([stay, (new + fusion).ravel()]), beam)
-        stays, cell = best < beam, jnp.maximum(best - beam, 0)
+        stays = best < beam
+        cell = jnp.maximum(best - beam, 0)
         source = jnp.where(stays, best, cell // symbols)
-        added = jnp.where(stays, 0, chosen[cell % symbols])
+        added = jnp.where(stays, 0, ids[cell % symbols])
         fusion = jnp.broadcast_to(fusion, new.shape)
         key = old.key[source]
-        kept = _Prefixes(
+        new_beam = _Prefixes(
             blank=jnp.where(stays, blank[source], -jnp.inf),
             symbol=jnp.where(stays, symbol[source], new.ravel()[cell]),
             fusion=jnp.where(stays, old.fusion[source], fusion.ravel()[cell]),
@@ -191,33 +208,33 @@ def _search(log_probs, mask, *, beam, max_length, symbols, language_model, weigh
             key=jnp.where(stays[:, None], key, _grow(key, added)),
             parent=jnp.where(stays[:, None], old.parent[source], key),
         )
-        kept = jax.tree.map(lambda a, b: jnp.where(valid, a, b), kept, old)
+        new_beam = jax.tree.map(lambda a, b: jnp.where(valid, a, b), new_beam, old)
         trace = jnp.where(valid, source, jnp.arange(beam)), jnp.where(valid, added, 0)
-        return kept, trace
+        return new_beam, trace
 
-    none = jnp.zeros(beam, jnp.int32)
+    zeros = jnp.zeros(beam, jnp.int32)
     start = _Prefixes(
         blank=jnp.where(jnp.arange(beam) == 0, 0.0, -jnp.inf),
         symbol=jnp.full(beam, -jnp.inf),
         fusion=jnp.zeros(beam),
-        last=none,
-        length=none,
+        last=zeros,
+        length=zeros,
         key=jnp.tile(_ROOT, (beam, 1)),
         parent=jnp.tile(_ROOT, (beam, 1)),
     )
-    final, (sources, added) = jax.lax.scan(step, start, (log_probs, values, chosen, mask))
+    final, (sources, added) = jax.lax.scan(step, start, (log_probs, values, ids, mask))
     scores = jnp.logaddexp(final.blank, final.symbol) + final.fusion
     if language_model is not None:
         scores = scores + weight * language_model[final.last, 0]
     scores, order = jax.lax.top_k(scores, beam)
 
-    def back(slot, frame):
+    def trace_back(slot, frame):
         source, added = frame
         return source[slot], added[slot]
 
-    _, spelled = jax.lax.scan(back, order, (sources, added), reverse=True)
-    spelled = jnp.where(scores > -jnp.inf, spelled, 0).T
-    ids, lengths = _place(spelled, spelled != 0)
+    _, symbols = jax.lax.scan(trace_back, order, (sources, added), reverse=True)
+    symbols = jnp.where(scores > -jnp.inf, symbols, 0).T
+    ids, lengths = _compact(symbols, symbols != 0)
     return ids[:, :max_length], lengths, scores
 
 
@@ -227,21 +244,21 @@ _ROOT = np.array([0x9E3779B9, 0x7F4A7C15], np.uint32)
 def _grow(key, symbol):
     """Returns the hashes uint32 [..., 2] of prefixes grown by a symbol, int32 [...].
 
-    The halves use other constants, so that both collide with a chance of 2⁻⁶⁴. For one symbol a
-    half is a bijection: prefixes that differ stay different when they grow alike.
+    The halves use other constants, so that both collide with a probability of 2⁻⁶⁴. For one symbol
+    a half is a bijection: prefixes that differ stay different when they grow alike.
     """
     mixed = key ^ (symbol.astype(jnp.uint32)[..., None] * np.uint32([0x85EBCA6B, 0xC2B2AE35]))
     mixed = (mixed ^ (mixed >> 16)) * np.uint32([0x7FEB352D, 0x846CA68B])
     return mixed ^ (mixed >> 15)
 
 
-def _place(values, flags):
-    """Returns the flagged values of each row in a row, int32 [n, T], 0 behind, and how many."""
+def _compact(values, flags):
+    """Moves the flagged values of each row to its start: int32 [n, T], 0 behind, and how many."""
     width = values.shape[1]
-    place = jnp.where(flags, jnp.cumsum(flags, axis=1) - 1, width)
+    index = jnp.where(flags, jnp.cumsum(flags, axis=1) - 1, width)
     rows = jnp.arange(len(values))[:, None]
-    placed = jnp.zeros(values.shape, jnp.int32).at[rows, place].set(values, mode='drop')
-    return placed, jnp.sum(flags, axis=1, dtype=jnp.int32)
+    compact = jnp.zeros(values.shape, jnp.int32).at[rows, index].set(values, mode='drop')
+    return compact, jnp.sum(flags, axis=1, dtype=jnp.int32)
 
 
 def _check(log_probs, mask):

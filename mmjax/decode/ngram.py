@@ -1,6 +1,6 @@
 """A bigram language model of symbol sequences, for beam search.
 
-Interpolated Kneser-Ney smoothing with one discount an order: with c(hw) how often w came after h,
+Interpolated Kneser-Ney smoothing with one discount per order: with c(hw) how often w came after h,
 c(h) their sum and n(h) the number of different symbols after h,
 
   p(w | h) = max(c(hw) − D₂, 0)/c(h) + D₂·n(h)/c(h) · p(w)
@@ -19,42 +19,49 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
-LARGEST = 5000  # symbols of a table, of 100 MB
+MAX_SYMBOLS = 5000  # a table of 100 MB
 
 
-def bigrams(sentences: Sequence[Sequence[int]], size: int) -> np.ndarray:
-    """Returns float32 [size, size] ln p(next | last), for `ctc.beam_search`.
+def bigrams(sentences: Sequence[Sequence[int]], size: int) -> Float[np.ndarray, '{size} {size}']:
+    """Estimates float32 ln p(next | last), for `ctc.beam_search`.
 
     Index 0, the blank of CTC, which no sentence holds, is the start as `last`, the end as `next`.
 
+    >>> table = bigrams([[1, 2], [1, 2], [1]], 3)
+    >>> [round(float(p), 2) for p in np.exp(table[1])]  # after 1: the end, 1 or 2
+    [0.33, 0.03, 0.63]
+
     Args:
       sentences: symbols in 1 … size − 1; a sentence may be empty.
-      size: V, the blank included.
+      size: symbols, the blank included.
 
     Raises:
       ValueError: no sentence, a symbol outside 1 … size − 1, or more than 5000 symbols.
     """
-    if not len(sentences) or size > LARGEST:
+    if not len(sentences) or size > MAX_SYMBOLS:
         raise ValueError(
-            f'a table needs sentences and at most {LARGEST} symbols, got {len(sentences)} '
+            f'a table needs sentences and at most {MAX_SYMBOLS} symbols, got {len(sentences)} '
             f'sentences and {size} symbols'
         )
     counts = np.zeros((size, size))
     for number, sentence in enumerate(sentences):
-        wrong = [symbol for symbol in sentence if not 0 < symbol < size]
-        if wrong:
-            raise ValueError(f'sentence {number} holds {wrong[0]}, outside 1 … {size - 1}')
+        invalid = [symbol for symbol in sentence if not 0 < symbol < size]
+        if invalid:
+            raise ValueError(f'sentence {number} holds {invalid[0]}, outside 1 … {size - 1}')
         for pair in itertools.pairwise((0, *sentence, 0)):
             counts[pair] += 1
-    single = _smoothed((counts > 0).sum(0, keepdims=True), 1 / size)
-    return np.log(_smoothed(counts, single)).astype(np.float32)
+    unigrams = _smoothed((counts > 0).sum(0, keepdims=True), 1 / size)
+    return np.log(_smoothed(counts, unigrams)).astype(np.float32)
 
 
-def _smoothed(counts: np.ndarray, below: np.ndarray | float) -> np.ndarray:
-    """Returns probabilities [n, V] of counts [n, V]; `below`: those of the next lower order."""
-    once, twice = (counts == 1).sum(), (counts == 2).sum()
+def _smoothed(counts: np.ndarray, lower_order: np.ndarray | float) -> np.ndarray:
+    """Returns probabilities [n, V] of counts [n, V]; `lower_order`: those of the order below."""
+    once = (counts == 1).sum()
+    twice = (counts == 2).sum()
     discount = np.clip(once / (once + 2 * twice), 0.1, 0.9) if once else 0.1
-    total, seen = counts.sum(1, keepdims=True), (counts > 0).sum(1, keepdims=True)
-    kept = np.maximum(counts - discount, 0) + discount * seen * below
-    return np.where(total > 0, kept / np.maximum(total, 1), below)
+    total = counts.sum(1, keepdims=True)
+    distinct = (counts > 0).sum(1, keepdims=True)
+    mass = np.maximum(counts - discount, 0) + discount * distinct * lower_order
+    return np.where(total > 0, mass / np.maximum(total, 1), lower_order)

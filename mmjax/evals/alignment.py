@@ -32,7 +32,7 @@ class Errors:
 
     @property
     def ser(self) -> float:
-        """Sentence error rate in 0–1: the share with any error; NaN without a sentence."""
+        """Sentence error rate in 0–1: the fraction with any error; NaN without a sentence."""
         return self.wrong / self.sentences if self.sentences else float('nan')
 
 
@@ -46,37 +46,43 @@ def align(
     cheap ways the one that RapidFuzz and jiwer take: equal words at both ends are set aside, and
     from the end on a deletion comes first, then an insertion before a cheaper pair, then a pair.
     """
-    n, m = len(reference), len(hypothesis)
+    n = len(reference)
+    m = len(hypothesis)
     head = 0
     while head < min(n, m) and reference[head] == hypothesis[head]:
         head += 1
     while min(n, m) > head and reference[n - 1] == hypothesis[m - 1]:
-        n, m = n - 1, m - 1
+        n -= 1
+        m -= 1
     tail = [('equal', *pair) for pair in zip(reference[n:], hypothesis[m:], strict=True)]
     # costs[i][j]: from reference[head : head + i] to hypothesis[head : head + j].
     costs = [list(range(m - head + 1))]
     for i, word in enumerate(reference[head:n], 1):
-        above, left = costs[-1], i
+        above = costs[-1]
+        left = i
         row = [left]
         for other, corner, up in zip(hypothesis[head:m], above[:-1], above[1:], strict=True):
             left = corner if word == other else 1 + min(left, up, corner)
             row.append(left)
         costs.append(row)
-    i, j, back = n - head, m - head, []
+    i = n - head
+    j = m - head
+    steps = []
     while i or j:
         word = reference[head + i - 1] if i else None
         other = hypothesis[head + j - 1] if j else None
         if i and costs[i][j] == costs[i - 1][j] + 1:
-            back.append(('delete', word, None))
+            steps.append(('delete', word, None))
             i -= 1
         elif not i or costs[i][j - 1] < costs[i - 1][j - 1]:
-            back.append(('insert', None, other))
+            steps.append(('insert', None, other))
             j -= 1
         else:
-            back.append(('equal' if word == other else 'substitute', word, other))
-            i, j = i - 1, j - 1
+            steps.append(('equal' if word == other else 'substitute', word, other))
+            i -= 1
+            j -= 1
     start = [('equal', *pair) for pair in zip(reference[:head], hypothesis[:head], strict=True)]
-    return start + back[::-1] + tail
+    return start + steps[::-1] + tail
 
 
 def errors(references: Sequence[Sequence], hypotheses: Sequence[Sequence]) -> Errors:
@@ -88,9 +94,10 @@ def errors(references: Sequence[Sequence], hypotheses: Sequence[Sequence]) -> Er
     Raises:
       ValueError: not as many hypotheses as references, or a sentence that is a string.
     """
-    if len(references) != len(hypotheses):
-        raise ValueError(f'{len(references)} references, but {len(hypotheses)} hypotheses')
-    kinds, confusions, wrong = collections.Counter(), collections.Counter(), 0
+    _check(references, hypotheses)
+    kinds = collections.Counter()
+    confusions = collections.Counter()
+    wrong = 0
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         if isinstance(reference, str) or isinstance(hypothesis, str):
             raise ValueError('a sentence must be a list of words, got a string: split it first')
@@ -115,9 +122,13 @@ def by_length(references: Sequence[Sequence], hypotheses: Sequence[Sequence]) ->
     Raises:
       ValueError: as `errors`.
     """
-    if len(references) != len(hypotheses):
-        raise ValueError(f'{len(references)} references, but {len(hypotheses)} hypotheses')
+    _check(references, hypotheses)
     groups = collections.defaultdict(list)
     for pair in zip(references, hypotheses, strict=True):
         groups[len(pair[0])].append(pair)
     return {length: errors(*zip(*groups[length], strict=True)) for length in sorted(groups)}
+
+
+def _check(references: Sequence, hypotheses: Sequence) -> None:
+    if len(references) != len(hypotheses):
+        raise ValueError(f'{len(references)} references, but {len(hypotheses)} hypotheses')

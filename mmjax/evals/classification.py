@@ -32,20 +32,24 @@ def score(truth: np.ndarray, answers: np.ndarray, classes: int) -> ClassScores:
     Raises:
       ValueError: no rows, shapes that do not fit, or a class out of range.
     """
-    truth, answers = np.asarray(truth), np.asarray(answers)
+    truth = np.asarray(truth)
+    answers = np.asarray(answers)
     if truth.ndim != 1 or truth.shape != answers.shape or not len(truth):
         raise ValueError(f'truth and answers must be [n], n > 0: {truth.shape}, {answers.shape}')
     if min(truth.min(), answers.min()) < 0 or max(truth.max(), answers.max()) >= classes:
         raise ValueError(f'a class is outside 0 … {classes - 1}')
     confusion = np.zeros((classes, classes), np.int64)
     np.add.at(confusion, (truth, answers), 1)
-    right, true, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    occurs = (true + said) > 0
-    precision, recall = right / np.maximum(said, 1), right / np.maximum(true, 1)
-    f1 = 2 * right / np.maximum(true + said, 1)
-    low, high = wilson(int(right.sum()), len(truth))
+    correct = np.diag(confusion)
+    true = confusion.sum(1)
+    answered = confusion.sum(0)
+    occurs = (true + answered) > 0
+    precision = correct / np.maximum(answered, 1)
+    recall = correct / np.maximum(true, 1)
+    f1 = 2 * correct / np.maximum(true + answered, 1)
+    low, high = wilson(int(correct.sum()), len(truth))
     return ClassScores(
-        accuracy=float(right.sum() / len(truth)),
+        accuracy=float(correct.sum() / len(truth)),
         low=low,
         high=high,
         precision=float(precision[occurs].mean()),
@@ -56,19 +60,20 @@ def score(truth: np.ndarray, answers: np.ndarray, classes: int) -> ClassScores:
     )
 
 
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Returns the score interval of a proportion (Wilson 1927): 95 % at the default z."""
-    share, square = right / n, z * z
-    centre = (share + square / (2 * n)) / (1 + square / n)
-    half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
+    p = correct / n
+    square = z * z
+    centre = (p + square / (2 * n)) / (1 + square / n)
+    half = z / (1 + square / n) * math.sqrt(p * (1 - p) / n + square / (4 * n * n))
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def figure(confusion: np.ndarray, names: list[str]) -> Figure:
     """Draws a confusion matrix with its counts."""
-    drawn = Figure(figsize=(1.6 + 0.8 * len(names),) * 2, layout='constrained')
-    drawn.set_label('How often each class (down) was taken for each (across).')
-    axis = drawn.subplots()
+    fig = Figure(figsize=(1.6 + 0.8 * len(names),) * 2, layout='constrained')
+    fig.set_label('How often each class (down) was taken for each (across).')
+    axis = fig.subplots()
     axis.imshow(confusion, cmap='Blues')
     for row, column in np.ndindex(*confusion.shape):
         dark = confusion[row, column] > confusion.max() / 2
@@ -83,4 +88,4 @@ def figure(confusion: np.ndarray, names: list[str]) -> Figure:
     axis.set_xticks(range(len(names)), names)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel='answer', ylabel='truth')
-    return drawn
+    return fig

@@ -1,4 +1,4 @@
-"""Tells whether embeddings have collapsed: cosines within and between pages, rank, a verdict."""
+"""Measures whether embeddings have collapsed: cosines within and between pages, rank, a verdict."""
 
 import numpy as np
 
@@ -24,8 +24,8 @@ def page_cosines(embeddings: np.ndarray, pages: np.ndarray) -> tuple[float, floa
     order = np.argsort(index, kind='stable')
     sums = np.add.reduceat(units[order], np.cumsum(sizes) - sizes, axis=0)
     within = np.sum(sums**2)
-    own = np.sum(units**2)
-    everything = np.sum(sums.sum(axis=0) ** 2)
+    self_pairs = np.sum(units**2)
+    all_pairs = np.sum(sums.sum(axis=0) ** 2)
     same = float(np.sum(sizes * (sizes - 1.0)))
     different = float(len(units)) ** 2 - float(np.sum(sizes**2.0))
     if not same or not different:
@@ -33,7 +33,7 @@ def page_cosines(embeddings: np.ndarray, pages: np.ndarray) -> tuple[float, floa
             'page_cosines needs a page with two panels and a second page, '
             f'got {len(sizes)} pages with {len(units)} panels'
         )
-    return float((within - own) / same), float((everything - within) / different)
+    return float((within - self_pairs) / same), float((all_pairs - within) / different)
 
 
 def verdict(
@@ -83,9 +83,9 @@ def effective_rank(embeddings: np.ndarray) -> float:
     units = _units(embeddings)
     gram = units.T @ units if len(units) > units.shape[1] else units @ units.T
     values = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None))
-    shares = values / values.sum()
-    shares = shares[shares > 1e-7]  # below it: the rounding of eigvalsh under the root
-    return float(np.exp(-np.sum(shares * np.log(shares))))
+    p = values / values.sum()
+    p = p[p > 1e-7]  # below it: the rounding of eigvalsh under the root
+    return float(np.exp(-np.sum(p * np.log(p))))
 
 
 def _units(embeddings):

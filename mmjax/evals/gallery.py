@@ -1,6 +1,6 @@
-"""Search and scores of queries against a gallery: exact, tile by tile, with ties told honestly.
+"""Search and scores of queries against a gallery: exact, tile by tile, with ties broken at random.
 
-Ties are broken by lot, and every score is its expected value. For a right picture with cosine s,
+Ties are broken at random, and every score is its expected value. For a match with cosine s,
 candidates above s + `retrieval.TOLERANCE` stand before it, and those within the tolerance of s tie
 with it, in an order drawn at random: `ties.py` has the closed forms, which are the mean over all
 orders. So embeddings that have collapsed to one point score exactly chance, never 1.
@@ -14,21 +14,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mmjax.evals import ties
-from mmjax.evals.retrieval import _mean
+from mmjax.evals.retrieval import mean
 
 
 @dataclasses.dataclass(frozen=True)
 class GalleryScores:
-    """Scores of the queries that have a right picture in the gallery; fractions in 0–1.
+    """Scores of the queries that have a match in the gallery; fractions in 0–1.
 
-    `rank[k]` is the fraction with a right picture among the first k, `chance[k]` what a random
+    `rank[k]` is the fraction with a match among the first k, `chance[k]` what a random
     order gives, `cmc` the curve at 1, 2, …, 50 (or the largest k). `map` is the mean of average
-    precision over the whole ranking, `minp` that of (right pictures)/(rank of the last right one),
+    precision over the whole ranking, `minp` that of (matches)/(rank of the last right one),
     Ye et al. 2020, https://arxiv.org/abs/2001.04193. Means are NaN where no query is scored.
 
     A scored query has a value in each of `scored` (its row), `ap`, `inp`, `hits[k]` (its credit at
-    k) and `first` (the mean rank, from 1, of its first right picture). `left_out` counts the
-    queries without a right picture.
+    k) and `first` (the mean rank, from 1, of its first match). `left_out` counts the
+    queries without a match.
     """
 
     rank: dict[int, float]
@@ -71,17 +71,20 @@ def search(
     scores = np.empty((len(queries), k), np.float32)
     rows = np.empty((len(queries), k), np.int64)
     for start in range(0, len(queries), chunk_queries):
-        asked = slice(start, start + chunk_queries)
-        units = _unit(queries[asked])
-        best, found = np.empty((len(units), 0), np.float32), np.empty((len(units), 0), np.int64)
+        batch = slice(start, start + chunk_queries)
+        units = _unit(queries[batch])
+        best = np.empty((len(units), 0), np.float32)
+        nearest = np.empty((len(units), 0), np.int64)
         for column in range(0, len(gallery), chunk_gallery):
             tile = units @ _unit(gallery[column : column + chunk_gallery]).T
-            new, places = _largest(tile.astype(np.float32), k)
-            best, found = np.hstack([best, new]), np.hstack([found, places + column])
+            values, columns = _largest(tile.astype(np.float32), k)
+            best = np.hstack([best, values])
+            nearest = np.hstack([nearest, columns + column])
             # Stable, and rows of earlier tiles stand to the left: equal cosines stay in row order.
             order = np.argsort(-best, axis=1, kind='stable')[:, :k]
-            best, found = (np.take_along_axis(x, order, axis=1) for x in (best, found))
-        scores[asked], rows[asked] = best, found
+            best, nearest = (np.take_along_axis(x, order, axis=1) for x in (best, nearest))
+        scores[batch] = best
+        rows[batch] = nearest
     return scores, rows
 
 
@@ -97,17 +100,17 @@ def rank(
     chunk_queries: int = 1024,
     chunk_gallery: int = 4096,
 ) -> GalleryScores:
-    """Scores every query against the whole gallery; pictures of its identity are right.
+    """Scores every query against the whole gallery; images of its identity are its matches.
 
-    Rankings are never cut: the cosines of a query's right pictures come first, then each tile tells
-    how many of the others stand before them. Memory holds one tile and the right pictures of
+    Rankings are never cut: the cosines of a query's matches come first, then each tile says
+    how many of the others stand before them. Memory holds one tile and the matches of
     `chunk_queries` queries. The queries may be texts, one an identity or more.
 
     Args:
       queries, gallery: float [q, d] and [g, d], of any length, by cosine; a `np.memmap` will do.
       query_ids, gallery_ids: integers or strings [q] and [g], the identity.
-      query_rows, gallery_rows: integers or strings [q] and [g], the picture itself; a gallery row
-        that is the query's own picture is no candidate for it. Both or none.
+      query_rows, gallery_rows: integers or strings [q] and [g], the image itself; a gallery row
+        that is the query's own image is no candidate for it. Both or none.
       ks: cut-offs of 1 or more.
       chunk_queries, chunk_gallery: rows and columns of a tile.
 
@@ -117,21 +120,25 @@ def rank(
     queries, gallery = _checked(queries, gallery, chunk_queries, chunk_gallery, ks)
     if (query_rows is None) != (gallery_rows is None):
         raise ValueError('query_rows and gallery_rows go together, got one of them')
-    q, g = len(queries), len(gallery)
+    q = len(queries)
+    g = len(gallery)
     ids = _codes(query_ids, gallery_ids, q, g)
     if query_rows is None:
-        query_rows, gallery_rows = np.zeros(q, int), np.ones(g, int)
-    same = _codes(query_rows, gallery_rows, q, g)
-    of_identity, of_picture = _partners(*ids), _partners(*same)
+        query_rows = np.zeros(q, int)
+        gallery_rows = np.ones(g, int)
+    images = _codes(query_rows, gallery_rows, q, g)
+    of_identity = _partners(*ids)
+    of_image = _partners(*images)
     parts = []
     for start in range(0, max(q, 1), chunk_queries):
-        asked = np.arange(start, min(start + chunk_queries, q))
-        (query, row), own = of_identity(asked), of_picture(asked)
-        other = same[0][asked[query]] != same[1][row]
-        hidden = np.hstack([(query, row), own])
-        units = _unit(queries[asked]).astype(np.float32)
+        batch = np.arange(start, min(start + chunk_queries, q))
+        query, row = of_identity(batch)
+        same_image = of_image(batch)
+        other = images[0][batch[query]] != images[1][row]
+        hidden = np.hstack([(query, row), same_image])
+        units = _unit(queries[batch]).astype(np.float32)
         counts = _chunk(units, gallery, query[other], row[other], hidden, chunk_gallery)
-        candidates = g - np.bincount(own[0], minlength=len(asked))
+        candidates = g - np.bincount(same_image[0], minlength=len(batch))
         parts.append((candidates, *counts))
     candidates, sizes, ap, inp, before, tied, right = map(np.concatenate, zip(*parts, strict=True))
     scored = np.flatnonzero(sizes)
@@ -140,11 +147,11 @@ def rank(
     hits = dict(enumerate(ties.hits(before, tied, right, depth), 1))
     guesses = list(ties.hits(0 * before, candidates[scored], sizes[scored], depth))
     return GalleryScores(
-        rank={k: _mean(hits[k]) for k in ks},
-        map=_mean(ap),
-        minp=_mean(inp),
-        cmc=np.array([_mean(credit) for credit in hits.values()]),
-        chance={k: _mean(guesses[k - 1]) for k in ks},
+        rank={k: mean(hits[k]) for k in ks},
+        map=mean(ap),
+        minp=mean(inp),
+        cmc=np.array([mean(credit) for credit in hits.values()]),
+        chance={k: mean(guesses[k - 1]) for k in ks},
         scored=scored,
         ap=ap,
         inp=inp,
@@ -154,73 +161,37 @@ def rank(
     )
 
 
-def bootstrap_difference(
-    a: np.ndarray,
-    b: np.ndarray,
-    groups: np.ndarray | None = None,
-    samples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Returns mean(a) − mean(b) and its 95 % interval, by a paired bootstrap over queries.
-
-    Queries of one identity are not independent: with `groups`, whole groups are drawn. The interval
-    is infinite with fewer than two groups: nothing is known then.
-
-    Args:
-      a, b: float [n], scores of the same queries (`ap`, `hits[k]`) by two models.
-      groups: int [n], the identity of each query.
-
-    Raises:
-      ValueError: shapes that do not fit, nothing to compare, or values that are not finite.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    groups = np.arange(len(a)) if groups is None else np.asarray(groups)
-    if a.ndim != 1 or not len(a) or not a.shape == b.shape == groups.shape:
-        shapes = f'{a.shape}, {b.shape} and {groups.shape}'
-        raise ValueError(f'a, b and groups must be [n] of one length, 1 or more, got {shapes}')
-    if not np.isfinite(a - b).all():
-        raise ValueError(f'row {np.flatnonzero(~np.isfinite(a - b))[0]} of a or b is not finite')
-    index = np.unique(groups, return_inverse=True)[1]
-    sums, sizes = np.bincount(index, a - b), np.bincount(index)
-    if len(sizes) < 2:
-        return _mean(a - b), float('-inf'), float('inf')
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(sizes), size=len(sizes)) for _ in range(samples))
-    means = [sums[drawn].sum() / sizes[drawn].sum() for drawn in draws]
-    return _mean(a - b), *np.quantile(means, [0.025, 0.975]).tolist()
-
-
 def figure(queries: Sequence, results: Sequence, right: Sequence, titles: Sequence[str]) -> Figure:
-    """Draws, a row a query, the query and its first ten results, right in green, wrong in red.
+    """Draws each query and its first ten results in one row, right in green, wrong in red.
 
     Args:
-      queries: pictures [height, width, 3], uint8 or floats in 0–1, or texts.
-      results: for each query the pictures it finds, best first; those past the tenth are not drawn.
+      queries: images [height, width, 3], uint8 or floats in 0–1, or texts.
+      results: for each query the images it finds, best first; those past the tenth are not fig.
       right: for each query whether each of them is right.
       titles: for each query the line above it. Lists of different lengths are a ValueError.
     """
-    widest = max([min(len(found), 10) for found in results], default=1)
+    widest = max([min(len(images), 10) for images in results], default=1)
     height = max(len(queries), 1)
-    drawn = Figure(figsize=(1.2 * (widest + 1), 1.5 * height), layout='constrained')
-    drawn.set_label('Queries (left) and what they find, best first: green is right, red is wrong.')
-    axes = drawn.subplots(height, widest + 1, squeeze=False)
+    fig = Figure(figsize=(1.2 * (widest + 1), 1.5 * height), layout='constrained')
+    fig.set_label('Queries (left) and what they find, best first: green is right, red is wrong.')
+    axes = fig.subplots(height, widest + 1, squeeze=False)
     for axis in axes.flat:
         axis.axis('off')
     rows = zip(axes[: len(queries)], queries, results, right, titles, strict=True)
-    for line, query, found, truth, title in rows:
+    for line, query, images, truth, title in rows:
         line[0].set_title(textwrap.fill(title, 22, max_lines=2), fontsize=7)
         if isinstance(query, str):
             line[0].text(0, 1, textwrap.fill(query, 20, max_lines=8), fontsize=6, va='top')
         else:
             line[0].imshow(query)
-        shown = list(zip(found, truth, strict=True))
-        for axis, (picture, is_right) in zip(line[1:], shown, strict=False):
-            axis.imshow(picture)
+        pairs = list(zip(images, truth, strict=True))
+        for axis, (image, is_right) in zip(line[1:], pairs, strict=False):
+            axis.imshow(image)
             axis.axis('on')
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(color='tab:green' if is_right else 'tab:red', linewidth=3)
-    return drawn
+    return fig
 
 
 def _checked(queries, gallery, chunk_queries, chunk_gallery, ks):
@@ -272,7 +243,7 @@ def _codes(query_keys, gallery_keys, q, g):
 
 
 def _partners(query_codes, gallery_codes):
-    """Returns a function: rows of queries → (place among them, gallery row) of all equal codes."""
+    """Returns a function: rows of queries → (position in them, gallery row) of all equal codes."""
     order = np.argsort(gallery_codes, kind='stable')
     sides = 'left', 'right'
     first, last = (np.searchsorted(gallery_codes, query_codes, s, sorter=order) for s in sides)
@@ -291,12 +262,12 @@ def _chunk(units, gallery, query, row, hidden, chunk):
     `query`, `row` are the right pairs. They are `hidden` in the tiles, with what is no candidate,
     and counted apart, so that rounding never makes a precision larger than 1.
     """
-    own = np.empty(len(row), np.float32)
+    cosines = np.empty(len(row), np.float32)
     for start in range(0, len(row), chunk):
         pair = slice(start, start + chunk)
-        pictures = _unit(gallery[row[pair]]).astype(np.float32)
-        own[pair] = np.einsum('pd,pd->p', units[query[pair]], pictures)
-    rankings = ties.Rankings(query, own, len(units))
+        matches = _unit(gallery[row[pair]]).astype(np.float32)
+        cosines[pair] = np.einsum('pd,pd->p', units[query[pair]], matches)
+    rankings = ties.Rankings(query, cosines, len(units))
     hidden = hidden[:, np.argsort(hidden[1], kind='stable')]
     for start in range(0, len(gallery), chunk):
         tile = units @ _unit(gallery[start : start + chunk]).astype(np.float32).T

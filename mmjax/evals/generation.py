@@ -23,15 +23,15 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, flo
         raise ValueError(f'{len(references)} references and {len(hypotheses)} hypotheses')
     out = {}
     for order in range(1, 5):
-        found = BLEU(max_ngram_order=order).corpus_score(list(hypotheses), [list(references)])
-        out[f'bleu{order}'] = found.score / 100
+        bleu = BLEU(max_ngram_order=order).corpus_score(list(hypotheses), [list(references)])
+        out[f'bleu{order}'] = bleu.score / 100
     pairs = list(zip(references, hypotheses, strict=True))
     mean = lambda values: sum(values) / len(pairs)
     sentence = BLEU(effective_order=True)
     out['sentence_bleu4'] = mean([sentence.sentence_score(h, [r]).score / 100 for r, h in pairs])
     names = ('rouge1', 'rouge2', 'rougeL')
     scorer = rouge_scorer.RougeScorer(names)
-    found = [scorer.score(reference, hypothesis) for reference, hypothesis in pairs]
-    out |= {name: mean([one[name].fmeasure for one in found]) for name in names}
+    rouge = [scorer.score(reference, hypothesis) for reference, hypothesis in pairs]
+    out |= {name: mean([scores[name].fmeasure for scores in rouge]) for name in names}
     out['exact_match'] = mean([r.strip() == h.strip() for r, h in pairs])
     return out

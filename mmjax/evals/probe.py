@@ -1,4 +1,4 @@
-"""A linear probe: how much of a label lies open in frozen embeddings."""
+"""A linear probe: how well a linear classifier predicts a label from frozen embeddings."""
 
 import dataclasses
 
@@ -7,8 +7,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """accuracy: share of the scored rows that get their own label, in 0–1. majority: the share that
-    the most frequent training label would get. left_out: rows whose label training lacks."""
+    """Scores of a probe, fractions in 0–1.
+
+    `accuracy` is that of the scored rows, `majority` what the most frequent training label would
+    get. `left_out` counts the rows whose label training lacks.
+    """
 
     accuracy: float
     majority: float
@@ -39,7 +42,8 @@ def linear_probe(
 
     Source: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, §4.2.
     """
-    train, test = np.asarray(train, np.float64), np.asarray(test, np.float64)
+    train = np.asarray(train, np.float64)
+    test = np.asarray(test, np.float64)
     classes, targets = np.unique(train_labels, return_inverse=True)
     known = np.isin(test_labels, classes)
     if len(classes) < 2 or not known.any():
@@ -47,16 +51,18 @@ def linear_probe(
             f'a probe needs two training classes and a row to score, got {len(classes)} and '
             f'{known.sum()}'
         )
-    mean, deviation = train.mean(0), train.std(0)
-    scale = np.where(deviation > 0, deviation, np.inf)
-    x, y = (train - mean) / scale, np.eye(len(classes))[targets]
+    mean = train.mean(0)
+    std = train.std(0)
+    scale = np.where(std > 0, std, np.inf)
+    x = (train - mean) / scale
+    y = np.eye(len(classes))[targets]
     gram = x.T @ x + decay * np.eye(x.shape[1])
     weights = np.linalg.solve(gram, x.T @ (y - y.mean(0)))
     scores = (test[known] - mean) / scale @ weights + y.mean(0)
-    found = classes[scores.argmax(1)] == np.asarray(test_labels)[known]
+    correct = classes[scores.argmax(1)] == np.asarray(test_labels)[known]
     majority = classes[np.bincount(targets).argmax()]
     return Probe(
-        accuracy=float(found.mean()),
+        accuracy=float(correct.mean()),
         majority=float(np.mean(np.asarray(test_labels)[known] == majority)),
         classes=len(classes),
         left_out=int((~known).sum()),

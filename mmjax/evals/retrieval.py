@@ -1,4 +1,4 @@
-"""Recall of a query's own partner, within its page and over a whole set, with ties told honestly.
+"""Recall of each query's partner, within its page and over a whole set, with ties broken at random.
 
 A partner that ties with t other candidates is ranked as if the tie were broken at random: with g
 candidates above it, it is among the first k with probability clip((k − g) / (t + 1), 0, 1). So
@@ -59,8 +59,8 @@ def within_groups(
     credits = {k: _credit(above, ties, k) for k in {1, *ks}}
     guess = 1 / candidates
     return WithinGroups(
-        recall={k: _mean(credits[k]) for k in ks},
-        chance={k: _mean(np.minimum(k, candidates) / candidates) for k in ks},
+        recall={k: mean(credits[k]) for k in ks},
+        chance={k: mean(np.minimum(k, candidates) / candidates) for k in ks},
         correct=credits[1],
         groups=groups[rows],
         chance_error=float(np.sqrt(np.sum(guess * (1 - guess))) / len(rows)) if scored else np.nan,
@@ -78,7 +78,7 @@ def paired(
     Args:
       queries, gallery: float [n, d], of any length; rows are compared by cosine.
       ks: cut-offs.
-      chunk: queries a tile.
+      chunk: queries per tile.
 
     Raises:
       ValueError: no rows, shapes that do not fit, or values that are not finite.
@@ -87,7 +87,7 @@ def paired(
     if not len(queries):
         raise ValueError('paired retrieval needs one row or more, got none')
     above, ties = _ranks(queries, gallery, chunk)
-    return {k: _mean(_credit(above, ties, k)) for k in ks}
+    return {k: mean(_credit(above, ties, k)) for k in ks}
 
 
 def bootstrap_by_group(
@@ -137,13 +137,13 @@ def _unit(rows, name):
 
 
 def _ranks(queries, gallery, chunk):
-    """Returns, a query, how many wrong candidates stand above the right one and how many tie."""
+    """Returns per query how many wrong candidates stand above the right one and how many tie."""
     above, ties = np.empty((2, len(queries)), np.int64)
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
         scores = queries[rows] @ gallery.T
-        own = np.arange(start, start + len(scores))
-        margin = scores - scores[np.arange(len(own)), own][:, None]
+        partner = np.arange(start, start + len(scores))
+        margin = scores - scores[np.arange(len(partner)), partner][:, None]
         above[rows] = np.sum(margin > TOLERANCE, axis=1)
         ties[rows] = np.sum(np.abs(margin) <= TOLERANCE, axis=1) - 1
     return above, ties
@@ -153,5 +153,6 @@ def _credit(above, ties, k):
     return np.clip((k - above) / (ties + 1), 0, 1)
 
 
-def _mean(values):
+def mean(values) -> float:
+    """Returns the mean of values, NaN without any."""
     return float(np.mean(values)) if len(values) else float('nan')

@@ -2,7 +2,7 @@
 
 All return float32 whatever comes in, take a mask (False: the row does not exist, and may hold
 anything, NaN included), normalise rows to length 1 inside (`normalize=False` if they are already),
-can be jitted, and take a `chunk`: rows a tile, so that the similarity matrix is never whole;
+can be jitted, and take a `chunk`: rows per tile, so that the similarity matrix is never whole;
 'auto' uses the plain form up to 2048 rows; None always. Both forms agree to 1e-5 in values and
 gradients; the tiled one has first-order reverse-mode gradients only.
 
@@ -11,17 +11,28 @@ Term(0, 0) with a zero, finite gradient.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from mmjax.losses import pairs
 from mmjax.losses.term import Term
+from mmjax.typing import Array, Scalar
 
 
-def supcon(embeddings, labels, mask, *, temperature, chunk='auto', normalize=True):
-    """Supervised contrastive loss: rows of one label attract, all other rows repel.
+def supcon(
+    embeddings: Float[Array, 'n d'],
+    labels: Int[Array, ' n'],
+    mask: Bool[Array, ' n'],
+    *,
+    temperature: Scalar,
+    chunk: int | str | None = 'auto',
+    normalize: bool = True,
+) -> tuple[Term, dict[str, Float[jax.Array, '']]]:
+    """Computes the supervised contrastive loss: rows of one label attract, all others repel.
 
     For an anchor i with positives P(i) = {p ≠ i: same label, valid}, z of length 1:
       ℓᵢ = −1/|P(i)| Σ_{p∈P(i)} log( exp(zᵢ·zₚ/T) / Σ_{j≠i, valid} exp(zᵢ·zⱼ/T) )
@@ -34,25 +45,36 @@ def supcon(embeddings, labels, mask, *, temperature, chunk='auto', normalize=Tru
     Source: Khosla et al. 2020, Supervised Contrastive Learning, the L_out form,
     https://arxiv.org/abs/2004.11362.
 
+    >>> import jax.numpy as jnp
+    >>> embeddings = jnp.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    >>> labels, mask = jnp.array([7, 7, 5]), jnp.ones(3, bool)
+    >>> term, _ = supcon(embeddings, labels, mask, temperature=1.0)
+    >>> round(float(term.mean()), 4), float(term.count)  # ln(1 + 1/e), two anchors
+    (0.3133, 2.0)
+
     Args:
-      embeddings: float [n, d].
-      labels: int [n], any values.
-      mask: bool [n].
-      temperature: T > 0, a number or a traced scalar.
-      chunk: int | 'auto' | None, rows a tile.
+      embeddings: of any length.
+      labels: any values.
+      mask: False where the row does not exist.
+      temperature: T > 0.
+      chunk: rows per tile, 'auto' or None.
+      normalize: whether rows are brought to length 1.
 
     Returns:
       Term (count = anchors) and diagnostics, float32 scalars: `rows` (valid), `groups` (labels with
       two valid rows or more), `pairs` (unordered positive pairs), `floor` and `collapse` (the mean
       loss at this batch's bound and with all rows equal).
+
+    Raises:
+      ValueError: shapes, mask, temperature or chunk are not as above.
     """
-    _check(embeddings, embeddings, mask, labels)
-    z = _unit(embeddings, mask, normalize)
-    scale = _inverse(temperature)
-    group = _group(labels)
+    pairs.check(embeddings, embeddings, mask, labels)
+    z = pairs.unit_rows(embeddings, mask, normalize)
+    scale = pairs.inverse(temperature)
+    group = pairs.group_ids(labels)
     n = len(z)
 
-    def by_label(values):
+    def by_label(values: Array) -> jax.Array:
         return jax.ops.segment_sum(values, group, num_segments=n)
 
     size = by_label(mask.astype(jnp.float32))[group]  # valid rows of the same label, self included
@@ -77,12 +99,21 @@ def supcon(embeddings, labels, mask, *, temperature, chunk='auto', normalize=Tru
     return term, jax.lax.stop_gradient(diagnostics)
 
 
-def infonce(a, b, mask, *, temperature, labels=None, chunk='auto', normalize=True):
-    """Symmetric InfoNCE (the CLIP loss): aᵢ must find bᵢ among all b, and bᵢ must find aᵢ.
+def infonce(
+    a: Float[Array, 'n d'],
+    b: Float[Array, 'n d'],
+    mask: Bool[Array, ' n'],
+    *,
+    temperature: Scalar,
+    labels: Int[Array, ' n'] | None = None,
+    chunk: int | str | None = 'auto',
+    normalize: bool = True,
+) -> Term:
+    """Computes symmetric InfoNCE (the CLIP loss): aᵢ must find bᵢ among all b, and bᵢ find aᵢ.
 
       ℓᵢ = ½ (−log softmaxⱼ(aᵢ·bⱼ/T)[i] − log softmaxⱼ(aⱼ·bᵢ/T)[i])
     With `labels`, rows j ≠ i of i's label are left out of both denominators: they are not wrong
-    answers (identical texts, other pictures of one product).
+    answers (identical texts, other images of one product).
 
     Lower bound: 0 (T → 0); optimum at temperature T: `infonce_simplex`. All embeddings equal:
     `infonce_collapse`. Nothing active: Term(0, 0).
@@ -90,30 +121,51 @@ def infonce(a, b, mask, *, temperature, labels=None, chunk='auto', normalize=Tru
     Source: van den Oord et al. 2018, https://arxiv.org/abs/1807.03748; Radford et al. 2021,
     https://arxiv.org/abs/2103.00020.
 
+    >>> import jax.numpy as jnp
+    >>> images = texts = jnp.eye(2)
+    >>> term = infonce(images, texts, jnp.ones(2, bool), temperature=1.0)
+    >>> round(float(term.mean()), 4), float(term.count)  # ln(1 + 1/e)
+    (0.3133, 2.0)
+
     Args:
-      a, b: float [n, d], row i of both belonging together.
-      mask: bool [n], True where both are there.
-      temperature: T > 0, a number or a traced scalar.
-      labels: int [n] or None.
-      chunk: int | 'auto' | None, rows a tile.
+      a, b: row i of both belonging together.
+      mask: True where both exist.
+      temperature: T > 0.
+      labels: any values, or None.
+      chunk: rows per tile, 'auto' or None.
+      normalize: whether rows are brought to length 1.
 
     Returns:
       Term; count = pairs that have a negative. That is every valid pair, unless all valid rows are
       one pair (or one label): their loss is 0 without a gradient, and they are not counted.
+
+    Raises:
+      ValueError: shapes, mask, temperature or chunk are not as above.
     """
-    _check(a, b, mask, labels)
-    a, b = _unit(a, mask, normalize), _unit(b, mask, normalize)
-    scale = _inverse(temperature)
-    keys = _keys(mask, labels)
+    pairs.check(a, b, mask, labels)
+    a = pairs.unit_rows(a, mask, normalize)
+    b = pairs.unit_rows(b, mask, normalize)
+    scale = pairs.inverse(temperature)
+    keys = pairs.row_keys(mask, labels)
     rows, columns = pairs.logsumexp_between(a, b, scale, keys, chunk=chunk)
     positive = scale * jnp.sum(a * b, axis=1)
     losses = jax.nn.softplus(rows - positive) + jax.nn.softplus(columns - positive)
-    active = mask & (rows > pairs.NONE / 2)
+    active = mask & (rows > pairs.LOG_ZERO / 2)
     return Term(jnp.sum(jnp.where(active, losses / 2, 0.0)), _total(active))
 
 
-def sigmoid(a, b, mask, *, scale, bias, labels=None, chunk='auto', normalize=True):
-    """Pairwise sigmoid loss (SigLIP): every pair is a yes-or-no question of its own.
+def sigmoid(
+    a: Float[Array, 'n d'],
+    b: Float[Array, 'n d'],
+    mask: Bool[Array, ' n'],
+    *,
+    scale: Scalar,
+    bias: Scalar,
+    labels: Int[Array, ' n'] | None = None,
+    chunk: int | str | None = 'auto',
+    normalize: bool = True,
+) -> Term:
+    """Computes the pairwise sigmoid loss (SigLIP): every pair is a binary classification.
 
       ℓ = −Σᵢⱼ log σ(yᵢⱼ (scale · aᵢ·bⱼ + bias)), y = 1 where i = j, −1 elsewhere
     With `labels`, pairs i ≠ j of one label are left out.
@@ -125,38 +177,57 @@ def sigmoid(a, b, mask, *, scale, bias, labels=None, chunk='auto', normalize=Tru
     Source: Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training,
     https://arxiv.org/abs/2303.15343.
 
+    >>> import jax.numpy as jnp
+    >>> a = jnp.eye(2)
+    >>> term = sigmoid(a, a, jnp.ones(2, bool), scale=1.0, bias=0.0)
+    >>> round(float(term.mean()), 4), float(term.count)  # ln(1 + 1/e) + ln 2
+    (1.0064, 2.0)
+
     Args:
-      a, b: float [n, d], row i of both belonging together.
-      mask: bool [n], True where both are there.
-      scale, bias: numbers or traced scalars; published start: 10 and −10.
-      labels: int [n] or None.
-      chunk: int | 'auto' | None, rows a tile.
+      a, b: row i of both belonging together.
+      mask: True where both exist.
+      scale, bias: published start: 10 and −10.
+      labels: any values, or None.
+      chunk: rows per tile, 'auto' or None.
+      normalize: whether rows are brought to length 1.
 
     Returns:
       Term; count = valid rows.
+
+    Raises:
+      ValueError: shapes, mask or chunk are not as above.
     """
-    _check(a, b, mask, labels)
-    a, b = _unit(a, mask, normalize), _unit(b, mask, normalize)
-    scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
-    negatives = pairs.softplus_between(a, b, scale, bias, _keys(mask, labels), chunk=chunk)
+    pairs.check(a, b, mask, labels)
+    a = pairs.unit_rows(a, mask, normalize)
+    b = pairs.unit_rows(b, mask, normalize)
+    scale = jnp.asarray(scale, jnp.float32)
+    bias = jnp.asarray(bias, jnp.float32)
+    negatives = pairs.softplus_between(a, b, scale, bias, pairs.row_keys(mask, labels), chunk=chunk)
     positives = jax.nn.softplus(-(scale * jnp.sum(a * b, axis=1) + bias))
     return Term(jnp.sum(jnp.where(mask, positives, 0.0)) + negatives, _total(mask))
 
 
-def supcon_floor(sizes) -> float:
+def supcon_floor(sizes: Sequence[int] | np.ndarray) -> float:
     """Returns Σ n·ln(n−1) / Σ n over groups of n ≥ 2 valid rows: no SupCon mean is lower.
 
     By Jensen: the softmax of an anchor's n−1 positives sums to at most 1. Reached as T → 0 by
     groups that are points apart from each other. `sizes` are the valid rows of each group; groups
     of one row have no anchors and are left out; 0 without any anchor.
+
+    >>> supcon_floor([1, 2, 2])
+    0.0
     """
     sizes = np.asarray(sizes, np.float64)
     sizes = sizes[sizes > 1]
     return float(np.sum(sizes * np.log(sizes - 1)) / np.sum(sizes)) if len(sizes) else 0.0
 
 
-def supcon_collapse(n_valid: int) -> float:
-    """Returns ln(n−1), the SupCon mean at any temperature when all n valid rows are equal."""
+def supcon_collapse(n_valid: int | np.integer) -> float:
+    """Returns ln(n−1), the SupCon mean at any temperature when all n valid rows are equal.
+
+    >>> round(supcon_collapse(3), 4)
+    0.6931
+    """
     return math.log(n_valid - 1)
 
 
@@ -167,6 +238,9 @@ def supcon_simplex(groups: int, size: int, temperature: float) -> float:
     regular simplex (cosine −1/(g−1)), which needs d ≥ g−1. For P identities × K images and both
     modalities, groups = P and size = 2K. Source: Graf et al. 2021,
     https://arxiv.org/abs/2102.08817.
+
+    >>> round(supcon_simplex(2, 2, 1.0), 4)  # ln(1 + 2 exp(−2))
+    0.2395
     """
     if groups == 1:
         return math.log(size - 1)
@@ -174,59 +248,34 @@ def supcon_simplex(groups: int, size: int, temperature: float) -> float:
     return math.log(size - 1 + (groups - 1) * size * math.exp(-gap))
 
 
-def infonce_collapse(n_valid: int) -> float:
-    """Returns ln n, the InfoNCE mean when all embeddings are equal (n pairs, no labels)."""
+def infonce_collapse(n_valid: int | np.integer) -> float:
+    """Returns ln n, the InfoNCE mean when all embeddings are equal (n pairs, no labels).
+
+    >>> round(infonce_collapse(2), 4)
+    0.6931
+    """
     return math.log(n_valid)
 
 
-def infonce_simplex(n_valid: int, temperature: float) -> float:
-    """Returns the least InfoNCE mean of n ≥ 2 pairs: aᵢ = bᵢ, corners of a regular simplex."""
+def infonce_simplex(n_valid: int | np.integer, temperature: float) -> float:
+    """Returns the least InfoNCE mean of n ≥ 2 pairs: aᵢ = bᵢ, corners of a regular simplex.
+
+    >>> round(infonce_simplex(2, 1.0), 4)  # ln(1 + exp(−2))
+    0.1269
+    """
     gap = n_valid / ((n_valid - 1) * temperature)
     return math.log1p((n_valid - 1) * math.exp(-gap))
 
 
-def sigmoid_collapse(n_valid: int, scale: float, bias: float) -> float:
-    """Returns the sigmoid loss a row when all embeddings are equal (n rows, no labels)."""
+def sigmoid_collapse(n_valid: int | np.integer, scale: float, bias: float) -> float:
+    """Returns the sigmoid loss per row when all embeddings are equal (n rows, no labels).
+
+    >>> round(sigmoid_collapse(2, 1.0, -1.0), 4)  # 2 ln 2
+    1.3863
+    """
     logit = scale + bias
     return float(np.logaddexp(0, -logit) + (n_valid - 1) * np.logaddexp(0, logit))
 
 
-def _check(a, b, mask, labels):
-    n = len(a)
-    if a.ndim != 2 or a.shape != b.shape:
-        raise ValueError(f'embeddings must be [n, d] of one shape, got {a.shape} and {b.shape}')
-    if mask.shape != (n,) or mask.dtype != bool:
-        raise ValueError(f'mask must be bool [{n}], got {mask.dtype} {list(mask.shape)}')
-    if labels is not None and labels.shape != (n,):
-        raise ValueError(f'labels must be [{n}], got {list(labels.shape)}')
-
-
-def _unit(embeddings, mask, normalize):
-    """Returns float32 rows of length 1; zero rows and masked ones are 0, without a gradient."""
-    z = jnp.where(mask[:, None], jnp.asarray(embeddings, jnp.float32), 0.0)
-    if not normalize:
-        return z
-    square = jnp.sum(z * z, axis=1, keepdims=True)
-    some = square > 1e-30
-    return z * jnp.where(some, jax.lax.rsqrt(jnp.where(some, square, 1.0)), 0.0)
-
-
-def _inverse(temperature):
-    if isinstance(temperature, int | float) and not temperature > 0:
-        raise ValueError(f'temperature must be above 0, got {temperature}')
-    return 1.0 / jnp.asarray(temperature, jnp.float32)
-
-
-def _group(labels):
-    """Returns labels numbered from 0, int32 [n]."""
-    _, group = jnp.unique(labels, return_inverse=True, size=len(labels))
-    return group.reshape(-1).astype(jnp.int32)
-
-
-def _keys(mask, labels):
-    group = jnp.arange(len(mask), dtype=jnp.int32) if labels is None else _group(labels)
-    return jnp.where(mask, group, -1)
-
-
-def _total(flags):
+def _total(flags: Array) -> jax.Array:
     return jnp.sum(flags, dtype=jnp.float32)

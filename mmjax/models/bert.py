@@ -3,8 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Shaped
 
 from mmjax.models import layers, packing
+from mmjax.typing import Array, DType
 
 
 class BertBlock(nn.Module):
@@ -14,26 +16,26 @@ class BertBlock(nn.Module):
     mlp_width: int
     dropout: float = 0.0
     epsilon: float = 1e-12
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        mask: jax.Array | None,
+        x: Float[Array, '*rows width'],
+        mask: Bool[Array, '#batch #heads #queries keys'] | None,
         *,
         train: bool,
-        places: packing.Places | None = None,
-    ) -> jax.Array:
-        """Maps x [batch, length, width], or packed [room, width] with `places`, to the same shape.
+        indices: packing.PackIndices | None = None,
+    ) -> Float[jax.Array, '*rows width']:
+        """Computes the block on x [batch, length, width], or packed [rows, width] with `indices`.
 
         `mask` is that of `layers.attend`.
         """
         norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         attention = layers.Attention(self.heads, self.dtype, self.implementation, name='attention')
-        x = norm('norm_1')(x + drop(attention(x, mask=mask, places=places)))
+        x = norm('norm_1')(x + drop(attention(x, mask=mask, indices=indices)))
         mlp = layers.Mlp(self.mlp_width, dtype=self.dtype, name='mlp')
         return norm('norm_2')(x + drop(mlp(x)))
 
@@ -58,32 +60,32 @@ class Bert(nn.Module):
     position_offset: int = 0
     dropout: float = 0.1
     epsilon: float = 1e-12
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
     def __call__(
         self,
-        tokens: jax.Array,
-        mask: jax.Array,
-        types: jax.Array | None = None,
+        tokens: Int[Array, 'batch length'],
+        mask: Shaped[Array, 'batch length'],
+        types: Int[Array, 'batch length'] | None = None,
         *,
         train: bool,
-        room: float | None = None,
-    ) -> jax.Array:
+        packed_length: float | None = None,
+    ) -> Float[jax.Array, 'batch length {self.width}']:
         """Encodes token ids.
 
         Args:
-          tokens: int [batch, length], in [0, vocabulary).
-          mask: [batch, length], true (or 1) on real tokens. Positions count from the row's start:
-            padding belongs behind the tokens.
-          types: int [batch, length], segment of each token; None: all 0.
+          tokens: in [0, vocabulary).
+          mask: true (or 1) on real tokens. Positions count from the row's start: padding belongs
+            behind the tokens.
+          types: segment of each token; None: all 0.
           train: whether dropout acts (rng 'dropout').
-          room: tokens a row, on average over a batch, that the blocks have room for. Batches that
-            need no more are computed without their padding, others as they are; None or 0 for all.
+          packed_length: mean number of tokens per row of a packed batch. Batches with no more are
+            computed without their padding, others as they are; None or 0: all as they are.
 
         Returns:
-          [batch, length, width]; finite, without meaning, where the mask is False.
+          States; finite, without meaning, where the mask is False.
         """
         length = tokens.shape[1]
         offset = self.position_offset
@@ -97,11 +99,11 @@ class Bert(nn.Module):
             count, self.width, embedding_init=nn.initializers.normal(0.02), name=name
         )
         types = jnp.zeros_like(tokens) if types is None else types
-        seen = mask.astype(bool)[:, None, None, :]  # [batch, heads, queries, keys]
+        visible = mask.astype(bool)[:, None, None, :]  # [batch, heads, queries, keys]
 
-        def encode(tokens, types, place, places=None):
+        def encode(tokens, types, positions, indices=None):
             x = embed(self.vocabulary, 'words')(tokens) + embed(self.types, 'types')(types)
-            x = x + embed(self.max_length, 'positions')(offset + place)
+            x = x + embed(self.max_length, 'positions')(offset + positions)
             x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             for index in range(self.depth):
@@ -113,29 +115,32 @@ class Bert(nn.Module):
                     self.dtype,
                     self.implementation,
                     name=f'block_{index}',
-                )(x, seen, train=train, places=places)
+                )(x, visible, train=train, indices=indices)
             return x
 
         def plain(module, tokens, types):
             return encode(tokens, types, jnp.arange(length))
 
         def packed(module, tokens, types):
-            places = packing.places(mask, rows)
-            tokens, types = (x.reshape(-1)[places.order] for x in (tokens, types))
-            return packing.unpack(encode(tokens, types, places.order % length, places), places)
+            indices = packing.pack_indices(mask, rows)
+            tokens, types = (x.reshape(-1)[indices.order] for x in (tokens, types))
+            states = encode(tokens, types, indices.order % length, indices)
+            return packing.unpack(states, indices)
 
-        rows = packing.rows_for(mask, room)
+        rows = packing.packed_rows(mask, packed_length)
         if rows == mask.size or self.is_initializing():
             return plain(self, tokens, types)
-        # What a branch keeps for its gradient, the other fills with zeros: the rare one keeps none.
-        fits, rare = mask.astype(bool).sum() <= rows, nn.remat(plain)
-        return nn.cond(fits, packed, rare, self, tokens, types)
+        # Each branch fills the residuals of the other with zeros: the rare one has none.
+        fits = mask.astype(bool).sum() <= rows
+        return nn.cond(fits, packed, nn.remat(plain), self, tokens, types)
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Averages x [batch, length, width] over the tokens that `mask` [batch, length] allows.
+def masked_mean(
+    x: Float[Array, 'batch length width'], mask: Shaped[Array, 'batch length']
+) -> Float[jax.Array, 'batch width']:
+    """Averages x over the tokens that `mask` allows.
 
-    Summed in float32; returns [batch, width] in x's dtype, zeros where a row allows no token.
+    Summed in float32; returns x's dtype, zeros where a row allows no token.
     """
     allowed = mask.astype(bool)
     total = jnp.where(allowed[..., None], x.astype(jnp.float32), 0.0).sum(-2)

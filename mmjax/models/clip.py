@@ -1,4 +1,4 @@
-"""CLIP: a picture tower and a text tower that meet in one space, and their learned temperature."""
+"""CLIP: an image tower and a text tower that meet in one space, and their learned temperature."""
 
 import functools
 import math
@@ -8,12 +8,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
 from mmjax.models import layers
 from mmjax.models.layers import normalize_pixels, patches
 from mmjax.models.modified_resnet import ModifiedResNet
+from mmjax.typing import Array, DType
 
-# Mean and standard deviation of pixels in 0-1, as CLIP was trained with.
+# Mean and standard deviation of pixels in 0-1 that CLIP was trained with.
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 _normal = nn.initializers.normal
@@ -21,8 +23,8 @@ _normal = nn.initializers.normal
 _patch_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """x · σ(1.702 x), the approximation of GELU that OpenAI's weights were trained with."""
+def quick_gelu(x: Float[Array, '*shape']) -> Float[jax.Array, '*shape']:
+    """Computes x · σ(1.702 x), the approximation of GELU in OpenAI's weights."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -42,22 +44,27 @@ class ClipBlock(nn.Module):
     depth: int
     activation: str = 'quick_gelu'
     epsilon: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Maps x [batch, length, width] to the same shape; `mask` as in `layers.attend`."""
+    def __call__(
+        self,
+        x: Float[Array, 'batch length width'],
+        mask: Bool[Array, '#batch #heads #queries keys'] | None = None,
+    ) -> Float[jax.Array, 'batch length width']:
+        """Computes the block; `mask` as in `layers.attend`."""
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f'width {width} is not a multiple of {self.heads} heads')
         if self.activation not in ACTIVATIONS:
             known = ', '.join(ACTIVATIONS)
             raise ValueError(f"activation '{self.activation}' is not one of {known}")
-        inward, residual = width**-0.5, (width * 2 * self.depth) ** -0.5
+        inward = width**-0.5
+        residual = (width * 2 * self.depth) ** -0.5
         norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
-        dense = lambda name, features, deviation: layers.Dense(
-            features, dtype=self.dtype, kernel_init=_normal(deviation), name=name
+        dense = lambda name, features, std: layers.Dense(
+            features, dtype=self.dtype, kernel_init=_normal(std), name=name
         )
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
         y = norm('norm_1')(x)
@@ -85,14 +92,18 @@ class ClipVision(nn.Module):
     features: int = 512
     activation: str = 'quick_gelu'
     epsilon: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, mask: jax.Array | None = None, *, train: bool
-    ) -> jax.Array:
-        """Maps normalised images [batch, image_size, image_size, 3] to [batch, features].
+        self,
+        images: Float[Array, 'batch size size 3'],
+        mask: Bool[Array, ' batch'] | None = None,
+        *,
+        train: bool,
+    ) -> Float[jax.Array, 'batch {self.features}']:
+        """Embeds normalised images of `image_size`.
 
         `mask` and `train` change nothing: they are there so that both towers are called alike.
         """
@@ -140,11 +151,17 @@ class ClipText(nn.Module):
     features: int = 512
     activation: str = 'quick_gelu'
     epsilon: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, token_mask: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        tokens: Int[Array, 'batch length'],
+        token_mask: Shaped[Array, 'batch length'],
+        *,
+        train: bool,
+    ) -> Float[jax.Array, 'batch {self.features}']:
         """Embeds texts.
 
         The state read is that at the last True of `token_mask`. A text padded on the right ends
@@ -153,12 +170,9 @@ class ClipText(nn.Module):
         has no influence. A text without tokens is read at position 0: finite, to be ignored.
 
         Args:
-          tokens: int [batch, length], in [0, vocabulary), length ≤ max_length.
-          token_mask: [batch, length], true (or 1) on real tokens, the end-of-text token included.
+          tokens: in [0, vocabulary), length ≤ max_length.
+          token_mask: true (or 1) on real tokens, the end-of-text token included.
           train: changes nothing; both towers are called alike.
-
-        Returns:
-          [batch, features].
         """
         length = tokens.shape[1]
         if length > self.max_length:
@@ -167,7 +181,7 @@ class ClipText(nn.Module):
         words = nn.Embed(self.vocabulary, self.width, embedding_init=_normal(0.02), name='words')
         positions = self.param('positions', _normal(0.01), (self.max_length, self.width))
         x = (words(tokens) + positions[:length]).astype(self.dtype)
-        seen = jnp.tril(jnp.ones((length, length), bool))[None, None]  # [batch, heads, q, keys]
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]  # [batch, heads, q, keys]
         for index in range(self.depth):
             x = ClipBlock(
                 self.heads,
@@ -178,14 +192,14 @@ class ClipText(nn.Module):
                 self.dtype,
                 self.implementation,
                 name=f'block_{index}',
-            )(x, seen)
+            )(x, causal)
         last = jnp.where(token_mask.astype(bool), jnp.arange(length), 0).max(1)
         x = jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
         return _project(x, self.features, self.dtype)
 
 
-def _project(x: jax.Array, features: int, dtype: jnp.dtype) -> jax.Array:
+def _project(x: Array, features: int, dtype: DType) -> jax.Array:
     init = _normal(x.shape[-1] ** -0.5)
     return layers.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name='projection')(
         x
@@ -204,7 +218,7 @@ _at_most.defvjp(
 
 
 class Clip(nn.Module):
-    """A picture tower, a text tower, and `logit_scale`, the log of the inverse temperature.
+    """An image tower, a text tower, and `logit_scale`, the log of the inverse temperature.
 
     Embeddings come as the towers project them; the losses bring them to unit length.
     """
@@ -219,18 +233,29 @@ class Clip(nn.Module):
         self.logit_scale = self.param('logit_scale', start, ())
 
     def __call__(
-        self, images: jax.Array, tokens: jax.Array, token_mask: jax.Array, train: bool = False
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self,
+        images: UInt8[Array, 'batch size size 3'],
+        tokens: Int[Array, 'batch length'],
+        token_mask: Shaped[Array, 'batch length'],
+        train: bool = False,
+    ) -> tuple[
+        Float[jax.Array, 'batch features'], Float[jax.Array, 'batch features'], Float[jax.Array, '']
+    ]:
         """Returns (image embeddings, text embeddings, scale); the way to initialise."""
         image = self.encode_image(images, None, train)
         return image, self.encode_text(tokens, token_mask, train), self.scale()
 
-    def encode_image(self, images: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        """Embeds pictures.
+    def encode_image(
+        self,
+        images: UInt8[Array, 'batch size size 3'],
+        mask: Bool[Array, ' batch'] | None,
+        train: bool,
+    ) -> Float[jax.Array, 'batch features']:
+        """Embeds images.
 
         Args:
-          images: uint8 [batch, size, size, 3].
-          mask: bool [batch], False on rows that must stay out of batch statistics; None: all count.
+          images: of the tower's size.
+          mask: False on rows that must stay out of batch statistics; None: all count.
           train: whether batch statistics are live; False for a frozen tower.
 
         Returns:
@@ -239,12 +264,17 @@ class Clip(nn.Module):
         pixels = normalize_pixels(images, CLIP_PIXELS)
         return self.vision(pixels, mask, train=train).astype(jnp.float32)
 
-    def encode_text(self, tokens: jax.Array, token_mask: jax.Array, train: bool) -> jax.Array:
-        """Embeds texts as `ClipText`; returns float32 [batch, features], not normalised."""
+    def encode_text(
+        self,
+        tokens: Int[Array, 'batch length'],
+        token_mask: Shaped[Array, 'batch length'],
+        train: bool,
+    ) -> Float[jax.Array, 'batch features']:
+        """Embeds texts as `ClipText`; returns float32, not normalised."""
         return self.text(tokens, token_mask, train=train).astype(jnp.float32)
 
-    def scale(self) -> jax.Array:
-        """Returns min(exp(logit_scale), max_scale), float32 [], what multiplies cosines.
+    def scale(self) -> Float[jax.Array, '']:
+        """Returns min(exp(logit_scale), max_scale), float32, what multiplies cosines.
 
         At or above max_scale only a gradient that lowers the scale passes: published weights lie
         there, and would never leave it under the gradient of a plain minimum.
@@ -258,55 +288,13 @@ def build(
     *,
     temperature: float = 0.07,
     max_scale: float = 100.0,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DType = jnp.float32,
     implementation: str = 'xla',
 ) -> Clip:
-    """Returns a Clip of its towers' fields, as a preset or `pretrained.clip.fields` gives them.
+    """Returns a Clip of its towers' fields, such as `pretrained.clip.fields` reads.
 
     `vision` with `stage_sizes` makes a ModifiedResNet, without it a ClipVision.
     """
     tower = ModifiedResNet if 'stage_sizes' in vision else ClipVision
     shared = {'dtype': dtype, 'implementation': implementation}
     return Clip(tower(**vision, **shared), ClipText(**text, **shared), temperature, max_scale)
-
-
-def _vit(patch_size: int, width: int, depth: int, features: int, text_width: int) -> dict[str, Any]:
-    block = lambda width: {'width': width, 'heads': width // 64, 'mlp_width': 4 * width}
-    ends = {'features': features, 'activation': 'quick_gelu', 'epsilon': 1e-5}
-    return {
-        'vision': {
-            'image_size': 224,
-            'patch_size': patch_size,
-            'depth': depth,
-            **block(width),
-            **ends,
-        },
-        'text': {'vocabulary': 49408, 'max_length': 77, 'depth': 12, **block(text_width), **ends},
-    }
-
-
-def vit_b_32() -> dict[str, Any]:
-    """Fields of OpenAI's ViT-B/32, to be given to `build`: 151,277,313 parameters."""
-    return _vit(32, 768, 12, 512, 512)
-
-
-def vit_b_16() -> dict[str, Any]:
-    """Fields of OpenAI's ViT-B/16: 149,620,737 parameters."""
-    return _vit(16, 768, 12, 512, 512)
-
-
-def vit_l_14() -> dict[str, Any]:
-    """Fields of OpenAI's ViT-L/14: 427,616,513 parameters."""
-    return _vit(14, 1024, 24, 768, 768)
-
-
-def rn50() -> dict[str, Any]:
-    """Fields of OpenAI's RN50: 102,007,137 parameters."""
-    vision = {
-        'image_size': 224,
-        'stage_sizes': (3, 4, 6, 3),
-        'width': 64,
-        'heads': 32,
-        'features': 1024,
-    }
-    return {'vision': vision, 'text': vit_b_32()['text'] | {'features': 1024}}

@@ -7,23 +7,31 @@ length it is padded to, and `mask[:, ::s]` is the mask of the result.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Shaped
 
-from mmjax.models.layers import product
+from mmjax import cpu
+from mmjax.typing import Array, DType
 
 _he_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
-def clear(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sets x [batch, time, …] to 0 where `mask`, bool [batch, time], is False."""
+def clear(
+    x: Shaped[Array, 'batch time *features'], mask: Bool[Array, 'batch time']
+) -> Shaped[jax.Array, 'batch time *features']:
+    """Sets x to 0 where `mask` is False."""
     if mask.shape != x.shape[:2]:
         raise ValueError(f'mask {mask.shape} does not fit x {x.shape}')
     return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """Convolves x [batch, time, channels] with kernel [taps, channels, features], taps odd.
+def convolve(
+    x: Float[Array, 'batch time channels'],
+    kernel: Float[Array, 'taps channels features'],
+    stride: int = 1,
+) -> Float[jax.Array, 'batch frames features']:
+    """Convolves x with a kernel of an odd number of taps.
 
-    Returns [batch, ⌈time / stride⌉, features]. On XLA:CPU the library's convolution is faster
+    Returns ⌈time / stride⌉ frames. On XLA:CPU the library's convolution is faster
     here than one product over gathered shifts, and as fast as a product where taps = 1.
     """
     padding = _padding(kernel)
@@ -32,32 +40,32 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     )
 
 
-def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """Convolves each channel of x [batch, time, channels] with its own column of the kernel.
+def depthwise(
+    x: Float[Array, 'batch time channels'],
+    kernel: Float[Array, 'taps channels'],
+    stride: int = 1,
+) -> Float[jax.Array, 'batch frames channels']:
+    """Convolves each channel of x with its own column of a kernel of an odd number of taps.
 
-    `kernel`: [taps, channels], taps odd. Returns [batch, ⌈time / stride⌉, channels].
-
-    Shifted copies are multiplied and added: XLA:CPU fuses the sum and its derivatives, where its
-    grouped convolution is 10 times slower and more (`benchmarks/sign_layers.py`).
+    Returns ⌈time / stride⌉ frames.
     """
-    taps, padding = kernel.shape[0], _padding(kernel)
-    last = (x.shape[1] - 1) // stride * stride  # the last place a kernel is centred at
-    x = jnp.pad(x, ((0, 0), (padding, padding), (0, 0)))
-    return sum(x[:, k : k + last + 1 : stride] * kernel[k] for k in range(taps))
+    _padding(kernel)
+    return cpu.depthwise(x, kernel, stride)
 
 
-def upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def upsample(
+    x: Float[Array, 'batch time channels'], kernel: Float[Array, 'channels stride features']
+) -> Float[jax.Array, 'batch time*stride features']:
     """Convolves transposed, with a stride equal to the kernel: frames do not overlap.
 
-    Maps x [batch, time, channels], kernel [channels, stride, features] to
-    [batch, time · stride, features]; a product, as no frame is added to another.
+    A product, as no frame is added to another.
     """
     batch, time, channels = x.shape
-    y = product(x, kernel.reshape(channels, -1))
+    y = cpu.matmul(x, kernel.reshape(channels, -1))
     return y.reshape(batch, time * kernel.shape[1], kernel.shape[2])
 
 
-def _padding(kernel: jax.Array) -> int:
+def _padding(kernel: Array) -> int:
     if kernel.shape[0] % 2 == 0:
         raise ValueError(f'a kernel of {kernel.shape[0]} taps has no middle; choose an odd number')
     return kernel.shape[0] // 2
@@ -70,14 +78,13 @@ class Conv(nn.Module):
     kernel: int = 1
     stride: int = 1
     use_bias: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x [batch, time, channels], mask [batch, time] to [batch, ⌈time/stride⌉, features].
-
-        Frames of the result beyond the end of a row hold anything finite.
-        """
+    def __call__(
+        self, x: Float[Array, 'batch time channels'], mask: Bool[Array, 'batch time']
+    ) -> Float[jax.Array, 'batch frames {self.features}']:
+        """Returns ⌈time/stride⌉ frames; those beyond the end of a row hold anything finite."""
         kernel = self.param('kernel', _he_init, (self.kernel, x.shape[-1], self.features))
         y = convolve(clear(x, mask).astype(self.dtype), kernel.astype(self.dtype), self.stride)
         if self.use_bias:
@@ -87,18 +94,17 @@ class Conv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A masked convolution of each channel with a kernel of its own, without bias."""
+    """A masked convolution of each channel with its own kernel, without bias."""
 
     kernel: int
     stride: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x [batch, time, channels], mask [batch, time] to [batch, ⌈time/stride⌉, channels].
-
-        Frames of the result beyond the end of a row hold anything finite.
-        """
+    def __call__(
+        self, x: Float[Array, 'batch time channels'], mask: Bool[Array, 'batch time']
+    ) -> Float[jax.Array, 'batch frames channels']:
+        """Returns ⌈time/stride⌉ frames; those beyond the end of a row hold anything finite."""
         init = nn.initializers.normal((2.0 / self.kernel) ** 0.5)  # He: fan-out is the taps
         kernel = self.param('kernel', init, (self.kernel, x.shape[-1]))
         return depthwise(clear(x, mask).astype(self.dtype), kernel.astype(self.dtype), self.stride)
@@ -109,14 +115,13 @@ class Upsample(nn.Module):
 
     features: int
     stride: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x [batch, time, channels], mask [batch, time] to [batch, time·stride, features].
-
-        Frames made of those beyond the end of a row hold the bias.
-        """
+    def __call__(
+        self, x: Float[Array, 'batch time channels'], mask: Bool[Array, 'batch time']
+    ) -> Float[jax.Array, 'batch {self.stride}*time {self.features}']:
+        """Upsamples the valid frames; those made of frames beyond a row's end hold the bias."""
         init = nn.initializers.variance_scaling(
             2.0, 'fan_in', 'normal', in_axis=0, out_axis=2, batch_axis=1
         )

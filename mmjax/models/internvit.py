@@ -3,15 +3,17 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from mmjax.models import layers
+from mmjax.typing import Array, DType
 
 NORMS = ('layer', 'rms')
 STEMS = ('patch', 'convolutions')
 
 
 class InternBlock(nn.Module):
-    """x + s₁·attention(norm x), then x + s₂·MLP(norm x), s learnt, one a feature (Touvron 2021)."""
+    """x + s₁·attention(norm x), then x + s₂·MLP(norm x), s learnt per feature (Touvron 2021)."""
 
     heads: int
     mlp_width: int
@@ -19,14 +21,16 @@ class InternBlock(nn.Module):
     layer_scale: float = 0.1
     dropout: float = 0.0
     epsilon: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps x [batch, length, width] to the same shape."""
-        made = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}[self.norm]
-        norm = lambda name: made(epsilon=self.epsilon, dtype=self.dtype, name=name)
+    def __call__(
+        self, x: Float[Array, 'batch length width'], *, train: bool
+    ) -> Float[jax.Array, 'batch length width']:
+        """Computes the block."""
+        kind = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}[self.norm]
+        norm = lambda name: kind(epsilon=self.epsilon, dtype=self.dtype, name=name)
         drop = nn.Dropout(self.dropout, deterministic=not train)
 
         def scaled(y, name):
@@ -43,7 +47,7 @@ class InternViT(nn.Module):
     """Patches, learned positions, blocks `block_0`, `block_1`, … (Chen 2024, InternVL).
 
     The defaults are InternViT-300M-448px. Its class token takes no part in what a decoder sees and
-    is left out. `stem` 'convolutions' halves the picture by 3×3 convolutions instead, down to the
+    is left out. `stem` 'convolutions' halves the image by 3×3 convolutions instead, down to the
     grid of patches, which small towers learn from scratch far sooner (Xiao 2021, Early
     Convolutions Help Transformers See Better); `patch_size` is then a power of 2. `remat`: the
     backward pass computes a block's activations again instead of keeping them.
@@ -60,12 +64,14 @@ class InternViT(nn.Module):
     stem: str = 'patch'
     dropout: float = 0.0
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Maps normalised images [batch, size, size, 3] to tokens [batch, grid², width]."""
+    def __call__(
+        self, images: Float[Array, 'batch size size 3'], *, train: bool
+    ) -> Float[jax.Array, 'batch tokens {self.width}']:
+        """Maps normalised images to one token per cell of the grid of patches, row by row."""
         if self.norm not in NORMS or self.stem not in STEMS:
             raise ValueError(
                 f"norm '{self.norm}' is not one of {', '.join(NORMS)}, or stem '{self.stem}' not "
@@ -98,7 +104,7 @@ class InternViT(nn.Module):
             x = run(block, x)
         return x
 
-    def _convolve(self, images: jax.Array) -> jax.Array:
+    def _convolve(self, images: Array) -> jax.Array:
         halvings = self.patch_size.bit_length() - 1
         if 2**halvings != self.patch_size or self.image_size % self.patch_size:
             raise ValueError(
@@ -115,8 +121,10 @@ class InternViT(nn.Module):
         return x.reshape(len(x), -1, self.width)
 
 
-def shuffle_pixels(tokens: jax.Array, factor: int) -> jax.Array:
-    """Joins factor × factor neighbours: [batch, grid², width] → [batch, grid²/f², width · f²].
+def shuffle_pixels(
+    tokens: Float[Array, 'batch tokens width'], factor: int
+) -> Float[Array, 'batch tokens//{factor}**2 width*{factor}**2']:
+    """Joins factor × factor neighbours of a square grid.
 
     Raises:
       ValueError: the tokens are no square grid, or its side is not a multiple of `factor`.

@@ -5,9 +5,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from mmjax.models.convolutions import Conv, DepthwiseConv, clear
 from mmjax.models.layers import Dense, MaskedBatchNorm
+from mmjax.typing import Array, DType
 
 
 class Row(NamedTuple):
@@ -31,7 +33,8 @@ PUBLISHED = (
 )
 
 
-def activate(name: str, x: jax.Array) -> jax.Array:
+def activate(name: str, x: Float[Array, '*shape']) -> Float[jax.Array, '*shape']:
+    """Applies the activation of this name."""
     if name not in ('relu', 'hard_swish'):
         raise ValueError(f"activation '{name}' is not relu or hard_swish")
     return nn.relu(x) if name == 'relu' else nn.hard_swish(x)
@@ -41,11 +44,13 @@ class SqueezeExcitation(nn.Module):
     """Scales channels by what the mean over a row's valid frames says (Hu 2018, Howard 2019)."""
 
     hidden: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x [batch, time, channels], mask [batch, time] to the shape of x."""
+    def __call__(
+        self, x: Float[Array, 'batch time channels'], mask: Bool[Array, 'batch time']
+    ) -> Float[jax.Array, 'batch time channels']:
+        """Scales x by its own mean over the frames of `mask`."""
         count = jnp.maximum(mask.sum(1, keepdims=True), 1)
         mean = clear(x.astype(jnp.float32), mask).sum(1) / count  # 0 for a row without frames
         scale = nn.relu(Dense(self.hidden, dtype=self.dtype, name='reduce')(mean))
@@ -61,15 +66,19 @@ class InvertedResidual(nn.Module):
     """
 
     row: Row
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
-        """Maps x [batch, time, channels], mask [batch, time] to [batch, ⌈time/stride⌉, features].
-
-        The result's mask is `mask[:, ::stride]`.
-        """
-        row, after = self.row, mask[:, :: self.row.stride]
+    def __call__(
+        self,
+        x: Float[Array, 'batch time channels'],
+        mask: Bool[Array, 'batch time'],
+        *,
+        train: bool,
+    ) -> Float[jax.Array, 'batch frames {self.row.features}']:
+        """Returns ⌈time/stride⌉ frames, whose mask is `mask[:, ::stride]`."""
+        row = self.row
+        after = mask[:, :: row.stride]
         norm = lambda name, y, mask: MaskedBatchNorm(dtype=self.dtype, name=name)(
             y, mask, train=train
         )
@@ -91,7 +100,7 @@ class MobileNet1d(nn.Module):
 
     stem: int = 16
     blocks: tuple[Row, ...] = PUBLISHED
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @property
     def stride(self) -> int:
@@ -102,11 +111,14 @@ class MobileNet1d(nn.Module):
         return stride
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
-        """Maps x [batch, time, channels], mask [batch, time] to [batch, ⌈time/stride⌉, features].
-
-        The result's mask is `mask[:, ::stride]`; frames outside it hold anything finite.
-        """
+    def __call__(
+        self,
+        x: Float[Array, 'batch time channels'],
+        mask: Bool[Array, 'batch time'],
+        *,
+        train: bool,
+    ) -> Float[jax.Array, 'batch frames features']:
+        """Returns ⌈time/stride⌉ frames with mask `mask[:, ::stride]`; others are finite."""
         x = Conv(self.stem, 3, 2, dtype=self.dtype, name='stem')(x, mask)
         mask = mask[:, ::2]
         x = nn.hard_swish(MaskedBatchNorm(dtype=self.dtype, name='stem_norm')(x, mask, train=train))

@@ -3,11 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from mmjax.models import layers
 from mmjax.models.layers import MaskedBatchNorm
 from mmjax.models.resnet import Conv
-from mmjax.models.statistics import PictureStatistics
+from mmjax.models.statistics import ImageStatistics
+from mmjax.typing import Array, DType
 
 CLIP_RANGE = (-1.8, 2.15)  # of pixels, as CLIP normalises them
 
@@ -26,10 +28,17 @@ class Bottleneck(nn.Module):
 
     width: int
     halve: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[Array, 'batch height width channels'],
+        mask: Bool[Array, ' batch'] | None,
+        *,
+        train: bool,
+    ) -> Float[jax.Array, 'batch rows columns {4*self.width}']:
+        """Maps x as the three convolutions do; `mask` as in `ModifiedResNet`."""
         conv = lambda features, kernel, name: Conv(features, kernel, dtype=self.dtype, name=name)
         norm = lambda name, y: MaskedBatchNorm(dtype=self.dtype, name=name)(y, mask, train=train)
         y = nn.relu(norm('norm_1', conv(self.width, 1, 'conv_1')(x)))
@@ -47,12 +56,14 @@ class AttentionPool(nn.Module):
 
     heads: int
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [batch, height, width, channels] to [batch, features]."""
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[jax.Array, 'batch {self.features}']:
+        """Pools all positions of a map."""
         batch, height, width, channels = x.shape
         if channels % self.heads:
             raise ValueError(f'{channels} channels are not a multiple of {self.heads} heads')
@@ -74,17 +85,19 @@ class AttentionPool(nn.Module):
 
 
 class StatisticsPool(nn.Module):
-    """Projects `PictureStatistics`, for a small net that is trained from scratch."""
+    """Projects `ImageStatistics`, for a small net that is trained from scratch."""
 
     features: int
     bins: int = 8
     share: float = 0.3
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, maps: list[jax.Array]) -> jax.Array:
-        """Maps images [batch, size, size, 3], maps [batch, h, w, c] each, to [batch, features]."""
-        x = PictureStatistics(self.bins, self.share, CLIP_RANGE, name='statistics')(images, maps)
+    def __call__(
+        self, images: Float[Array, 'batch size size 3'], maps: list[Float[Array, 'batch _ _ _']]
+    ) -> Float[jax.Array, 'batch {self.features}']:
+        """Projects the statistics of images and of their maps."""
+        x = ImageStatistics(self.bins, self.share, CLIP_RANGE, name='statistics')(images, maps)
         init = nn.initializers.normal(self.features**-0.5)
         return layers.Dense(self.features, dtype=self.dtype, kernel_init=init, name='out')(x)
 
@@ -93,7 +106,7 @@ class ModifiedResNet(nn.Module):
     """CLIP's residual net with masked batch norms (Radford 2021, after He 2018's ResNet-D).
 
     The defaults are RN50's. A small one: `ModifiedResNet(64, (1, 1, 1, 1), 16, 8, 128)`. The stem
-    makes a quarter of the picture's side, every stage after the first halves it; stage s puts out
+    makes a quarter of the image's side, every stage after the first halves it; stage s puts out
     4 · width · 2^s channels. Blocks are counted through all stages: `block_0`, `block_1`, …
     `pooling`: 'attention' is CLIP's; 'statistics' pools the stem's and every stage's output by
     `StatisticsPool` with `share`, for small nets from scratch.
@@ -106,18 +119,23 @@ class ModifiedResNet(nn.Module):
     features: int = 1024
     pooling: str = 'attention'
     share: float = 0.3
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, mask: jax.Array | None = None, *, train: bool
-    ) -> jax.Array:
-        """Maps normalised images [batch, image_size, image_size, 3] to [batch, features].
+        self,
+        images: Float[Array, 'batch size size 3'],
+        mask: Bool[Array, ' batch'] | None = None,
+        *,
+        train: bool,
+    ) -> Float[jax.Array, 'batch {self.features}']:
+        """Embeds normalised images of `image_size`.
 
-        `mask`: bool [batch], False on rows that must stay out of the batch statistics.
+        `mask`: False on rows that must stay out of the batch statistics.
         """
-        size, shrink = self.image_size, 4 * 2 ** (len(self.stage_sizes) - 1)
+        size = self.image_size
+        shrink = 4 * 2 ** (len(self.stage_sizes) - 1)
         if images.shape[1:] != (size, size, 3):
             raise ValueError(f'images {images.shape} are not [batch, {size}, {size}, 3]')
         if self.pooling not in ('attention', 'statistics'):
@@ -131,7 +149,8 @@ class ModifiedResNet(nn.Module):
             norm = MaskedBatchNorm(dtype=self.dtype, name=f'stem_norm_{index}')
             x = nn.relu(norm(x, mask, train=train))
         x = _halve(x)
-        maps, index = [x], 0
+        maps = [x]
+        index = 0
         for stage, blocks in enumerate(self.stage_sizes):
             for first in (position == 0 for position in range(blocks)):
                 x = Bottleneck(

@@ -1,111 +1,127 @@
 """Real tokens side by side, so that what works on each alone does not work on padding."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int, PyTree, Shaped
+
+from mmjax.typing import Array
 
 
-class Places(NamedTuple):
+class PackIndices(NamedTuple):
     """Where the real tokens of a batch stand once they are packed, in their order.
 
-    mask: bool [batch, length], True on real tokens; order: int [room], the place in the flattened
-    batch that each packed row is from, those of padding last; back: int [batch, length], the packed
-    row of each token, meaningless on padding.
+    mask: True on real tokens; order: the position in the flattened batch that each packed row is
+    from, those of padding last; inverse: the packed row of each token, meaningless on padding.
     """
 
-    mask: jax.Array
-    order: jax.Array
-    back: jax.Array
+    mask: Bool[Array, 'batch length']
+    order: Int[Array, ' packed']
+    inverse: Int[Array, 'batch length']
 
 
-def rows_for(mask: jax.Array, room: float | None) -> int:
-    """Returns how many packed rows a batch of mask [batch, length] gets, at most all of its tokens.
+def packed_rows(mask: Shaped[Array, 'batch length'], packed_length: float | None) -> int:
+    """Returns how many packed rows a batch gets, at most all of its tokens.
 
-    room: tokens a row of the batch, on average; None or 0 for all. A multiple of 8, but for all.
+    Args:
+      mask: of the batch.
+      packed_length: packed rows per row of the batch; None or 0 for all of its tokens. The result
+        is a multiple of 8, except for all.
     """
-    return min(math.ceil(room * len(mask) / 8) * 8, mask.size) if room else mask.size
+    if not packed_length:
+        return mask.size
+    return min(math.ceil(packed_length * len(mask) / 8) * 8, mask.size)
 
 
-def places(mask: jax.Array, room: int) -> Places:
-    """Returns the places of the tokens of `mask` [batch, length] in `room` rows.
+def pack_indices(mask: Shaped[Array, 'batch length'], rows: int) -> PackIndices:
+    """Returns where the tokens of `mask` stand in `rows` packed rows.
 
     There must not be more real tokens than rows: those beyond would be lost.
     """
     mask = mask.astype(bool)
     flat = mask.reshape(-1)
-    order = jnp.argsort(~flat, stable=True)[:room]
-    return Places(mask, order, jnp.clip(jnp.cumsum(flat) - 1, 0, room - 1).reshape(mask.shape))
+    order = jnp.argsort(~flat, stable=True)[:rows]
+    inverse = jnp.clip(jnp.cumsum(flat) - 1, 0, rows - 1).reshape(mask.shape)
+    return PackIndices(mask, order, inverse)
 
 
-# Each is the other's transpose. Told so, none is a scatter, which is slow on CPU.
+# Each is declared as the other's transpose, so that none is a scatter, which is slow on CPU.
 @jax.custom_vjp
-def pack(x: jax.Array, where: Places) -> jax.Array:
-    """Maps x [batch, length, …] to [room, …]; rows beyond the last token are those of padding."""
-    return x.reshape(-1, *x.shape[2:])[where.order]
+def pack(
+    x: Shaped[Array, 'batch length *features'], indices: PackIndices
+) -> Shaped[Array, ' packed *features']:
+    """Maps a batch to its packed rows; rows beyond the last token are those of padding."""
+    return x.reshape(-1, *x.shape[2:])[indices.order]
 
 
 @jax.custom_vjp
-def unpack(y: jax.Array, where: Places) -> jax.Array:
-    """Maps y [room, …] to [batch, length, …], 0 on padding."""
-    mask = where.mask.reshape(*where.mask.shape, *[1] * (y.ndim - 1))
-    return jnp.where(mask, y[where.back], 0)
+def unpack(
+    y: Shaped[Array, ' packed *features'], indices: PackIndices
+) -> Shaped[Array, 'batch length *features']:
+    """Maps packed rows to a batch, 0 on padding."""
+    mask = indices.mask.reshape(*indices.mask.shape, *[1] * (y.ndim - 1))
+    return jnp.where(mask, y[indices.inverse], 0)
 
 
-def _pack_back(where, change):
-    # Rows beyond the last token came from padding, whose change is of no use.
-    return unpack(change, where), None
+def _pack_backward(indices, cotangent):
+    # Rows beyond the last token came from padding, whose gradient is of no use.
+    return unpack(cotangent, indices), None
 
 
-def _unpack_back(where, change):
-    real = jnp.arange(len(where.order)) < where.mask.sum()
-    packed = pack(change, where)
+def _unpack_backward(indices, cotangent):
+    real = jnp.arange(len(indices.order)) < indices.mask.sum()
+    packed = pack(cotangent, indices)
     return jnp.where(real.reshape(-1, *[1] * (packed.ndim - 1)), packed, 0), None
 
 
-pack.defvjp(lambda x, where: (pack(x, where), where), _pack_back)
-unpack.defvjp(lambda y, where: (unpack(y, where), where), _unpack_back)
+pack.defvjp(lambda x, indices: (pack(x, indices), indices), _pack_backward)
+unpack.defvjp(lambda y, indices: (unpack(y, indices), indices), _unpack_backward)
 
 
-def either(fits, usual, rare, params, *data):
-    """Returns usual(params, *data) where `fits`, a bool, and rare(params, *data) where not.
+def cond(
+    pred: Bool[Array, ''], usual: Callable, rare: Callable, params: PyTree, *data: PyTree
+) -> PyTree:
+    """Returns usual(params, *data) where `pred`, and rare(params, *data) where not.
 
     A `jax.lax.cond` under whose gradient the rare branch costs nothing until it is taken: there
-    each branch fills with zeros what the other keeps, weights included. Here `rare` keeps nothing
+    each branch fills with zeros the residuals of the other, weights included. Here `rare` has none
     and is run again for its gradient. Both are functions of their arguments alone. Only params, a
-    pytree of float arrays, have a gradient: what comes back to `data` is 0.
+    pytree of float arrays, have a gradient: that of `data` is 0.
     """
-    form = None
+    treedef = None
 
     @jax.custom_vjp
-    def run(fits, params, data):
+    def run(pred, params, data):
         call = lambda function: lambda params, data: function(params, *data)
-        return jax.lax.cond(fits, call(usual), call(rare), params, data)
+        return jax.lax.cond(pred, call(usual), call(rare), params, data)
 
-    def forward(fits, params, data):
-        def keep(params, data):
-            nonlocal form
-            found, pull = jax.vjp(lambda params: usual(params, *data), params)
-            kept, form = jax.tree.flatten(pull)
-            return found, kept
+    def forward(pred, params, data):
+        def usual_vjp(params, data):
+            nonlocal treedef
+            outputs, vjp = jax.vjp(lambda params: usual(params, *data), params)
+            residuals, treedef = jax.tree.flatten(vjp)
+            return outputs, residuals
 
-        def bare(params, data):
-            kept = jax.eval_shape(keep, params, data)[1]
-            return rare(params, *data), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
+        def rare_only(params, data):
+            residuals = jax.eval_shape(usual_vjp, params, data)[1]
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), residuals)
+            return rare(params, *data), zeros
 
-        found, kept = jax.lax.cond(fits, keep, bare, params, data)
-        return found, (fits, params, data, kept)
+        outputs, residuals = jax.lax.cond(pred, usual_vjp, rare_only, params, data)
+        return outputs, (pred, params, data, residuals)
 
-    def backward(saved, change):
-        def pull(params, data, kept, change):
-            return jax.tree.unflatten(form, kept)(change)[0]
+    def backward(saved, cotangent):
+        def pull_usual(params, data, residuals, cotangent):
+            return jax.tree.unflatten(treedef, residuals)(cotangent)[0]
 
-        def again(params, data, kept, change):
-            return jax.vjp(lambda params: rare(params, *data), params)[1](change)[0]
+        def pull_rare(params, data, residuals, cotangent):
+            return jax.vjp(lambda params: rare(params, *data), params)[1](cotangent)[0]
 
-        fits, *rest = saved
-        return None, jax.lax.cond(fits, pull, again, *rest, change), None
+        pred, *rest = saved
+        return None, jax.lax.cond(pred, pull_usual, pull_rare, *rest, cotangent), None
 
     run.defvjp(forward, backward)
-    return run(fits, params, data)
+    return run(pred, params, data)

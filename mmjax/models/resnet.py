@@ -3,11 +3,14 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
+from mmjax import cpu
 from mmjax.models.layers import MaskedBatchNorm
-from mmjax.models.statistics import PictureStatistics
+from mmjax.models.statistics import ImageStatistics
+from mmjax.typing import Array, DType
 
-IMAGENET_RANGE = (-2.12, 2.64)  # of pixels less their mean, by their deviation
+IMAGENET_RANGE = (-2.12, 2.64)  # of normalised pixels
 _he_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
@@ -17,16 +20,18 @@ class Conv(nn.Module):
     features: int
     kernel: int
     stride: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [batch, height, width, channels] to [batch, ⌈height/stride⌉, …, features]."""
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[jax.Array, 'batch rows columns {self.features}']:
+        """Returns ⌈height/stride⌉ rows and ⌈width/stride⌉ columns."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param('kernel', _he_init, shape).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.kernel == 1:  # a product is 4 times faster than XLA:CPU's convolution
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+        if self.kernel == 1:
+            return cpu.conv1x1(x, kernel[0, 0], self.stride)
         padding = [(self.kernel // 2, self.kernel // 2)] * 2
         return jax.lax.conv_general_dilated(
             x, kernel, (self.stride,) * 2, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
@@ -42,10 +47,17 @@ class Block(nn.Module):
     width: int
     stride: int
     bottleneck: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[Array, 'batch height width channels'],
+        mask: Bool[Array, ' batch'] | None,
+        *,
+        train: bool,
+    ) -> Float[jax.Array, 'batch rows columns features']:
+        """Maps x as the two or three convolutions do; `mask` as in `ResNet`."""
         if self.bottleneck:
             plan = ((self.width, 1, 1), (self.width, 3, self.stride), (4 * self.width, 1, 1))
         else:
@@ -67,8 +79,8 @@ class ResNet(nn.Module):
 
     The defaults are ResNet-50 v1.5, 23,508,032 parameters. A small one: `ResNet((1, 1, 1, 1), 16,
     bottleneck=False, stem_kernel=3, stem_pool=False)`. Stage s has width · 2^s channels (4 times
-    that out of a bottleneck) and halves the picture from s = 1 on. Blocks are counted through all
-    stages: `block_0`, `block_1`, …  With `statistics`, `PictureStatistics` of the stem's and all
+    that out of a bottleneck) and halves the image from s = 1 on. Blocks are counted through all
+    stages: `block_0`, `block_1`, …  With `statistics`, `ImageStatistics` of the stem's and all
     stages' maps come out in place of the last map's mean, for small nets from scratch.
     """
 
@@ -79,21 +91,26 @@ class ResNet(nn.Module):
     stem_stride: int = 2
     stem_pool: bool = True
     statistics: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, mask: jax.Array | None = None, *, train: bool
-    ) -> jax.Array:
-        """Maps normalised images [batch, height, width, 3] to pooled [batch, features].
+        self,
+        images: Float[Array, 'batch height width 3'],
+        mask: Bool[Array, ' batch'] | None = None,
+        *,
+        train: bool,
+    ) -> Float[jax.Array, 'batch features']:
+        """Pools the maps of normalised images.
 
-        `mask`: bool [batch], False on rows that must stay out of the batch statistics.
+        `mask`: False on rows that must stay out of the batch statistics.
         """
         x = Conv(self.width, self.stem_kernel, self.stem_stride, self.dtype, name='stem')(images)
         x = nn.relu(MaskedBatchNorm(dtype=self.dtype, name='stem_norm')(x, mask, train=train))
         if self.stem_pool:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        maps, index = [x], 0
+        maps = [x]
+        index = 0
         for stage, blocks in enumerate(self.stage_sizes):
             for first in (position == 0 for position in range(blocks)):
                 stride = 2 if first and stage > 0 else 1
@@ -107,6 +124,6 @@ class ResNet(nn.Module):
                 index += 1
             maps.append(x)
         if self.statistics:
-            pool = PictureStatistics(limits=IMAGENET_RANGE, name='statistics')
+            pool = ImageStatistics(limits=IMAGENET_RANGE, name='statistics')
             return pool(images, maps).astype(self.dtype)
         return x.astype(jnp.float32).mean((1, 2)).astype(self.dtype)

@@ -3,8 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from mmjax.models import layers
+from mmjax.typing import Array, DType
 
 
 class AttentionPool(nn.Module):
@@ -13,12 +15,12 @@ class AttentionPool(nn.Module):
     heads: int
     mlp_width: int
     epsilon: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [batch, length, width] to [batch, width]."""
+    def __call__(self, x: Float[Array, 'batch length width']) -> Float[jax.Array, 'batch width']:
+        """Pools the tokens of each row."""
         width = x.shape[-1]
         probe = self.param('probe', layers.kernel_init, (1, width))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, width))
@@ -31,7 +33,7 @@ class AttentionPool(nn.Module):
 class ViT(nn.Module):
     """SigLIP's image tower (Zhai 2023): no class token, pre-LN blocks, attention pooling.
 
-    The defaults are the sizes of siglip-base-patch16-224. Blocks are `block_0`, `block_1`, …
+    The defaults are siglip-base-patch16-224: 92,884,224 parameters. Blocks are `block_0`, …
     """
 
     image_size: int = 224
@@ -42,12 +44,14 @@ class ViT(nn.Module):
     mlp_width: int = 3072
     dropout: float = 0.0
     epsilon: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
+    dtype: DType = jnp.float32
     implementation: str = 'xla'
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Maps normalised images [batch, image_size, image_size, 3] to [batch, width]."""
+    def __call__(
+        self, images: Float[Array, 'batch size size 3'], *, train: bool
+    ) -> Float[jax.Array, 'batch {self.width}']:
+        """Embeds normalised images of `image_size`."""
         x = layers.patches(images, self.image_size, self.patch_size).astype(self.dtype)
         embed = layers.Dense(
             self.width, dtype=self.dtype, kernel_init=layers.kernel_init, name='patch_embedding'
@@ -72,8 +76,3 @@ class ViT(nn.Module):
         return AttentionPool(
             self.heads, self.mlp_width, self.epsilon, self.dtype, self.implementation, name='pool'
         )(x)
-
-
-def siglip_base(**fields) -> ViT:
-    """Returns siglip-base-patch16-224: 92,884,224 parameters, pooled width 768."""
-    return ViT(**fields)

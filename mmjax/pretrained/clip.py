@@ -53,7 +53,7 @@ _NEUTRAL = ('init_logit_scale', 'patch_dropout', 'hf_tokenizer_name', 'tokenizer
 
 
 def fields(folder) -> dict[str, dict[str, Any]]:
-    """Returns the fields of both towers, {'vision': …, 'text': …}, as `models.clip.build` has them.
+    """Returns the fields of both towers, {'vision': …, 'text': …}, for `models.clip.build`.
 
     They are read from config.json where the tensors are named as in Hugging Face's CLIPModel.
     Where they have OpenAI's names they are read from open_clip_config.json; without one the
@@ -62,7 +62,7 @@ def fields(folder) -> dict[str, dict[str, Any]]:
 
     Raises:
       UserError: neither names fit, or a config is missing, malformed or of a model that Clip does
-        not compute, or pictures are normalised otherwise than by `PIXELS`; names file and key.
+        not compute, or images are normalised otherwise than by `PIXELS`; names file and key.
     """
     weights = files.Weights(folder)
     path = pathlib.Path(folder)
@@ -82,12 +82,12 @@ def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[st
 
     Args:
       folder: safetensors, and the config that `fields` reads.
-      image_size: side of the pictures to come; the picture tower's positions are resized to it
+      image_size: side of the images to come; the image tower's positions are resized to it
         where it is not the published one.
 
     Returns:
       (parameters, running statistics) of `models.clip.Clip`, float32 NumPy arrays; the statistics
-      are {} unless the picture tower is a ModifiedResNet.
+      are {} unless the image tower is a ModifiedResNet.
 
     Raises:
       UserError: as `fields` and `files.load`.

@@ -83,7 +83,7 @@ def openai(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[files.Ent
 
 
 def positions(vision: Mapping[str, Any]) -> int:
-    """Returns how many positions a picture tower has: the grid's, and the class token's or mean."""
+    """Returns how many positions a image tower has: the grid's, and the class token's or mean."""
     return 1 + (vision['image_size'] // cell(vision)) ** 2
 
 
@@ -122,11 +122,11 @@ def openai_fields(weights: files.Weights) -> dict[str, dict[str, Any]]:
     """
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
-        found = weights.shape(name)
-        if len(found) != rank:
+        sizes = weights.shape(name)
+        if len(sizes) != rank:
             file = weights.names[name]
-            raise UserError(f"{file}: tensor '{name}' has shape {list(found)}, not {rank} axes")
-        return found
+            raise UserError(f"{file}: tensor '{name}' has shape {list(sizes)}, not {rank} axes")
+        return sizes
 
     def transformer(root: str, width: int, features: int) -> dict[str, Any]:
         return {
@@ -148,19 +148,22 @@ def openai_fields(weights: files.Weights) -> dict[str, dict[str, Any]]:
     if stages:
         sizes = (_count(weights, rf'visual\.layer{i}\.(\d+)\.') for i in range(1, stages + 1))
         vision = {'stage_sizes': tuple(sizes), 'width': shape('visual.layer1.0.conv1.weight', 4)[0]}
-        places, channels = shape('visual.attnpool.positional_embedding', 2)
+        positions, channels = shape('visual.attnpool.positional_embedding', 2)
         vision |= {'heads': heads(weights.folder, channels, HEAD), 'features': features}
     else:
         width, _, patch, _ = shape('visual.conv1.weight', 4)
-        places, _ = shape('visual.positional_embedding', 2)
+        positions, _ = shape('visual.positional_embedding', 2)
         vision = {'patch_size': patch, **transformer('visual.transformer', width, features)}
-    return {'vision': {'image_size': math.isqrt(places - 1) * cell(vision), **vision}, 'text': text}
+    return {
+        'vision': {'image_size': math.isqrt(positions - 1) * cell(vision), **vision},
+        'text': text,
+    }
 
 
 def _count(weights: files.Weights, pattern: str, first: int = 0) -> int:
     """Returns how many numbers from `first` on the group of `pattern` takes among the names."""
-    found = (re.match(pattern, name) for name in weights.names)
-    return max((int(match[1]) + 1 - first for match in found if match), default=0)
+    matches = (re.match(pattern, name) for name in weights.names)
+    return max((int(match[1]) + 1 - first for match in matches if match), default=0)
 
 
 def _patches(name: str, vision: Mapping[str, Any]) -> files.Entry:

@@ -69,9 +69,10 @@ def fields(folder) -> dict[str, Any]:
         'mlp_width': ('intermediate_size', mlp_width),
     }
     sizes = files.sizes(where, config, keys)
-    own = config.get('num_key_value_heads') is not None  # without, each head has its own
+    # Without the key, each query head has its key head.
+    grouped = config.get('num_key_value_heads') is not None
     kv_heads = {'kv_heads': ('num_key_value_heads', sizes['heads'])}
-    sizes |= files.sizes(where, config if own else {}, kv_heads)
+    sizes |= files.sizes(where, config if grouped else {}, kv_heads)
     files.check_config(where, config, 'head_dim', (None, sizes['width'] / sizes['heads']))
     return {
         **sizes,
@@ -95,7 +96,7 @@ def _config(folder) -> tuple[str, Mapping[str, Any]]:
 
 
 def closing(folder) -> int | None:
-    """Returns the id of the token that closes texts, None where the folder names none.
+    """Returns the id of the token that closes texts, None if the folder names none.
 
     It is `eos_token` of tokenizer_config.json, a token of tokenizer.json, else `eos_token_id` of
     config.json (of several the first); a folder that has neither closes texts with the token that
@@ -111,10 +112,10 @@ def closing(folder) -> int | None:
         token = named.get(f'{kind}_token')
         if token := token.get('content') if isinstance(token, Mapping) else token:
             added = files.read_json(pathlib.Path(folder) / 'tokenizer.json').get('added_tokens', [])
-            found = [one['id'] for one in added if one['content'] == token]
-            if not found:
+            ids = [entry['id'] for entry in added if entry['content'] == token]
+            if not ids:
                 raise UserError(f"{path}: {kind}_token '{token}' is none of tokenizer.json")
-            return found[0]
+            return ids[0]
         number = config.get(f'{kind}_token_id')
         number = next(iter(number), None) if isinstance(number, list) else number
         if number is not None:

@@ -113,8 +113,8 @@ class Weights:
         for name in names:
             by_file.setdefault(self._file(name), []).append(name)
         tensors = {}
-        for path, wanted in by_file.items():
-            get = lambda reader, wanted=wanted: {x: reader.get_tensor(x) for x in wanted}
+        for path, keys in by_file.items():
+            get = lambda reader, keys=keys: {key: reader.get_tensor(key) for key in keys}
             tensors |= self._open(path, get)
         return {name: np.asarray(x, np.float32) for name, x in tensors.items()}
 
@@ -194,28 +194,28 @@ def load(
     """
     weights = Weights(folder)
     table = {entry.name: entry for entry in entries}
-    found: dict[str, str] = {}
+    published: dict[str, str] = {}
     for name, file in weights.names.items():
         ours = rename(name)
-        if ours in found:
-            raise UserError(f"{file}: tensors '{found[ours]}' and '{name}' are the same one")
+        if ours in published:
+            raise UserError(f"{file}: tensors '{published[ours]}' and '{name}' are the same one")
         if ours in table:
-            found[ours] = name
+            published[ours] = name
         elif not any(re.fullmatch(pattern, ours) for pattern in unused):
             raise UserError(f"{file}: tensor '{name}' has no place in the model")
     for entry in entries:
-        if entry.name not in found:
+        if entry.name not in published:
             raise UserError(f"{weights.folder}: tensor '{entry.name}' is missing")
-        shape = weights.shape(found[entry.name])
+        shape = weights.shape(published[entry.name])
         if shape != entry.shape:
             raise UserError(
-                f"{weights.names[found[entry.name]]}: tensor '{found[entry.name]}' has shape "
-                f'{list(shape)}, the model needs {list(entry.shape)}'
+                f"{weights.names[published[entry.name]]}: tensor '{published[entry.name]}' has "
+                f'shape {list(shape)}, the model needs {list(entry.shape)}'
             )
-    tensors = weights.read(found.values())
+    tensors = weights.read(published.values())
     leaves = {}
     for entry in entries:
-        parts = np.split(tensors[found[entry.name]], len(entry.paths))
+        parts = np.split(tensors[published[entry.name]], len(entry.paths))
         for path, part in zip(entry.paths, parts, strict=True):
             leaves[path] = np.ascontiguousarray(entry.layout.load(part))
     tree = traverse_util.unflatten_dict(leaves, sep='/')
@@ -237,8 +237,8 @@ def export(variables: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, 
         parts = [entry.layout.save(np.asarray(leaves.pop(path))) for path in entry.paths]
         tensors[entry.name] = np.ascontiguousarray(np.concatenate(parts))
         if tensors[entry.name].shape != entry.shape:
-            found = list(tensors[entry.name].shape)
-            raise ValueError(f"'{entry.name}' has shape {found}, not {list(entry.shape)}")
+            shape = list(tensors[entry.name].shape)
+            raise ValueError(f"'{entry.name}' has shape {shape}, not {list(entry.shape)}")
     if leaves:
         raise ValueError(f"leaf '{min(leaves)}' has no published name")
     return tensors

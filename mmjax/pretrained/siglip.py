@@ -118,7 +118,7 @@ def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[st
 
     Args:
       folder: config.json and safetensors.
-      image_size: size of the pictures to come; positions are resized to it (bilinear) where it
+      image_size: size of the images to come; positions are resized to it (bilinear) where it
         is not the published one.
 
     Returns:

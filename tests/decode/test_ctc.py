@@ -288,6 +288,7 @@ def test_the_language_model_decides_where_the_frames_do_not():
     np.testing.assert_allclose(few.scores[0, :4], [scores[s] for s in found[:4]], rtol=1e-5)
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_what_does_not_fit_is_named():
     log_probs, mask = rows([3], 4)
     with pytest.raises(ValueError, match=r'log_probs must be \[B, T, V\]'):

@@ -178,7 +178,7 @@ def test_posteriorgram_of_nothing_decoded_or_nothing_expected():
 
 def test_confusions_are_drawn_most_frequent_first():
     counts = {('SUN', 'RAIN'): 3, ('WIND', 'MUCH'): 7, ('RAIN', 'NORTH'): 3, ('RAIN', 'SUN'): 1}
-    axis = rendered(posteriorgram.confusions(counts, most=3)).axes[0]
+    axis = rendered(posteriorgram.confusions(counts, top_k=3)).axes[0]
     labels = [label.get_text() for label in axis.get_yticklabels()]
     assert labels == ['WIND → MUCH', 'RAIN → NORTH', 'SUN → RAIN']
     assert [bar.get_width() for bar in axis.patches] == [7, 3, 3]

@@ -285,36 +285,7 @@ def test_gallery_refuses_what_is_not_finite_or_does_not_fit():
         gallery.search(x, x, 0)
 
 
-# Comparison and picture
-
-
-def test_bootstrap_difference_has_the_error_of_paired_queries():
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=400) * 5
-    b = a - 0.3 + rng.normal(size=400) * 0.1  # paired: the spread of a cancels
-    difference, low, high = gallery.bootstrap_difference(a, b)
-    np.testing.assert_allclose(difference, np.mean(a - b))
-    half = 1.96 * np.std(a - b) / 20
-    np.testing.assert_allclose([difference - low, high - difference], half, rtol=0.1)
-    assert gallery.bootstrap_difference(a, b) == (difference, low, high)
-    back = gallery.bootstrap_difference(b, a, seed=1)
-    np.testing.assert_allclose(back, [-difference, -high, -low], atol=0.002)
-
-
-def test_bootstrap_difference_draws_whole_identities():
-    rng = np.random.default_rng(0)
-    groups = rng.permutation(np.repeat(np.arange(100), 4))
-    a, b = rng.normal(size=(2, 100))[:, groups]
-    _, low, high = gallery.bootstrap_difference(a, b, groups)
-    by_identity = 2 * 1.96 * np.std(a - b) / 10
-    np.testing.assert_allclose(high - low, by_identity, rtol=0.1)  # twice that by query
-    alone = gallery.bootstrap_difference([1.0, 0.5], [0.0, 0.5], ['x', 'x'])
-    assert alone == (0.5, float('-inf'), float('inf'))
-    for broken in (([1.0], [1.0, 2.0]), ([], []), ([1.0], [1.0], [1, 2])):
-        with pytest.raises(ValueError, match='of one length, 1 or more'):
-            gallery.bootstrap_difference(*broken)
-    with pytest.raises(ValueError, match='row 1 of a or b is not finite'):
-        gallery.bootstrap_difference([1.0, np.nan], [1.0, 2.0])
+# Figures
 
 
 def test_figure_frames_right_in_green_and_wrong_in_red(tmp_path):

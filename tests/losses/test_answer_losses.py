@@ -57,6 +57,7 @@ def test_half_precision_logits_are_summed_in_float32():
     ('logits', 'labels', 'smoothing', 'message'),
     [((2, 3), (3,), 0.0, 'labels'), ((3,), (3,), 0.0, 'labels'), ((2, 3), (2,), 1.0, r'\[0, 1\)')],
 )
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_classes_that_do_not_fit_are_refused(logits, labels, smoothing, message):
     with pytest.raises(ValueError, match=message):
         classification.cross_entropy_rows(
@@ -105,6 +106,7 @@ def test_of_equal_logits_the_first_is_what_is_said():
     assert correct.tolist() == [1]
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_tokens_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r'\(1, 2, 3\), \(1, 3\) and \(1, 2\)'):
         language.token_rows(jnp.zeros((1, 2, 3)), np.zeros((1, 3), int), np.ones((1, 2)))
@@ -114,7 +116,7 @@ def test_tokens_that_do_not_fit_are_refused():
 def test_a_decoder_reads_what_stands_before_and_says_what_it_was_told(jit):
     tokens = np.array([[5, 6, 7, 1], [8, 1, 0, 0], [0, 0, 0, 0]], np.int32)
     mask, kept = tokens > 0, tokens.copy()
-    read, seen = jit(lambda t, m: language.shifted(t, m, 9))(tokens, mask)
+    read, seen = jit(lambda t, m: language.shift_right(t, m, 9))(tokens, mask)
     assert read.dtype == np.int32 and read.tolist() == [[9, 5, 6, 7], [9, 8, 1, 0], [9, 0, 0, 0]]
     np.testing.assert_array_equal(seen, mask)
     np.testing.assert_array_equal(tokens, kept)

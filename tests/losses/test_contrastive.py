@@ -416,6 +416,7 @@ def test_defect_quadratic_similarity_matrix(form):
 # Tiles, meshes, faults
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_tile_size():
     assert pairs.tile_size(2048, 'auto') is None
     assert pairs.tile_size(16384, 'auto') == 2048
@@ -430,6 +431,7 @@ def test_tile_size():
             pairs.tile_size(10, bad)
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_wrong_arguments_are_named():
     a, b, labels, mask = data()
     with pytest.raises(ValueError, match=r'one shape, got \(13, 5\) and \(12, 5\)'):

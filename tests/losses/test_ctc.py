@@ -200,6 +200,7 @@ def test_smoothing_is_the_divergence_from_uniform():
     assert np.isfinite(gradient).all() and not np.any(gradient[~mask]) and np.any(gradient[0])
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_wrong_shapes_are_named():
     logits, mask, labels, label_mask = batch(ROWS)
     with pytest.raises(ValueError, match=r'bool mask \[B, T\]'):

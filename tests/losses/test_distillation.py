@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.losses.distillation import distillation, without_blanks
+from mmjax.losses.distillation import distillation, frame_weights
 
 B, T, V = 3, 5, 4
 MASK = np.arange(T) < np.array([5, 2, 0])[:, None]
@@ -45,14 +45,14 @@ def test_frames_weigh_less_the_surer_the_teacher_is_of_the_blank():
         weights[row, frame] = 1 - 0.9 * softmax(teacher[row, frame].astype(np.float64))[2]
         p, q = (softmax(x[row, frame].astype(np.float64) / 2) for x in (student, teacher))
         expected[row] += 4 * weights[row, frame] * np.sum(q * np.log(q / p))
-    given = without_blanks(teacher, 0.1, blank=2)
+    given = frame_weights(teacher, 0.1, blank=2)
     sums, counts = distillation(student, teacher, MASK, temperature=2.0, weights=given)
     np.testing.assert_allclose(sums, expected, rtol=1e-5)
     np.testing.assert_allclose(counts, weights.sum(1), rtol=1e-5)
-    np.testing.assert_array_equal(without_blanks(teacher, 1.0)[MASK], 1)
-    through = lambda s, t: distillation(
-        s, t, MASK, temperature=2.0, weights=without_blanks(t, 0.1)
-    )[0].sum()
+    np.testing.assert_array_equal(frame_weights(teacher, 1.0)[MASK], 1)
+    through = lambda s, t: distillation(s, t, MASK, temperature=2.0, weights=frame_weights(t, 0.1))[
+        0
+    ].sum()
     for_student, for_teacher = jax.grad(through, (0, 1))(student, teacher)
     np.testing.assert_array_equal(for_teacher, 0)
     assert np.isfinite(for_student).all() and not for_student[~MASK].any()
@@ -79,6 +79,7 @@ def test_equal_up_to_a_constant_is_zero():
     np.testing.assert_allclose(sums, 0, atol=1e-5)
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_what_does_not_fit_is_named():
     student, teacher = data()
     with pytest.raises(ValueError, match=r'logits must be \[B, T, V\] twice'):

@@ -279,6 +279,7 @@ def test_fewer_than_two_rows_are_zero_with_count_zero_and_a_zero_gradient(chunk,
         np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_wrong_arguments_are_named():
     a, b, _, mask = data()
     with pytest.raises(ValueError, match=r'one shape, got \(13, 5\) and \(12, 5\)'):

@@ -113,6 +113,7 @@ def test_bfloat16_input_gives_a_float32_term():
     assert context.dtype == term.total.dtype == term.count.dtype == jnp.float32
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_wrong_shapes_are_named():
     embeddings, hidden = data()
     with pytest.raises(ValueError, match='bool mask'):

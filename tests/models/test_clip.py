@@ -11,6 +11,7 @@ import pytest
 
 from mmjax.models import clip
 from mmjax.models.modified_resnet import AttentionPool, Bottleneck
+from tests import clip_presets
 
 VISION = {
     'image_size': 14,
@@ -52,10 +53,10 @@ def _random(size):
 @pytest.mark.parametrize(
     ('preset', 'count'),
     [
-        (clip.vit_b_32, 151_277_313),
-        (clip.vit_b_16, 149_620_737),
-        (clip.vit_l_14, 427_616_513),
-        (clip.rn50, 102_007_137),
+        (clip_presets.vit_b_32, 151_277_313),
+        (clip_presets.vit_b_16, 149_620_737),
+        (clip_presets.vit_l_14, 427_616_513),
+        (clip_presets.rn50, 102_007_137),
     ],
 )
 def test_presets_have_the_published_parameter_counts(preset, count):
@@ -101,6 +102,7 @@ def test_padding_has_no_influence_and_an_empty_text_is_finite():
 # ------------------------------------------- pictures
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 @pytest.mark.parametrize('vision', [VISION, RESNET], ids=['vit', 'resnet'])
 def test_pictures_are_normalised_as_clip_was_trained(vision):
     model, (images, *_) = clip.build(vision, TEXT), _inputs(vision['image_size'])

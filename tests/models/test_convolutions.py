@@ -110,6 +110,7 @@ def test_a_row_does_not_see_beyond_its_end(layer):
         np.testing.assert_allclose(found[:, : alone.shape[1]], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_convolutions_refuse_even_kernels_and_masks_that_do_not_fit():
     x, mask, key = np.zeros((2, 5, 3)), np.ones((2, 5), bool), jax.random.key(0)
     with pytest.raises(ValueError, match='4 taps'):

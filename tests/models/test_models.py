@@ -12,7 +12,7 @@ import pytest
 from mmjax.models import layers
 from mmjax.models.bert import Bert, masked_mean
 from mmjax.models.resnet import ResNet
-from mmjax.models.vit import ViT, siglip_base
+from mmjax.models.vit import ViT
 from mmjax.recipes.comic import model as comic
 
 B, N, S, L, D = 2, 3, 16, 5, 12
@@ -24,7 +24,7 @@ B, N, S, L, D = 2, 3, 16, 5, 12
 @pytest.mark.parametrize(
     ('model', 'inputs', 'count'),
     [
-        (siglip_base(), [(1, 224, 224, 3)], 92_884_224),
+        (ViT(), [(1, 224, 224, 3)], 92_884_224),
         (ResNet(), [(1, 224, 224, 3)], 23_508_032),
         (Bert(), [(1, 8), (1, 8)], 22_713_216 - (384 * 384 + 384)),  # less the pooler
     ],
@@ -75,7 +75,7 @@ def test_towers_refuse_inputs_that_do_not_fit():
     with pytest.raises(ValueError, match='9 tokens do not fit max_length 8'):
         _bert().init(jax.random.key(0), jnp.zeros((1, 9), int), jnp.ones((1, 9)), train=False)
     with pytest.raises(ValueError, match='images'):
-        siglip_base().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+        ViT().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
 
 
 # ---------------------------------------------------------------- the comic model

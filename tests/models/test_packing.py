@@ -18,11 +18,11 @@ def _mask(counts):
 
 @pytest.mark.parametrize('counts', [(3, 10, 0, 1, 7, 2), (0,) * BATCH, (4,) * BATCH])
 def test_pack_and_unpack_are_each_other_s_transpose(counts):
-    mask, room = _mask(counts), 24
-    where = packing.places(mask, room)
+    mask, rows = _mask(counts), 24
+    where = packing.pack_indices(mask, rows)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((BATCH, LENGTH, 3)).astype(np.float32)
-    y = rng.standard_normal((room, 3)).astype(np.float32)
+    y = rng.standard_normal((rows, 3)).astype(np.float32)
     real = np.asarray(mask).reshape(-1)
     packed = np.asarray(packing.pack(x, where))
     np.testing.assert_array_equal(packed[: sum(counts)], x.reshape(-1, 3)[real])
@@ -30,11 +30,11 @@ def test_pack_and_unpack_are_each_other_s_transpose(counts):
     expected[real] = y[: sum(counts)]
     np.testing.assert_array_equal(np.asarray(packing.unpack(y, where)).reshape(-1, 3), expected)
     # <pack x, y> = <x, packᵀ y> on real rows; the transposes are what gradients use.
-    weights = jnp.where(jnp.arange(room) < sum(counts), 1.0, 0.0)[:, None] * y
+    weights = jnp.where(jnp.arange(rows) < sum(counts), 1.0, 0.0)[:, None] * y
     change = jax.grad(lambda x: (packing.pack(x, where) * weights).sum())(x)
     np.testing.assert_array_equal(np.asarray(change).reshape(-1, 3), expected)
     change = jax.grad(lambda y: (packing.unpack(y, where) * x).sum())(y)
-    kept = np.concatenate([x.reshape(-1, 3)[real], np.zeros((room - sum(counts), 3), np.float32)])
+    kept = np.concatenate([x.reshape(-1, 3)[real], np.zeros((rows - sum(counts), 3), np.float32)])
     np.testing.assert_array_equal(change, kept)
 
 
@@ -55,7 +55,7 @@ def _bert(dropout=0.0):
 
 @pytest.mark.parametrize('counts', [(3, 10, 1, 1, 7, 2), (10, 10, 9, 10, 8, 10), (0,) * BATCH])
 def test_a_packed_bert_equals_a_padded_one(counts):
-    """Few tokens, more than there is room for, none; in float64: rounding is no part."""
+    """Few tokens, more than are packed, none; in float64: rounding is no part."""
     with jax.enable_x64(True):
         model, mask = _bert().clone(dtype=jnp.float64), _mask(counts)
         rng = np.random.default_rng(1)
@@ -63,9 +63,11 @@ def test_a_packed_bert_equals_a_padded_one(counts):
         params = model.init(jax.random.key(0), tokens, mask, types, train=False)
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
 
-        def run(room):
+        def run(packed_length):
             def pooled(params):
-                found = model.apply(params, tokens, mask, types, train=True, room=room)
+                found = model.apply(
+                    params, tokens, mask, types, train=True, packed_length=packed_length
+                )
                 return masked_mean(found, mask)
 
             gradient = jax.grad(lambda params: (pooled(params)[:, :5] ** 3).sum())
@@ -84,7 +86,7 @@ def test_one_trace_serves_batches_that_fit_and_that_do_not():
     @jax.jit
     @chex.assert_max_traces(1)
     def run(mask):
-        return model.apply(params, tokens, mask, train=False, room=4.0)
+        return model.apply(params, tokens, mask, train=False, packed_length=4.0)
 
     for counts in ((3, 2, 4, 1, 1, 1), (10,) * BATCH):
         found, mask = run(_mask(counts)), _mask(counts)
@@ -94,15 +96,17 @@ def test_one_trace_serves_batches_that_fit_and_that_do_not():
             assert (found[~mask] == 0).all()
 
 
-def test_no_room_is_no_packing_and_packed_rows_have_a_mask():
+def test_no_packed_length_is_no_packing_and_packed_rows_have_a_mask():
     model, mask = _bert(), _mask((3, 2, 4, 1, 1, 1))
     tokens = jnp.zeros(mask.shape, int)
     params = model.init(jax.random.key(0), tokens, mask, train=False)
-    run = lambda room: model.apply(params, tokens, mask, train=False, room=room)
+    run = lambda packed_length: model.apply(
+        params, tokens, mask, train=False, packed_length=packed_length
+    )
     np.testing.assert_array_equal(run(0.0), run(None))
-    where = packing.places(mask, 16)
+    where = packing.pack_indices(mask, 16)
     with pytest.raises(ValueError, match='packed rows attend to themselves'):
-        layers.Attention(2).init(jax.random.key(0), jnp.zeros((16, 8)), places=where)
+        layers.Attention(2).init(jax.random.key(0), jnp.zeros((16, 8)), indices=where)
 
 
 def test_a_packed_bert_has_dropout():
@@ -110,7 +114,7 @@ def test_a_packed_bert_has_dropout():
     tokens = jnp.zeros(mask.shape, int)
     params = model.init(jax.random.key(0), tokens, mask, train=False)
     run = lambda seed: model.apply(
-        params, tokens, mask, train=True, room=4.0, rngs={'dropout': jax.random.key(seed)}
+        params, tokens, mask, train=True, packed_length=4.0, rngs={'dropout': jax.random.key(seed)}
     )
     assert (run(0) == run(0)).all() and (run(0)[mask] != run(1)[mask]).any()
 
@@ -119,7 +123,9 @@ def test_a_packed_bert_in_bfloat16_is_a_padded_one_within_rounding():
     model, mask = _bert().clone(dtype=jnp.bfloat16), _mask((3, 2, 4, 1, 1, 7))
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, 50, mask.shape))
     params = model.init(jax.random.key(0), tokens, mask, train=False)
-    run = lambda room: model.apply(params, tokens, mask, train=False, room=room)
+    run = lambda packed_length: model.apply(
+        params, tokens, mask, train=False, packed_length=packed_length
+    )
     packed, padded = run(4.0), run(None)
     assert packed.dtype == padded.dtype == jnp.bfloat16
     difference = np.abs(np.float32(packed)[mask] - np.float32(padded)[mask])
@@ -128,7 +134,7 @@ def test_a_packed_bert_in_bfloat16_is_a_padded_one_within_rounding():
     assert (packed[~mask] == 0).all() and np.abs(np.float32(padded)[mask]).mean() > 0.5
 
 
-def test_either_is_one_of_its_functions_with_its_gradient():
+def test_cond_is_one_of_its_functions_with_its_gradient():
     weights = {'a': jnp.array([2.0, -1.0]), 'b': jnp.float32(3.0)}
     x, count = jnp.array([0.5, 4.0]), jnp.array([1, 2])
     usual = lambda w, x, count: jnp.sum(jnp.sin(w['a'] * x) * w['b'] ** 2) * count[0]
@@ -137,7 +143,7 @@ def test_either_is_one_of_its_functions_with_its_gradient():
     @jax.jit
     @chex.assert_max_traces(1)
     def found(fits, weights, x):
-        run = lambda w: packing.either(fits, usual, rare, w, x, count)
+        run = lambda w: packing.cond(fits, usual, rare, w, x, count)
         return run(weights), jax.value_and_grad(run)(weights)
 
     for fits in (True, False):
@@ -149,7 +155,7 @@ def test_either_is_one_of_its_functions_with_its_gradient():
             chex.assert_trees_all_close(both, expected, rtol=1e-6)
 
 
-def test_either_may_be_run_again_for_its_gradient():
+def test_cond_may_be_run_again_for_its_gradient():
     """As micro-batches are: under a checkpoint, in a scan, some fitting and some not."""
     weights, xs = jnp.array([0.5, -1.0]), jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     usual, rare = lambda w, x: jnp.sum(jnp.sin(w * x)), lambda w, x: jnp.sum(w**3 * x)
@@ -158,7 +164,7 @@ def test_either_may_be_run_again_for_its_gradient():
         body = jax.checkpoint(lambda sum_, x: (sum_ + run(weights, x) ** 2, None))
         return jax.lax.scan(body, 0.0, xs)[0]
 
-    ours = lambda w, x: packing.either(x[0] < 4, usual, rare, w, x)
+    ours = lambda w, x: packing.cond(x[0] < 4, usual, rare, w, x)
     plain = lambda w, x: jnp.where(x[0] < 4, usual(w, x), rare(w, x))
     found, expected = (
         jax.jit(jax.value_and_grad(lambda w, run=run: total(run, w)))(weights)
@@ -180,5 +186,5 @@ def test_the_rare_function_keeps_nothing_for_its_gradient():
         return {variable.aval.shape for variable in forward.outvars}
 
     cond = lambda w: jax.lax.cond(x[0, 0] > 0, usual, rare, w, x)
-    ours = lambda w: packing.either(x[0, 0] > 0, usual, rare, w, x)
+    ours = lambda w: packing.cond(x[0, 0] > 0, usual, rare, w, x)
     assert (5, 7) in given(cond) and given(ours) <= {(), (1, 300)}

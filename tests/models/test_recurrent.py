@@ -109,6 +109,7 @@ def test_the_layer_has_one_bias_a_gate_and_remembers_at_the_start():
     assert (gates[:, 1] == 1).all() and not gates[:, [0, 2, 3]].any()  # forget gate open
 
 
+@pytest.mark.usefixtures('unchecked_shapes')
 def test_a_mask_that_does_not_fit_is_refused(arguments):
     with pytest.raises(ValueError, match='mask'):
         bilstm(mask=np.ones((BATCH, TIME - 1), bool), **arguments)

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from mmjax.errors import UserError
 from mmjax.models import clip as models
 from mmjax.pretrained import clip, files
+from tests import clip_presets
 from tests.pretrained.test_towers import Torch, _linear, _norm
 
 W, M, F, V, L = 12, 20, 10, 30, 9  # width, MLP, features, vocabulary, length of the small ones
@@ -270,7 +271,7 @@ def test_configs_that_say_little_mean_the_published_defaults(tmp_path):
     config = {'model_type': 'clip', 'vision_config': {}, 'text_config': 3, 'text_config_dict': {}}
     name = 'vision_model.post_layernorm.bias'
     folder = _write(tmp_path / 'a', {name: np.zeros(1, 'f')}, config)
-    assert clip.fields(folder) == models.vit_b_32()
+    assert clip.fields(folder) == clip_presets.vit_b_32()
     config = {
         'embed_dim': 512,
         'quick_gelu': True,
@@ -278,7 +279,7 @@ def test_configs_that_say_little_mean_the_published_defaults(tmp_path):
         'text_cfg': {'tokenizer_kwargs': {'clean': 'lower'}},
     }
     folder = _write(tmp_path / 'b', {'visual.proj': np.zeros(1, 'f')}, config)
-    assert clip.fields(folder) == models.vit_b_16()
+    assert clip.fields(folder) == clip_presets.vit_b_16()
 
 
 # ------------------------------------------- another picture size

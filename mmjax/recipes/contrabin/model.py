@@ -174,7 +174,7 @@ class ContraBin(nn.Module):
         return interpolate(source, comment, weight), weight
 
     def _encode(self, encoder, tokens, mask, train, room) -> jax.Array:
-        states = encoder(tokens, mask, train=train, room=room)  # [batch, length, width]
+        states = encoder(tokens, mask, train=train, packed_length=room)  # [batch, length, width]
         pooled = states[:, 0] if self.pooling == 'first' else masked_mean(states, mask)
         return pooled.astype(jnp.float32)
 

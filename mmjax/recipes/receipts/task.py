@@ -167,7 +167,7 @@ class ReceiptsTask(Task):
         question = batch['question'], batch['question_mask']
         prefix, prefix_mask, _ = apply(picture, *question, train=live['heads'], method='ask')
         said = batch['answer'], batch['answer_mask']
-        tokens = language.shifted(*said, self.opening)
+        tokens = language.shift_right(*said, self.opening)
         hidden = apply(prefix, prefix_mask, *tokens, train=live['language'], method='answer')
         logits = apply(hidden, method='logits')
         sums, counts, right = language.token_rows(logits, *said)

@@ -154,7 +154,7 @@ class Sign(nn.Module):
 
     def _encode(self, features, mask, train, room):
         """Encodes the streams of each frame, side by side: [batch, time, their widths]."""
-        rows = packing.rows_for(mask, room)
+        rows = packing.packed_rows(mask, room)
 
         def encode(call, take):
             found = [
@@ -180,14 +180,15 @@ class Sign(nn.Module):
             )
 
         def packed(params, x, mask, keys):
-            places, real = packing.places(mask, rows), jnp.arange(rows) < mask.sum()
-            pack = lambda start, end: packing.pack(x[:, :, start:end], places)
+            indices = packing.pack_indices(mask, rows)
+            real = jnp.arange(rows) < mask.sum()
+            pack = lambda start, end: packing.pack(x[:, :, start:end], indices)
             take = lambda start, end: jnp.where(real[:, None], pack(start, end), 0)
-            return packing.unpack(encode(caller(params, keys), take), places)
+            return packing.unpack(encode(caller(params, keys), take), indices)
 
         def padded(params, x, mask, keys):
             return encode(caller(params, keys), cleared(x, mask))
 
         params = {part.name: part.variables['params'] for part in parts}
         data = features, mask, keys
-        return packing.either(mask.sum() <= rows, packed, padded, params, *data)
+        return packing.cond(mask.sum() <= rows, packed, padded, params, *data)

@@ -146,7 +146,7 @@ class SignTask(Task):
                 logits['teacher'],
                 frames,
                 temperature=self.temperature,
-                weights=distillation.without_blanks(logits['teacher'], self.blank_weight),
+                weights=distillation.frame_weights(logits['teacher'], self.blank_weight),
             )
         if 'smoothing' in losses:
             out['smoothing'] = ctc.smoothing(logits['student'], frames)

@@ -65,7 +65,7 @@ def forced():
     def run(model, images, question, asked, answer, mask):
         picture = model.see(images, train=False)
         prefix, seen, _ = model.ask(picture, question, asked, train=False)
-        tokens = language.shifted(answer, mask, 1)
+        tokens = language.shift_right(answer, mask, 1)
         return model.logits(model.answer(prefix, seen, *tokens, train=False))
 
     return jax.jit(lambda *batch: MODEL.apply(variables(), *batch, method=run))
@@ -280,7 +280,9 @@ def test_the_answers_loss_trains_the_cross_attention():
 
     def _logits(model, question, answer):
         prefix, seen, _ = model.ask(model.see(IMAGES, train=False), *question, train=False)
-        return model.logits(model.answer(prefix, seen, *language.shifted(*answer, 1), train=False))
+        return model.logits(
+            model.answer(prefix, seen, *language.shift_right(*answer, 1), train=False)
+        )
 
     gradients = jax.jit(jax.grad(loss))(variables()['params'])
     for part in ('cross_attention', 'vision', 'projector_up', 'language'):
@@ -296,7 +298,7 @@ def whole(model, made, **options):
     def run(model):
         picture = model.see(IMAGES, **options)
         asked = model.ask(picture, *question, **options)[:2]
-        hidden = model.answer(*asked, *language.shifted(answer, mask, 1), **options)
+        hidden = model.answer(*asked, *language.shift_right(answer, mask, 1), **options)
         return model.classify(picture, None, train=False), model.logits(hidden)
 
     return nn.apply(run, model)(made, rngs={'dropout': jax.random.key(5)})

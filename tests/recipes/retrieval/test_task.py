@@ -18,7 +18,7 @@ from mmjax.errors import UserError
 from mmjax.losses import contrastive
 from mmjax.models import clip
 from mmjax.recipes.retrieval import task as retrieval
-from tests import runs
+from tests import clip_presets, runs
 
 
 def tiny(words='', cache=None, **changes):
@@ -242,7 +242,9 @@ def test_versions_differ_as_published():
     assert policies == ['raw', 'raw', 'raw', 'safe', 'safe']
 
 
-@pytest.mark.parametrize(('words', 'preset'), [('vit', clip.vit_b_16), ('rn50', clip.rn50)])
+@pytest.mark.parametrize(
+    ('words', 'preset'), [('vit', clip_presets.vit_b_16), ('rn50', clip_presets.rn50)]
+)
 def test_published_is_openais_model(words, preset):
     config = View(runs.recipe('clip_retrieval', f'published,{words}'))
     found, _ = retrieval._model(config, 49408, 77)

@@ -183,7 +183,7 @@ def test_packed_frames_are_encoded_again_for_their_gradient(monkeypatch):
         variables['params']
     )
     found = run(jax.checkpoint)
-    monkeypatch.setattr(packing, 'either', jax.lax.cond)
+    monkeypatch.setattr(packing, 'cond', jax.lax.cond)
     expected = run(lambda body: body)
     chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-4)
 
