@@ -5,6 +5,11 @@ import shutil
 
 import pytest
 
+from mmjax import testing
+from mmjax.engine import config as config_lib
+from mmjax.engine import train
+from mmjax.errors import UserError
+from tests import runs
 from tests.runs import command
 
 SMOKE = '--config=configs/stage3.py:smoke'
@@ -36,10 +41,14 @@ def refuse(tmp_path, *arguments, cache=None, config=SMOKE):
     ('argument', 'message'),
     [
         ('--config.modle=3', "the config has no key 'modle'"),
-        ('--config.losses.temprature=0.1', "no key 'temprature' (--config.losses.temprature"),
+        (
+            '--config.losses.temprature=0.1',
+            "no key 'losses.temprature'; did you mean 'temperature'?",
+        ),
         ('--config.batch_size=x', 'batch_size'),
         ('--config.data.root=/nowhere/pages', '/nowhere/pages'),
-        ('--unknown=1', "'unknown'"),
+        ('--unknown=1', 'unrecognized arguments: --unknown=1'),
+        ('--config.batch_size', 'batch_size needs a value'),
         ("--config.rules=(('x','nothing/.*'),)", "rule ('x', 'nothing/.*') matches no parameter"),
         ('--mode=predict', 'needs a trained run'),
     ],
@@ -54,6 +63,97 @@ def test_unknown_words_and_missing_config_files():
     assert done.returncode == 1 and "unknown config word 'smok'; known: smoke" in done.stderr
     done = command('--config=configs/nope.py')
     assert done.returncode == 1 and "no config file 'configs/nope.py'" in done.stderr
+
+
+# Overrides from the command line: (config, [keys], what is said or, for a dict, what is set).
+OVERRIDES = [
+    ('stage3', {'stage.align.steps': '5'}, {'steps': 5, 'epochs': None}),
+    ('stage3', {'stage.align.learning_rates.vision': '0'}, {'learning_rates': {'vision': 0.0}}),
+    (
+        'stage3',
+        {'stage.align.loss_weights.reconstruction': '.5'},
+        {'loss_weights': {'contrastive': 0.0, 'alignment': 1.0, 'reconstruction': 0.5}},
+    ),
+    (
+        'stage3',
+        {'stage.align.optimizer.learning_rate': '1e-4'},
+        {'optimizer': {'learning_rate': 1e-4}},
+    ),
+    ('stage3', {'stage.align.sampler.name': 'shuffle'}, {'sampler': {'name': 'shuffle'}}),
+    ('stage3', {'stage.new.steps': '3', 'stages': 'pages,new'}, None),
+    ('stage3', {'stage.align.stepz': '5'}, "no key 'stage.align.stepz'; did you mean 'steps'?"),
+    ('stage3', {'stage.align.steps': 'five'}, "stage.align.steps='five' is not an integer"),
+    ('stage3', {'stage.align.optimizer.lr': '1'}, "no key 'stage.align.optimizer.lr'"),
+    ('stage3', {'stage.align.options.x': '1'}, "no key 'stage.align.options.x'"),
+    (
+        'stage3',
+        {'loss_weights.contrastive': '2'},
+        'set --config.stage.align.loss_weights.contrastive',
+    ),
+    ('stage3', {'data.root': 'None', 'best.mode': 'up'}, "best.mode='up' is not one of"),
+]
+
+
+@pytest.mark.parametrize(('name', 'changes', 'expected'), OVERRIDES)
+def test_the_command_line_wins_or_says_why_not(name, changes, expected):
+    config = config_lib.load(name)
+    act = lambda: (config_lib.override(config, list(changes.items())), config_lib.resolve(config))
+    if isinstance(expected, str):
+        with pytest.raises(UserError) as error:
+            act()
+        assert expected in str(error.value) and '\n' not in str(error.value)
+        return
+    _, resolved = act()
+    if expected is None:
+        assert resolved.stages == ('pages', 'new') and resolved.stage['new'].steps == 3
+    for key, value in (expected or {}).items():
+        assert getattr(resolved.stage['align'], key) == value
+
+
+def test_a_shadowed_key_may_be_set_together_with_the_stages_that_shadow_it():
+    config = config_lib.load('stage3')
+    changes = {'loss_weights.contrastive': '2', 'stage.align.loss_weights.contrastive': '1'}
+    config_lib.override(config, list(changes.items()))
+    resolved = config_lib.resolve(config)
+    assert resolved.loss_weights['contrastive'] == 2
+    assert resolved.stage['align'].loss_weights['contrastive'] == 1
+
+
+def test_a_fault_in_a_config_file_names_its_line(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text('def get_config(words):\n    return 1 / 0\n')
+    with pytest.raises(UserError, match=r'mine.py line 2: ZeroDivisionError'):
+        config_lib.load(str(path))
+
+
+def test_configs_are_found_by_name_and_printed(tmp_path):
+    printed = json.loads(command('--config=stage3:smoke', '--print_config').stdout)
+    assert printed['task'] == 'comic' and printed['data']['image_size'] == 32
+    done = command('--config=stage4')
+    assert done.returncode == 1 and 'installed configs: clip_retrieval, contrabin' in done.stderr
+    keys = command('--config=stage3', '--help').stdout
+    assert '--config.losses.temperature=0.07' in keys and 'float, above 0' in keys
+
+
+def test_a_dry_run_trains_nothing(tmp_path):
+    done = command(SMOKE, f'--workdir={tmp_path / "run"}', '--dry_run')
+    assert done.returncode == 0, done.stderr
+    assert (
+        'stage align: 8 updates' in done.stdout
+        and 'text: 34,400 parameters, rate frozen' in done.stdout
+    )
+    assert 'activations and temporaries' in done.stdout
+    assert not (tmp_path / 'run').exists()
+
+
+def test_max_steps_stops_saved_and_the_same_command_continues(tmp_path):
+    whole = runs.toy('Thaw', 12)
+    unbroken = testing.train(whole, tmp_path / 'whole')
+    with pytest.raises(train.StepLimit):
+        testing.train(whole, tmp_path / 'run', max_steps=5)
+    assert not (tmp_path / 'run/results.json').exists()
+    assert testing.train(whole, tmp_path / 'run') == unbroken
+    assert testing.metrics(tmp_path / 'run') == testing.metrics(tmp_path / 'whole')
 
 
 def broken(folder, tmp_path, change):

@@ -80,13 +80,13 @@ def task_class(name: str) -> type[Task]:
     path = module if cls else f'mmjax.recipes.{module}.task'
     members = vars(config_lib.import_task_module(path, name))
     if cls:
-        found = [members.get(cls)]
+        candidates = [members.get(cls)]
     else:
-        found = [x for x in members.values() if getattr(x, '__module__', '') == path]
-    found = [x for x in found if inspect.isclass(x) and issubclass(x, Task)]
-    if len(found) != 1:
+        candidates = [x for x in members.values() if getattr(x, '__module__', '') == path]
+    tasks = [x for x in candidates if inspect.isclass(x) and issubclass(x, Task)]
+    if len(tasks) != 1:
         raise UserError(f"config.task '{name}' names no Task")
-    return found[0]
+    return tasks[0]
 
 
 def run(
@@ -161,14 +161,17 @@ def run(
 
 
 def _sampler(stage: Stage, data: Dataset, config: Config) -> samplers.Sampler:
+    spec = thaw(stage.sampler)
+    assert isinstance(spec, dict)
     return samplers.make(
-        thaw(stage.sampler),
+        spec,
         data.index,
         len(data),
         config.batch_size,
         seed=config.seed,
         stage=stage.index,
         lengths=data.lengths,
+        where=f'stage.{stage.name}.sampler',
     )
 
 
@@ -208,7 +211,7 @@ def check(run: Run) -> None:
             settings=run.settings,
         )
         cached = run.task.cache(stage)
-        batch = dict(run.batch)
+        batch: dict[str, Any] = dict(run.batch)
         if cached is not None:
             one = evaluate.blank_batch(cached.dataset, 1)
             outputs = jax.eval_shape(getattr(run.task, cached.method), run.abstract, one)

@@ -147,7 +147,7 @@ def warnings(groups: Groups, stages: Sequence[Stage]) -> list[str]:
 def summary(params: Tree, groups: Groups, stage: Stage) -> list[dict[str, Any]]:
     """Returns a row per group: group, parameters, tensors, rate (absolute, 0 when frozen)."""
     label = groups.of(params)
-    rows = collections.defaultdict(lambda: [0, 0])
+    rows: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for path, leaf in flatten(params).items():
         rows[label[path]][0] += math.prod(leaf.shape)
         rows[label[path]][1] += 1

@@ -325,7 +325,7 @@ class Trainer:
             step=number,
             steps=number - done + sum(s.steps for s in self.run.stages[stage.index :]),
             loss=values['loss'],
-            rate=max(rates.values()),
+            rate=float(max(rates.values())),
             examples_per_second=values['examples_per_second'],
         )
 
@@ -342,7 +342,7 @@ class Trainer:
         best = self.run.config.best
         if best.metric:
             value = _number(flat, best.metric, 'best.metric')
-            if best.improved(value, progress.best and progress.best['value']):
+            if best.improved(value, progress.best['value'] if progress.best else None):
                 progress.best = {'step': number, 'metric': best.metric, 'value': value}
                 self.checkpoints.save_best(number, variables, progress.best)
         if stage.early_stop.metric:
