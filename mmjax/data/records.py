@@ -1,11 +1,14 @@
-"""Random access to the records of a prepared split, with every shard checked as it is opened."""
+"""Writes and reads records as a TFDS dataset of ArrayRecord shards, without TensorFlow.
+
+Every shard is checked as it is opened.
+"""
 
 import io
 import json
 import os
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,19 +16,21 @@ import numpy as np
 from mmjax.errors import UserError
 
 Record = dict[str, Any]  # JSON values, and bytes under the keys declared as blobs
+_SHARD_BYTES = 64 << 20
 
 
-class Records(Sequence[Record]):
+class Records:
     """The records of a prepared split by position. Picklable and safe to read from threads.
 
-    Raises UserError, naming the shard, where a shard is missing, cut or unreadable: a shard cut
-    at a block boundary opens without complaint and would yield nothing.
+    Raises UserError, naming the shard, if a shard is missing, cut or unreadable: a shard cut at a
+    block boundary opens without complaint and would yield nothing.
     """
 
     def __init__(self, directory: str | os.PathLike, split: str):
         from array_record.python import array_record_module
 
-        self.directory, self.split = pathlib.Path(directory), split
+        self.directory = pathlib.Path(directory)
+        self.split = split
         info = self._load().splits.get(split)
         if info is None:
             raise UserError(f'{directory} holds no split {split!r}')
@@ -36,15 +41,15 @@ class Records(Sequence[Record]):
                 raise self._fault(path, 'is missing')
             try:
                 reader = array_record_module.ArrayRecordReader(path)
-                found = reader.num_records()
+                number = reader.num_records()
             except Exception as error:  # the reader raises bare RuntimeErrors
                 raise self._fault(path, f'cannot be read ({error})') from error
-            if found != expected:
-                raise self._fault(path, f'has {found} records where {expected} were written')
+            if number != expected:
+                raise self._fault(path, f'has {number} records where {expected} were written')
             reader.close()
         self._open()
 
-    def _load(self):
+    def _load(self) -> Any:
         import tensorflow_datasets as tfds
 
         try:
@@ -53,21 +58,26 @@ class Records(Sequence[Record]):
             raise self._fault(self.directory, f'cannot be opened ({error})') from error
 
     def _open(self) -> None:
-        self._lock, self._readers, self._features = threading.Lock(), None, None
+        self._lock = threading.Lock()
+        self._readers: Any = None
+        self._features: Any = None
 
-    def _fault(self, path, what: str) -> UserError:
+    def _fault(self, path: str | os.PathLike, what: str) -> UserError:
         return UserError(f'{path} {what}; remove {self.directory} to have it prepared again')
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         hidden = ('_lock', '_readers', '_features')
         return {key: value for key, value in self.__dict__.items() if key not in hidden}
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[position] for position in range(len(self)))
 
     def __getitem__(self, position: int) -> Record:
         position = int(position)
@@ -78,9 +88,8 @@ class Records(Sequence[Record]):
                 if self._readers is None:
                     from array_record.python import array_record_data_source
 
-                    starts = [0, *self._ends[:-1]]
-                    spans = [e - s for s, e in zip(starts, self._ends, strict=True)]
-                    names = [f'{p}[0:{n}]' for p, n in zip(self._paths, spans, strict=True)]
+                    lengths = np.diff(self._ends, prepend=0)
+                    names = [f'{p}[0:{n}]' for p, n in zip(self._paths, lengths, strict=True)]
                     self._features = self._load().features
                     self._readers = array_record_data_source.ArrayRecordDataSource(names)
         shard = self._paths[int(np.searchsorted(self._ends, position, side='right'))]
@@ -88,10 +97,98 @@ class Records(Sequence[Record]):
             data = self._readers[position]
         except Exception as error:
             raise self._fault(shard, f'cannot be read ({error})') from error
-        if not data:  # None or no bytes, as the reader's version has it
+        if not data:  # None or no bytes, by the reader's version
             raise self._fault(shard, f'yields nothing for record {position}')
         fields = self._features.deserialize_example_np(data)
         return {**json.loads(fields.pop('json').decode()), **fields}
+
+
+def write_splits(
+    root: pathlib.Path,
+    name: str,
+    version: str,
+    blobs: Sequence[str],
+    splits: Mapping[str, Callable[[], Iterable[Record]]],
+) -> pathlib.Path:
+    """Writes splits as a TFDS dataset under `root`; returns the folder that `Records` opens."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+    from tensorflow_datasets.core import example_serializer, naming
+    from tensorflow_datasets.core import splits as split_infos
+
+    field = tfds.features.Tensor(shape=(), dtype=np.object_)
+    features = tfds.features.FeaturesDict(dict.fromkeys(('json', *blobs), field))
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def write(split: str, folder: pathlib.Path) -> split_infos.SplitInfo:
+        # Records stream to shards of a bounded size: the base class buffers a gigabyte of them
+        # and then spills through tf.io, which needs TensorFlow.
+        template = naming.ShardedFileTemplate(
+            dataset_name=name,
+            data_dir=folder,
+            split=split,
+            filetype_suffix='array_record',
+            template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}',
+        )
+        lengths: list[int] = []
+        sizes: list[int] = []
+        writer = None
+        for record in splits[split]():
+            if writer is None or sizes[-1] >= _SHARD_BYTES:
+                if writer is not None:
+                    writer.close()
+                path = template.sharded_filepath(shard_index=len(lengths), num_shards=None)
+                writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+                lengths.append(0)
+                sizes.append(0)
+            values = {key: value for key, value in record.items() if key not in blobs}
+            fields = {'json': json.dumps(values), **{key: record[key] for key in blobs}}
+            data = serializer.serialize_example(features.encode_example(fields))
+            writer.write(data)
+            lengths[-1] += 1
+            sizes[-1] += len(data)
+        if writer is not None:
+            writer.close()
+        return split_infos.SplitInfo(
+            name=split,
+            shard_lengths=lengths,
+            num_bytes=sum(sizes),
+            filename_template=template,
+        )
+
+    class Info(tfds.core.DatasetInfo):
+        def initialize_from_bucket(self) -> None:
+            """Looks for no published copy: no network, no temporary folder."""
+
+    # TFDS is untyped here, so mypy does not know the keyword of its metaclass.
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        VERSION = tfds.core.Version(version)
+        code_path = None  # belongs to no package of TFDS, so there are no checksums to look up
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return Info(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager: object) -> dict:
+            return {}  # `_download_and_prepare` writes the splits
+
+        _generate_examples = _split_generators
+
+        def _download_and_prepare(self, dl_manager: object, download_config: object = None) -> None:
+            infos = [write(split, self.data_path) for split in splits]
+            self.info.set_splits(split_infos.SplitDict(infos))
+
+        def _log_download_bytes(self) -> None:
+            """Leaves the progress to the caller."""
+
+        _log_download_done = _log_download_bytes
+
+    Builder.name = name
+    builder = Builder(data_dir=root, file_format='array_record')
+    builder.download_and_prepare(
+        download_dir=root.with_name('tfds-downloads'),
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+    )
+    return pathlib.Path(builder.data_path)
 
 
 def pack(array: np.ndarray) -> bytes:

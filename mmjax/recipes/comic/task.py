@@ -220,7 +220,7 @@ class ComicTask(Task):
         """Writes embeddings.npy [pages, panels, features], mask.npy, index.jsonl, page by page."""
         splits = tuple(self.splits.values())
         output.mkdir(parents=True, exist_ok=True)
-        total, panels = sum(len(split) for split in splits), splits[0].pages.max_panels
+        total, panels = sum(len(split) for split in splits), splits[0].prepared.max_panels
         new = lambda name, shape, kind: np.lib.format.open_memmap(
             output / name, 'w+', dtype=kind, shape=shape
         )

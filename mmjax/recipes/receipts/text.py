@@ -287,30 +287,23 @@ _READERS: Mapping = {
 }
 
 
-def own_tokens(
+def plain_tokens(
     tokenizer: Tokenizer, texts: Sequence[str], limit: int, closing: int | None = None
 ) -> tuple[list[np.ndarray], int]:
-    """Returns each text's own tokens, at most `limit`, and the token that closes texts.
+    """Returns the tokens of each text, at most `limit`, and the token that closes texts.
 
-    What the tokenizer puts around a text is left out: it is seen on a short text, where it decodes
-    to nothing. One that closes texts with no token of its own closes them with `closing`, or with
-    its pad token where that is None.
+    What the tokenizer puts around a text is left out. If it closes texts with no token of its own,
+    they are closed with `closing`, or with its pad token if that is None.
 
     Raises:
       UserError: the closing token is text.
     """
-    ids, mask = tokenizer.encode(['a'], 16)
-    around = [tokenizer.decode([token]) == '' for token in ids[mask].tolist()]
-    head, tail = around.index(False), around[::-1].index(False)
-    if tail:
-        closing = int(ids[mask][-1])
-    elif closing is None:
-        closing = tokenizer.pad_id
+    options = (tokenizer.end_id, closing, tokenizer.pad_id)
+    closing = next(token for token in options if token is not None)
     if tokenizer.decode([closing]):
         raise UserError(
             f'the tokenizer closes no text, and token {closing} cannot: it is the text '
             f'{tokenizer.decode([closing])!r}'
         )
-    ids, mask = tokenizer.encode(texts, limit + head + tail)
-    ends = (mask.sum(1) - tail).tolist()
-    return [row[head : max(end, head)] for row, end in zip(ids, ends, strict=True)], closing
+    ids, mask = tokenizer.encode(texts, limit, special=False)
+    return [row[keep] for row, keep in zip(ids, mask, strict=True)], closing

@@ -27,7 +27,7 @@ class SignData:
             spec.root,
             cache_dir(spec.cache),
             seed=spec.seed,
-            streams=sign_streams.told(spec.streams, 'data.streams'),
+            streams=sign_streams.from_tuples(spec.streams, 'data.streams'),
             synthetic_sizes=spec.built_in.to_dict(),
             max_fault_share=spec.max_fault_share,
             wait=jax.process_index() > 0,

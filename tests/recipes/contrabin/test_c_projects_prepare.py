@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from mmjax.data.faults import Ledger
+from mmjax.data.faults import FaultReport
 from mmjax.errors import RecordError, UserError
 from mmjax.recipes.contrabin import folder as code_jsonl
 from mmjax.recipes.contrabin.c_projects import build, counts
@@ -73,8 +73,8 @@ def prepare(root, output, **options):
 
 
 def rows(output, split):
-    ledger = Ledger(split, output)
-    return list(code_jsonl.read(output / f'{split}.jsonl.gz', ledger))
+    report = FaultReport(split, output)
+    return list(code_jsonl.read(output / f'{split}.jsonl.gz', report))
 
 
 @pytest.fixture(scope='module')

@@ -32,7 +32,7 @@ def tokenizer():
 
 
 def kept(prepared):
-    return sorted(path.name for path in prepared.prepared.directory.glob('*tokens-*'))
+    return sorted(path.name for path in prepared.directory.glob('*tokens-*'))
 
 
 def same(a, b):

@@ -90,7 +90,7 @@ def test_features_belong_to_the_annotation_of_their_row(prepared):
             example, record = data.example(row, RNG, False), data.record(row)
             features = frames_of(split, row)
             np.testing.assert_array_equal(records.unpack(record['features']), features)
-            wanted = (features[:, USED] - normalization.mean) / normalization.deviation
+            wanted = (features[:, USED] - normalization.mean) / normalization.std
             np.testing.assert_allclose(example['features'], wanted, atol=1e-5)
             assert data.words(row) == tuple(text.split()) == tuple(record['words'])
             known = [w if w in vocabulary.words else sign_folder.UNKNOWN for w in text.split()]
@@ -261,7 +261,7 @@ def test_statistics_are_of_training_alone_and_travel_with_the_model(prepared, tm
     normalization = prepared.normalization()
     train = np.concatenate([frames_of('train', i) for i in range(5)]).astype(np.float64)[:, USED]
     np.testing.assert_allclose(normalization.mean, train.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(normalization.deviation, train.std(0), rtol=1e-10)
+    np.testing.assert_allclose(normalization.std, train.std(0), rtol=1e-10)
     cached = prepared.normalization()  # read back from beside the records
     normalization.save(tmp_path / 'normalization.npz')
     loaded = augment.Normalization.load(tmp_path / 'normalization.npz')
@@ -315,7 +315,7 @@ def test_few_bucket_lengths_hold_every_row_however_long_it_gets(prepared, tmp_pa
     assert data.lengths == (16, 56) and split_of(prepared, 'dev').lengths == (16, 24)
 
 
-def test_rooms_are_what_nearly_all_batches_need(tmp_path):
+def test_packed_lengths_are_what_nearly_all_batches_need(tmp_path):
     lengths = np.random.default_rng(3).integers(10, 61, 300)
     folder = Folder(tmp_path / 'root', {'train': ['GO'] * 300, 'dev': ['GO']})
     for place, length in enumerate(lengths):
@@ -325,21 +325,21 @@ def test_rooms_are_what_nearly_all_batches_need(tmp_path):
     assert len(data.lengths) == 2
     rng, longest = np.random.default_rng(0), np.ceil(lengths * 1.25 - 1e-6)
     for rows in (4, 16):
-        rooms = data.rooms(rows)
-        assert set(rooms) == set(data.lengths)
+        packed = data.packed_lengths(rows)
+        assert set(packed) == set(data.lengths)
         for below, length in zip((0, *data.lengths), data.lengths, strict=False):
             own = lengths[(longest > below) & (longest <= length)]
             drawn = [
                 rng.choice(own, rows, False) @ rng.uniform(*stretch, rows) for _ in range(2000)
             ]
             needed = np.array(drawn) / rows
-            assert 0.95 < (needed <= rooms[length]).mean() < 1
-            errors = (rooms[length] - needed.mean()) / needed.std()
-            assert 1.75 < errors < 2.25 and rooms[length] < 0.9 * length
-    assert all(data.rooms(4)[n] > data.rooms(16)[n] for n in data.lengths)
+            assert 0.95 < (needed <= packed[length]).mean() < 1
+            errors = (packed[length] - needed.mean()) / needed.std()
+            assert 1.75 < errors < 2.25 and packed[length] < 0.9 * length
+    assert all(data.packed_lengths(4)[n] > data.packed_lengths(16)[n] for n in data.lengths)
     # Where a batch is all there is, nothing is drawn but the tempo.
     plain = split_of(prepared, augmentation=augment.Augmentation((1.0, 1.0)), buckets=1)
-    assert plain.rooms(300) == {plain.lengths[0]: pytest.approx(lengths.mean())}
+    assert plain.packed_lengths(300) == {plain.lengths[0]: pytest.approx(lengths.mean())}
 
 
 def test_lengths_that_are_nearly_full_have_no_room():

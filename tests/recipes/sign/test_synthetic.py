@@ -39,7 +39,7 @@ def drawn():
 def test_everything_is_the_same_in_another_process():
     code = (
         'import hashlib, json, sys\n'
-        'from mmjax.data import sign_synthetic as synthetic\n'
+        'from mmjax.recipes.sign.synthetic import sentences as synthetic\n'
         'found = [synthetic.sentence(3, "dev", 1, i) for i in range(4)]\n'
         'assert not {"jax", "tensorflow", "torch"} & set(sys.modules)\n'
         'print(json.dumps([[hashlib.sha256(s.features).hexdigest(), s.glosses, s.spans]\n'
@@ -212,7 +212,7 @@ def test_built_in_sentences_are_found_again_by_seed_size_and_code(tmp_path, monk
     read, seen = pathlib.Path.read_bytes, set()
     monkeypatch.setattr(pathlib.Path, 'read_bytes', lambda p: (seen.add(p.name), read(p))[1])
     again = prepare.prepare_sequences(None, tmp_path, seed=2, synthetic_sizes=SIZES)
-    assert again == prepared and {'sign_synthetic.py', 'sign_skeleton.py'} <= seen
+    assert again == prepared and {'sentences.py', 'skeleton.py'} <= seen
     for seed, change in ((3, {}), (2, {'dev': 3})):
         prepare.prepare_sequences(None, tmp_path, seed=seed, synthetic_sizes=SIZES | change)
     assert len(os.listdir(tmp_path)) == 3
