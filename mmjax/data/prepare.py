@@ -228,13 +228,13 @@ def prepare(
             root = partial / 'tfds'
             new_report = lambda split: FaultReport(split, partial, max_fault_share, progress)
             build = functools.partial(_build, root, name, version, splits, blobs, index, new_report)
-            _make(directory, build)
+            _make(directory, root, build)
     prepared = Prepared(directory)
     _check_faults(prepared, max_fault_share)
     return prepared
 
 
-def _make(directory: pathlib.Path, build: Callable[[], pathlib.Path]) -> None:
+def _make(directory: pathlib.Path, built: pathlib.Path, build: Callable[[], None]) -> None:
     """Makes the folder unless another process of this machine has made it by now."""
     partial = _partial(directory)
     made = [parent for parent in directory.parents if not parent.exists()]
@@ -249,7 +249,8 @@ def _make(directory: pathlib.Path, build: Callable[[], pathlib.Path]) -> None:
                 shutil.rmtree(stale)
             partial.mkdir(exist_ok=True)
             try:
-                os.replace(build(), directory)
+                build()
+                os.replace(built, directory)
             except Exception:  # a kill or Ctrl-C keeps the journal for the next run
                 shutil.rmtree(partial)
                 raise
@@ -330,8 +331,8 @@ def _build(
     blobs: Sequence[str],
     index: Callable[[Record], Mapping[str, Any]] | None,
     new_report: Callable[[str], FaultReport],
-) -> pathlib.Path:
-    """Writes shards, index, summary and listing under `root`; returns their folder."""
+) -> None:
+    """Writes shards, index, summary and listing to a new folder, `root`."""
     reports = {split: new_report(split) for split in splits}
     summaries: dict[str, dict] = {}
 
@@ -368,16 +369,13 @@ def _build(
             'counts': dict(report.counts),
         }
 
-    sources = {split: functools.partial(observed, split) for split in splits}
-    built = write_splits(root, name, version, blobs, sources)
-    for path in root.glob('index-*.npz'):
-        path.rename(built / path.name)
-    with (built / 'skipped.jsonl').open('wb') as skipped:
+    root.mkdir()
+    write_splits(root, name, version, blobs, {split: observed(split) for split in splits})
+    with (root / 'skipped.jsonl').open('wb') as skipped:
         for report in reports.values():
             skipped.write(report.listing.read_bytes())
     summary = {'name': name, 'version': version, 'splits': summaries}
-    (built / _SUMMARY).write_text(json.dumps(summary, indent=1))
-    return built
+    (root / _SUMMARY).write_text(json.dumps(summary, indent=1))
 
 
 def _load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -3,12 +3,13 @@
 Every shard is checked as it is opened.
 """
 
+import contextlib
 import io
 import json
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,91 +105,63 @@ class Records:
 
 
 def write_splits(
-    root: pathlib.Path,
+    folder: pathlib.Path,
     name: str,
     version: str,
     blobs: Sequence[str],
-    splits: Mapping[str, Callable[[], Iterable[Record]]],
-) -> pathlib.Path:
-    """Writes splits as a TFDS dataset under `root`; returns the folder that `Records` opens."""
+    splits: Mapping[str, Iterable[Record]],
+) -> None:
+    """Writes splits to `folder` as a TFDS dataset, in shards of a bounded size."""
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
     from tensorflow_datasets.core import example_serializer, naming
-    from tensorflow_datasets.core import splits as split_infos
 
     field = tfds.features.Tensor(shape=(), dtype=np.object_)
     features = tfds.features.FeaturesDict(dict.fromkeys(('json', *blobs), field))
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-
-    def write(split: str, folder: pathlib.Path) -> split_infos.SplitInfo:
-        # Records stream to shards of a bounded size: the base class buffers a gigabyte of them
-        # and then spills through tf.io, which needs TensorFlow.
-        template = naming.ShardedFileTemplate(
-            dataset_name=name,
-            data_dir=folder,
-            split=split,
-            filetype_suffix='array_record',
-            template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}',
-        )
+    template = naming.ShardedFileTemplate(
+        dataset_name=name,
+        data_dir=folder,
+        filetype_suffix='array_record',
+        template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}',
+    )
+    infos = []
+    for split, records in splits.items():
+        split_template = template.replace(split=split)
         lengths: list[int] = []
         sizes: list[int] = []
-        writer = None
-        for record in splits[split]():
-            if writer is None or sizes[-1] >= _SHARD_BYTES:
-                if writer is not None:
-                    writer.close()
-                path = template.sharded_filepath(shard_index=len(lengths), num_shards=None)
-                writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
-                lengths.append(0)
-                sizes.append(0)
-            values = {key: value for key, value in record.items() if key not in blobs}
-            fields = {'json': json.dumps(values), **{key: record[key] for key in blobs}}
-            data = serializer.serialize_example(features.encode_example(fields))
-            writer.write(data)
-            lengths[-1] += 1
-            sizes[-1] += len(data)
-        if writer is not None:
-            writer.close()
-        return split_infos.SplitInfo(
-            name=split,
-            shard_lengths=lengths,
-            num_bytes=sum(sizes),
-            filename_template=template,
+        with contextlib.ExitStack() as stack:
+            for record in records:
+                if not sizes or sizes[-1] >= _SHARD_BYTES:
+                    stack.close()
+                    path = split_template.sharded_filepath(shard_index=len(sizes), num_shards=None)
+                    writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+                    stack.callback(writer.close)
+                    lengths.append(0)
+                    sizes.append(0)
+                values = {key: value for key, value in record.items() if key not in blobs}
+                fields = {'json': json.dumps(values), **{key: record[key] for key in blobs}}
+                data = serializer.serialize_example(features.encode_example(fields))
+                writer.write(data)
+                lengths[-1] += 1
+                sizes[-1] += len(data)
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=lengths,
+                num_bytes=sum(sizes),
+                filename_template=split_template,
+            )
         )
-
-    class Info(tfds.core.DatasetInfo):
-        def initialize_from_bucket(self) -> None:
-            """Looks for no published copy: no network, no temporary folder."""
-
-    # TFDS is untyped here, so mypy does not know the keyword of its metaclass.
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        VERSION = tfds.core.Version(version)
-        code_path = None  # belongs to no package of TFDS, so there are no checksums to look up
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            return Info(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager: object) -> dict:
-            return {}  # `_download_and_prepare` writes the splits
-
-        _generate_examples = _split_generators
-
-        def _download_and_prepare(self, dl_manager: object, download_config: object = None) -> None:
-            infos = [write(split, self.data_path) for split in splits]
-            self.info.set_splits(split_infos.SplitDict(infos))
-
-        def _log_download_bytes(self) -> None:
-            """Leaves the progress to the caller."""
-
-        _log_download_done = _log_download_bytes
-
-    Builder.name = name
-    builder = Builder(data_dir=root, file_format='array_record')
-    builder.download_and_prepare(
-        download_dir=root.with_name('tfds-downloads'),
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=infos,
+        version=version,
+        filename_template=template,
+        check_data=False,  # it would read a record with TensorFlow
+        disable_shuffling=True,
     )
-    return pathlib.Path(builder.data_path)
 
 
 def pack(array: np.ndarray) -> bytes:
