@@ -110,23 +110,33 @@ class PreparedDataset(Dataset):
         """Returns what was prepared of a row."""
         return self._records[int(self._rows[row])]
 
-    def subset(self, rows: np.ndarray, split: str | None = None) -> Self:
-        """Returns some of the rows, in the order given, under the name `split` if any."""
+    def replace(self, **attributes: object) -> Self:
+        """Returns a copy with other values of some attributes, like `dataclasses.replace`."""
         other = copy.copy(self)
-        other.split = split or self.split
-        other.skipped = dict(self.skipped)
-        other.index = {key: values[rows] for key, values in self.index.items()}
-        other._rows = self._rows[rows]
-        other._digest = hashlib.sha256(f'{self._digest} {rows.tolist()}'.encode()).hexdigest()
+        vars(other).update(attributes)
         return other
 
-    def with_record(self, record: Record, entry: Mapping[str, object]) -> Self:
-        """Returns a split of one record, such as a file to predict, and its entry of the index."""
-        other = copy.copy(self)
-        other.index = {key: np.asarray([value]) for key, value in entry.items()}
-        other._records = [record]
-        other._rows = np.zeros(1, int)
-        return other
+    def subset(self, rows: np.ndarray, split: str | None = None) -> Self:
+        """Returns some of the rows, in the order given, under the name `split` if any."""
+        return self.replace(
+            split=split or self.split,
+            skipped=dict(self.skipped),
+            index={key: values[rows] for key, values in self.index.items()},
+            _rows=self._rows[rows],
+            _digest=hashlib.sha256(f'{self._digest} {rows.tolist()}'.encode()).hexdigest(),
+        )
+
+    def with_record(
+        self, record: Record, entry: Mapping[str, object], **attributes: object
+    ) -> Self:
+        """Returns a split of one record, such as a file to predict.
+
+        Args:
+          entry: its entry of the index.
+          attributes: as of `replace`.
+        """
+        index = {key: np.asarray([value]) for key, value in entry.items()}
+        return self.replace(index=index, _records=[record], _rows=np.zeros(1, int), **attributes)
 
     def fingerprint(self) -> dict[str, str | int]:
         return {**self._names, 'split': self.split, 'size': len(self), 'digest': self._digest}
@@ -219,25 +229,31 @@ def prepare(
     """
     processes.check_main()  # before the lock, which the parent holds
     directory = pathlib.Path(directory).absolute()
-    partial = _partial(directory)
+    partial = directory.parent / f'.{directory.name}.partial'
     if not (directory / _SUMMARY).is_file():
         if wait:
             what = f'{directory}: the process that prepares it'
             await_file(directory / _SUMMARY, partial / 'heartbeat', what, timeout, partial)
         else:
-            root = partial / 'tfds'
             new_report = lambda split: FaultReport(split, partial, max_fault_share, progress)
-            build = functools.partial(_build, root, name, version, splits, blobs, index, new_report)
-            _make(directory, root, build)
+            build = functools.partial(_build, name, version, splits, blobs, index, new_report)
+            _make(directory, partial, build)
     prepared = Prepared(directory)
-    _check_faults(prepared, max_fault_share)
+    for split, report in prepared.summary['splits'].items():
+        if report['faults'] > max_fault_share * report['rows']:
+            raise UserError(
+                f'{report["faults"]} of the {report["rows"]} rows of split {split} are faulty, '
+                f'more than the allowed share of {max_fault_share:g}: see '
+                f'{directory / "skipped.jsonl"}'
+            )
     return prepared
 
 
-def _make(directory: pathlib.Path, built: pathlib.Path, build: Callable[[], None]) -> None:
+def _make(
+    directory: pathlib.Path, partial: pathlib.Path, build: Callable[[pathlib.Path], None]
+) -> None:
     """Makes the folder unless another process of this machine has made it by now."""
-    partial = _partial(directory)
-    made = [parent for parent in directory.parents if not parent.exists()]
+    new_parents = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(directory.parent / f'.{directory.name}.lock'):
@@ -245,11 +261,11 @@ def _make(directory: pathlib.Path, built: pathlib.Path, build: Callable[[], None
                 return
             if directory.exists():
                 raise UserError(f'{directory} is in the way: it holds no {_SUMMARY}; move it')
-            for stale in partial.glob('tfds*'):
-                shutil.rmtree(stale)
-            partial.mkdir(exist_ok=True)
+            built = partial / 'tfds'
+            shutil.rmtree(built, ignore_errors=True)  # of a killed process
+            built.mkdir(parents=True)
             try:
-                build()
+                build(built)
                 os.replace(built, directory)
             except Exception:  # a kill or Ctrl-C keeps the journal for the next run
                 shutil.rmtree(partial)
@@ -257,23 +273,9 @@ def _make(directory: pathlib.Path, built: pathlib.Path, build: Callable[[], None
             shutil.rmtree(partial)
     except Exception:
         with contextlib.suppress(OSError):
-            for parent in made:  # innermost first; one that is not empty ends it
+            for parent in new_parents:  # innermost first; one that is not empty ends it
                 parent.rmdir()
         raise
-
-
-def _check_faults(prepared: Prepared, max_fault_share: float) -> None:
-    for split, report in prepared.summary['splits'].items():
-        if report['faults'] > max_fault_share * report['rows']:
-            raise UserError(
-                f'{report["faults"]} of the {report["rows"]} rows of split {split} are faulty, '
-                f'more than the allowed share of {max_fault_share:g}: see '
-                f'{prepared.directory / "skipped.jsonl"}'
-            )
-
-
-def _partial(directory: pathlib.Path) -> pathlib.Path:
-    return directory.parent / f'.{directory.name}.partial'
 
 
 @contextlib.contextmanager
@@ -324,15 +326,15 @@ def await_file(
 
 
 def _build(
-    root: pathlib.Path,
     name: str,
     version: str,
     splits: Mapping[str, Source],
     blobs: Sequence[str],
     index: Callable[[Record], Mapping[str, Any]] | None,
     new_report: Callable[[str], FaultReport],
+    root: pathlib.Path,
 ) -> None:
-    """Writes shards, index, summary and listing to a new folder, `root`."""
+    """Writes shards, index, summary and listing to `root`."""
     reports = {split: new_report(split) for split in splits}
     summaries: dict[str, dict] = {}
 
@@ -369,7 +371,6 @@ def _build(
             'counts': dict(report.counts),
         }
 
-    root.mkdir()
     write_splits(root, name, version, blobs, {split: observed(split) for split in splits})
     with (root / 'skipped.jsonl').open('wb') as skipped:
         for report in reports.values():

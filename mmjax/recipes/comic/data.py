@@ -1,6 +1,5 @@
 """Comic pages as examples: one page padded to N panels, each with image, text and layout."""
 
-import copy
 import dataclasses
 import functools
 import math
@@ -157,9 +156,7 @@ class ComicPages(prepare.PreparedDataset):
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> 'ComicPages':
         """Returns the same split with another tokenizer."""
-        other = copy.copy(self)
-        other.tokenizer = tokenizer
-        return other
+        return self.replace(tokenizer=tokenizer)
 
     def with_page(self, path: str | os.PathLike) -> 'ComicPages':
         """Returns a split of one page: an image, and its JSON of the same name beside it.
@@ -180,10 +177,12 @@ class ComicPages(prepare.PreparedDataset):
             raise UserError(f'{page} has no panels')
         page_types = self.prepared.page_types
         record |= {'canonical_id': path.stem, 'image_path': '', 'page_type': page_types[0]}
-        other = self.with_record({**record, 'image': image}, _index(record, page_types))
-        other.prepared = dataclasses.replace(self.prepared, root=None)
-        other._cache = images.Kept(0)
-        return other
+        return self.with_record(
+            {**record, 'image': image},
+            _index(record, page_types),
+            prepared=dataclasses.replace(self.prepared, root=None),
+            _cache=images.Kept(0),
+        )
 
     def image(self, row: int) -> Image.Image:
         """Returns the whole page, a PIL image in RGB."""

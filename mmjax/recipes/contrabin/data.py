@@ -1,6 +1,5 @@
 """Functions as source, comment and binary: prepared records, and tokens of all three."""
 
-import copy
 import functools
 import hashlib
 import os
@@ -149,10 +148,7 @@ class CodeFunctions(prepare.PreparedDataset):
         self, tokenizers: Mapping[str, Tokenizer], lengths: Mapping[str, int]
     ) -> 'CodeFunctions':
         """Returns the same split, tokenized; both mappings have the keys of TEXTS."""
-        other = copy.copy(self)
-        other._tokenizers = dict(tokenizers)
-        other._lengths = dict(lengths)
-        return other
+        return self.replace(_tokenizers=dict(tokenizers), _lengths=dict(lengths))
 
     def one_each(self) -> np.ndarray:
         """Returns one row of every function, in order; levels take turns."""

@@ -3,12 +3,11 @@
 The rows of an image, three as a rule, share it: it is stored and cached once.
 """
 
-import copy
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -17,12 +16,13 @@ from PIL import Image
 from mmjax.data import images, prepare
 from mmjax.data.tokenizers import Tokenizer
 from mmjax.errors import UserError
-from mmjax.recipes.receipts import encoding
 from mmjax.recipes.receipts import folder as receipts_folder
+from mmjax.recipes.receipts import text as receipts_text
 
 GENERATOR = ('data/drawing.py', 'recipes/receipts/text.py', 'recipes/receipts/synthetic/*.py')
 VERSION = '1.1.0'  # of the prepared records; raise it when their content changes
 SPLITS = receipts_folder.SPLITS
+TOKENS_VERSION = 1  # raise it when what `encode_texts` returns changes
 _GREY = (127, 127, 127)  # beside an image that is not square
 
 
@@ -101,6 +101,34 @@ def whole_square(image: Image.Image, size: int) -> Image.Image:
     return square
 
 
+def encode_texts(
+    texts: Iterable[str], tokenizer: Tokenizer, longest: int, closing: int | None
+) -> dict[str, np.ndarray]:
+    """Encodes each different text once.
+
+    Args:
+      texts: n of them, read in order.
+      longest: L, tokens of a text that are kept.
+      closing: as in `receipts_text.plain_tokens`.
+
+    Returns:
+      ids: int32 [different texts, L], without special tokens, then padding; lengths: int32
+      [different texts], L + 1 for longer ones; rows: int32 [n], the position of each text among the
+      different ones; closing: int32, the token that closes texts.
+
+    Raises:
+      UserError: the closing token is text.
+    """
+    positions: dict[str, int] = {}
+    rows = np.array([positions.setdefault(text, len(positions)) for text in texts], np.int32)
+    tokens, closing = receipts_text.plain_tokens(tokenizer, list(positions), longest + 1, closing)
+    ids = np.full((len(tokens), longest), tokenizer.pad_id, np.int32)
+    for row, text in zip(ids, tokens, strict=True):
+        row[: min(len(text), longest)] = text[:longest]
+    lengths = np.array([len(text) for text in tokens], np.int32)
+    return {'ids': ids, 'rows': rows, 'lengths': lengths, 'closing': np.int32(closing)}
+
+
 class ReceiptQuestions(prepare.PreparedDataset):
     """One prepared split; a row is a question about an image.
 
@@ -166,29 +194,29 @@ class ReceiptQuestions(prepare.PreparedDataset):
           UserError: the closing token is text.
         """
         longest = self.lengths[-1]
-        tokens = encoding.encoded(
-            self.prepared, self.split, self.texts, tokenizer, longest, closing
-        )
+        settings = [TOKENS_VERSION, longest, closing, tokenizer.__getstate__()]
+        make = lambda: encode_texts(self.texts(), tokenizer, longest, closing)
+        tokens = self.prepared.cached_arrays(f'tokens-{self.split}', settings, make)
         return self._tokenized(tokenizer, tokens)
 
     def _tokenized(self, tokenizer: Tokenizer, encoded: Mapping) -> 'ReceiptQuestions':
-        other = copy.copy(self)
         longest = self.lengths[-1]
-        other.tokenizer = tokenizer
-        other.closing_id = int(encoded['closing'])
         questions = encoded['rows'][0::2]
         answers = encoded['rows'][1::2]
-        other._tokens = encoded['ids'], questions, answers
         n_question = encoded['lengths'][questions]
         n_answer = encoded['lengths'][answers] + 1
-        other.texts_cut = int((np.maximum(n_question, n_answer) > longest).sum())
-        other.index = {
-            **self.index,
+        lengths = {
             'n_question': np.minimum(n_question, longest),
             'n_answer': np.minimum(n_answer, longest),
             'length': np.minimum(np.maximum(n_question, n_answer), longest),
         }
-        return other
+        return self.replace(
+            tokenizer=tokenizer,
+            closing_id=int(encoded['closing']),
+            texts_cut=int((np.maximum(n_question, n_answer) > longest).sum()),
+            index={**self.index, **lengths},
+            _tokens=(encoded['ids'], questions, answers),
+        )
 
     def with_question(self, path: str | os.PathLike, question: str) -> 'ReceiptQuestions':
         """Returns a split of one row: an image and a question whose answer is unknown.
@@ -203,15 +231,18 @@ class ReceiptQuestions(prepare.PreparedDataset):
             raise UserError(f'{path} does not exist')
         record = {'question': question, 'answer': '', 'count': 0, 'pair': 0, 'picture': 0}
         record |= {'image_path': str(path), 'image': path.read_bytes(), 'line': 0}
-        other = self.with_record(record, {**_index(record), 'label': np.int32(0)})
-        other.prepared = dataclasses.replace(self.prepared, root=None)
-        other._cache = images.Kept(0)
-        other._tokens = ()
+        other = self.with_record(
+            record,
+            {**_index(record), 'label': np.int32(0)},
+            prepared=dataclasses.replace(self.prepared, root=None),
+            _cache=images.Kept(0),
+            _tokens=(),
+        )
         other.image(0)
         if not self.tokenizer:
             return other
         longest = self.lengths[-1]
-        encoded = encoding.encode(other.texts(), self.tokenizer, longest, self.closing_id)
+        encoded = encode_texts(other.texts(), self.tokenizer, longest, self.closing_id)
         if encoded['lengths'][0] > longest:
             raise UserError(
                 f'the question has more than {longest} tokens, the largest of data.buckets'

@@ -131,8 +131,6 @@ class ItemImages(prepare.PreparedDataset):
         Raises:
           UserError: an item of this split has no prompt, or a blank one.
         """
-        other = copy.copy(self)
-        other.skipped = dict(self.skipped)
         used = np.unique(self.index['identity'])
         names = [self.items[identity] for identity in used]
         missing = [name for name in names if not prompts.get(name, '').strip()]
@@ -143,14 +141,16 @@ class ItemImages(prepare.PreparedDataset):
         texts = [''] * len(self.items)
         for identity, name in zip(used, names, strict=True):
             texts[identity] = prompts[name]
-        other._tokens, other._mask = tokenizer.encode(texts, length)
-        other._prompts = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-        return other
+        tokens, mask = tokenizer.encode(texts, length)
+        return self.replace(
+            skipped=dict(self.skipped),
+            _tokens=tokens,
+            _mask=mask,
+            _prompts=hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
+        )
 
     def subset(self, rows: np.ndarray, split: str | None = None) -> 'ItemImages':
-        other = super().subset(rows, split)
-        other._cache = copy.copy(self._cache)
-        return other
+        return super().subset(rows, split).replace(_cache=copy.copy(self._cache))
 
     def hold_out(self, fraction: float, seed: int) -> dict[str, 'ItemImages']:
         """Returns {'train', 'val'}: a fraction of the items goes to val, with all their images.

@@ -7,7 +7,6 @@ import jax
 from mmjax.data.prepare import cache_dir
 from mmjax.errors import UserError
 from mmjax.recipes.sign import data as sign
-from mmjax.recipes.sign import prepare
 from mmjax.recipes.sign import streams as sign_streams
 from mmjax.recipes.sign.augment import Augmentation, Normalization
 from mmjax.recipes.sign.folder import Vocabulary
@@ -23,7 +22,7 @@ class SignData:
 
     def __init__(self, config, assets=None):
         spec = config.data
-        prepared = prepare.prepare_sequences(
+        prepared = sign.prepare_sequences(
             spec.root,
             cache_dir(spec.cache),
             seed=spec.seed,

@@ -12,7 +12,6 @@ from mmjax.errors import UserError
 from mmjax.recipes.sign import augment
 from mmjax.recipes.sign import data as sign
 from mmjax.recipes.sign import folder as sign_folder
-from mmjax.recipes.sign import prepare as sign_prepare
 
 STREAMS = {'pose': [0, 2], 'left': [2, 5], 'right': [6, 9]}  # column 5 is in none
 F, USED = 9, [0, 1, 2, 3, 4, 6, 7, 8]
@@ -61,7 +60,7 @@ class Folder:
         np.savez(self.file(split, place), **arrays)
 
     def prepare(self, cache, **options):
-        return sign_prepare.prepare_sequences(self.root, cache, **options)
+        return sign.prepare_sequences(self.root, cache, **options)
 
 
 @pytest.fixture
@@ -138,7 +137,7 @@ def test_the_second_split_is_called_as_the_folder_does_and_test_may_be_there(tmp
         prepared = Folder(tmp_path / str(number), sentences).prepare(tmp_path / 'cache')
         assert prepared.splits == ('train', second, *third)
         assert split_of(prepared, second).split == second
-    only = sign_prepare.prepare_sequences(tmp_path / '1', tmp_path / 'cache', splits=('test',))
+    only = sign.prepare_sequences(tmp_path / '1', tmp_path / 'cache', splits=('test',))
     other = {'vocabulary': prepared.vocabulary(), 'normalization': prepared.normalization()}
     data = sign.SignSequences(only, 'test', **other)
     assert data.example(0, RNG, False)['labels'].tolist() == [1] and data.lengths == (16,)

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from mmjax.errors import UserError
+from mmjax.recipes.sign import data as sign
 from mmjax.recipes.sign import (
     folder as sign_folder,
-)
-from mmjax.recipes.sign import (
-    prepare as sign_prepare,
 )
 from mmjax.recipes.sign import (
     streams as sign_streams,
@@ -95,12 +93,12 @@ def test_streams_of_the_config_replace_those_of_the_folder(folder, tmp_path):
         with pytest.raises(UserError, match=r'data\.streams: stream'):
             folder.prepare(tmp_path / 'cache', streams=wrong)
     with pytest.raises(UserError, match=r"data\.streams: 'a' ends at 93, the built-in has 92"):
-        sign_prepare.prepare_sequences(None, tmp_path / 'cache', streams={'a': (0, 93)})
+        sign.prepare_sequences(None, tmp_path / 'cache', streams={'a': (0, 93)})
 
 
 def test_landmarks_of_the_built_in_signers_have_two_numbers(tmp_path):
     sizes = dict(train=2, dev=1, test=1, signers=1, held_out_signers=1)
-    prepared = sign_prepare.prepare_sequences(None, tmp_path, synthetic_sizes=sizes)
+    prepared = sign.prepare_sequences(None, tmp_path, synthetic_sizes=sizes)
     spans = {'pose': (0, 14), 'left': (14, 48), 'right': (48, 82), 'face': (82, 100)}
     assert prepared.normalization().output_streams == spans
 

@@ -1,7 +1,7 @@
 """Finds the functions of C text and the comments that describe them, by tree-sitter's grammar.
 
-The text is parsed as it stands, not preprocessed: functions of both branches of an `#if` are found,
-and which of them a compiler saw is for the object file to say.
+The text is parsed without preprocessing: functions of both branches of an `#if` are found; the
+object file shows which of them was compiled.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from mmjax.errors import UserError
+from mmjax.errors import RecordError, UserError
 
 # What may hold functions of file level. A brace that `#if` leaves open makes an ERROR of the rest.
 _OUTER = {
@@ -67,11 +67,12 @@ def functions(text: bytes, path: str) -> list[CFunction]:
       path: what errors call the file.
 
     Raises:
-      UserError: tree-sitter is not installed, or gives the file up.
+      RecordError: 'parse_error' if tree-sitter gives up on the file.
+      UserError: tree-sitter is not installed.
     """
     tree = _parser().parse(text)
     if tree is None:
-        raise UserError(f'{path} cannot be parsed')
+        raise RecordError('parse_error', f'{path} cannot be parsed')
     found = []
     pending = [tree.root_node]
     while pending:
