@@ -74,6 +74,13 @@ class FaultReport:
             )
         self.advance()
 
+    def malformed_rows(self, table: str, problems: Iterable[tuple[int, str]]) -> None:
+        """Counts rows of a table, (line, problem), as faults and as rows of the split."""
+        problems = list(problems)
+        self.rows += len(problems)
+        for line, problem in problems:
+            self.fault(RecordError('malformed_row', f'{table} {line} {problem}'), line)
+
     def advance(self) -> None:
         """Marks one row as done: updates the progress and the heartbeat for waiting processes."""
         self._rows_done += 1

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import pathlib
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,16 +27,21 @@ class Records:
     """
 
     def __init__(self, directory: str | os.PathLike, split: str):
-        from array_record.python import array_record_module
+        import tensorflow_datasets as tfds
+        from array_record.python import array_record_data_source, array_record_module
 
         self.directory = pathlib.Path(directory)
         self.split = split
-        info = self._load().splits.get(split)
-        if info is None:
+        try:
+            info = tfds.builder_from_directory(self.directory).info
+        except Exception as error:
+            raise self._fault(self.directory, f'cannot be opened ({error})') from error
+        if split not in info.splits:
             raise UserError(f'{directory} holds no split {split!r}')
-        self._paths = [str(path) for path in info.filepaths]
-        self._ends = np.cumsum(info.shard_lengths)
-        for path, expected in zip(self._paths, info.shard_lengths, strict=True):
+        lengths = info.splits[split].shard_lengths
+        self._paths = [str(path) for path in info.splits[split].filepaths]
+        self._ends = np.cumsum(lengths)
+        for path, expected in zip(self._paths, lengths, strict=True):
             if not os.path.exists(path):
                 raise self._fault(path, 'is missing')
             try:
@@ -48,31 +52,15 @@ class Records:
             if number != expected:
                 raise self._fault(path, f'has {number} records where {expected} were written')
             reader.close()
-        self._open()
+        parts = [f'{path}[0:{n}]' for path, n in zip(self._paths, lengths, strict=True)]
+        self._features = info.features
+        self._readers = array_record_data_source.ArrayRecordDataSource(parts)  # opens lazily
 
-    def _load(self) -> Any:
-        import tensorflow_datasets as tfds
-
-        try:
-            return tfds.builder_from_directory(self.directory).info
-        except Exception as error:
-            raise self._fault(self.directory, f'cannot be opened ({error})') from error
-
-    def _open(self) -> None:
-        self._lock = threading.Lock()
-        self._readers: Any = None
-        self._features: Any = None
+    def __reduce__(self) -> tuple:
+        return Records, (self.directory, self.split)
 
     def _fault(self, path: str | os.PathLike, what: str) -> UserError:
         return UserError(f'{path} {what}; remove {self.directory} to have it prepared again')
-
-    def __getstate__(self) -> dict[str, Any]:
-        hidden = ('_lock', '_readers', '_features')
-        return {key: value for key, value in self.__dict__.items() if key not in hidden}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -84,15 +72,6 @@ class Records:
         position = int(position)
         if not 0 <= position < len(self):
             raise IndexError(f'record {position} of {len(self)} in split {self.split}')
-        if self._readers is None:
-            with self._lock:
-                if self._readers is None:
-                    from array_record.python import array_record_data_source
-
-                    lengths = np.diff(self._ends, prepend=0)
-                    names = [f'{p}[0:{n}]' for p, n in zip(self._paths, lengths, strict=True)]
-                    self._features = self._load().features
-                    self._readers = array_record_data_source.ArrayRecordDataSource(names)
         shard = self._paths[int(np.searchsorted(self._ends, position, side='right'))]
         try:
             data = self._readers[position]

@@ -1,4 +1,4 @@
-"""Reads tables of a user's folder, faults named by file and line, and stamps files. Free of jax."""
+"""Reads the tables of a user's folder, faults named by file and line, and checks their files."""
 
 import collections
 import csv
@@ -9,6 +9,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
+from mmjax.data import images
 from mmjax.errors import RecordError, UserError
 
 STAMPED = 50_000  # rows whose files enter a digest; of larger tables every n-th
@@ -26,6 +27,20 @@ def check_inside(path: str, where: str) -> None:
     """Raises UserError, beginning with `where`, for a path that leads outside the data root."""
     if not path or path.startswith(('/', '~')) or '..' in path.split('/') or '\0' in path:
         raise UserError(f'{where}: the path {path!r} leads outside the data root')
+
+
+def check_image(root: pathlib.Path, path: str, max_pixels: int) -> tuple[int, int]:
+    """Returns (width, height) of root/path if every byte of it decodes.
+
+    Raises:
+      UserError: the path, links followed, leads outside the root.
+      RecordError: as of `images.open_picture`.
+    """
+    try:
+        file = images.inside(root, path)
+    except RuntimeError as error:  # a link to itself, before Python 3.13
+        raise RecordError('unreadable_picture', f'{path} cannot be read: {error}') from error
+    return images.check_picture(file, path, max_pixels=max_pixels)
 
 
 def csv_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str], str]]:

@@ -66,10 +66,7 @@ class ComicFolder:
         """Yields the records of a split (see `page_record`); what is left out is reported."""
         report.rows = self.rows[split]
         if split == next(iter(self.rows)):  # malformed lines are reported with the first split
-            report.rows += len(self.malformed)
-            for line, problem in self.malformed:
-                message = f'{TABLE} line {line} {problem}'
-                report.fault(RecordError('malformed_row', message), line)
+            report.malformed_rows(f'{TABLE} line', self.malformed)
         labels = read_labels(self.root)
 
         def selected() -> Iterator[Row]:
@@ -95,9 +92,8 @@ class ComicFolder:
 
     def _check(self, row: Row, max_panels: int, max_pixels: int) -> dict[str, Any]:
         annotation = f'json/{row.canonical_id}.json'
-        image = images.inside(self.root, row.image_path)
         page = read_json(images.inside(self.root, annotation), annotation)
-        size = images.check_picture(image, row.image_path, max_pixels=max_pixels)
+        size = tables.check_image(self.root, row.image_path, max_pixels)
         record, counts = page_record(page, annotation, size, max_panels)
         record |= {'canonical_id': row.canonical_id, 'image_path': row.image_path, 'line': row.line}
         return {'record': record, 'counts': counts}

@@ -15,10 +15,10 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmjax.data import images, tables
+from mmjax.data import tables
 from mmjax.data.faults import FaultReport
 from mmjax.data.tables import file_stamp
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import UserError
 
 COLUMNS = ('filename', 'receipt_count', 'question', 'answer', 'qa_pair_idx')
 SPLITS = ('train', 'val', 'test')
@@ -57,12 +57,10 @@ class ReceiptsFolder:
         'picture': its number}; what is left out is reported. The rows of an image are neighbours.
         """
         groups = self.rows[split]
-        report.rows = sum(map(len, groups)) + len(self.malformed[split])
-        for line, problem in self.malformed[split]:
-            message = f'{split}/{TABLE} line {line} {problem}'
-            report.fault(RecordError('malformed_row', message), line)
+        report.rows = sum(map(len, groups))
+        report.malformed_rows(f'{split}/{TABLE} line', self.malformed[split])
         path = lambda entry: f'{split}/{IMAGES}/{entry[1][0].filename}'
-        check = lambda entry: self._check(path(entry), max_pixels)
+        check = lambda entry: {'size': tables.check_image(self.root, path(entry), max_pixels)}
         stamp = lambda entry: [path(entry), *file_stamp(self.root / path(entry))]
         lines = lambda entry: [row.line for row in entry[1]]
         for entry, _ in report.check_each(enumerate(groups), check, stamp, lines):
@@ -70,14 +68,6 @@ class ReceiptsFolder:
             for row in group:
                 record = dataclasses.asdict(row) | {'picture': number, 'image_path': path(entry)}
                 yield {key: value for key, value in record.items() if key != 'filename'}
-
-    def _check(self, path: str, max_pixels: int) -> dict[str, Any]:
-        try:
-            image = images.inside(self.root, path)
-        except RuntimeError as error:  # a link to itself, before Python 3.13
-            raise RecordError('unreadable_picture', f'{path} cannot be read: {error}') from error
-        images.check_picture(image, path, max_pixels=max_pixels)
-        return {}
 
 
 def named_splits(root: str | os.PathLike) -> tuple[str, ...]:

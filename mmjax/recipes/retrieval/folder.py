@@ -18,10 +18,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from mmjax.data import images, tables
+from mmjax.data import tables
 from mmjax.data.faults import FaultReport
 from mmjax.data.tables import file_stamp, read_json
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import UserError
 
 TABLE = 'image_paths.json'
 SPLITS = 'image_splits.json'
@@ -59,10 +59,7 @@ class RetrievalFolder:
         """Yields {'item', 'image_path' from the root, 'line'}; what is left out is reported."""
         report.rows = len(self.rows[split])
         if split == next(iter(self.rows)):  # malformed entries are reported with the first split
-            report.rows += len(self.malformed)
-            for line, problem in self.malformed:
-                message = f'{TABLE} entry {line} {problem}'
-                report.fault(RecordError('malformed_row', message), line)
+            report.malformed_rows(f'{TABLE} entry', self.malformed)
         check = functools.partial(self._check, max_pixels=max_pixels)
         stamp = lambda row: [row.path, row.item, *file_stamp(self.base / row.path)]
         lines = lambda row: [row.line]
@@ -71,11 +68,7 @@ class RetrievalFolder:
 
     def _check(self, row: Row, max_pixels: int) -> dict[str, Any]:
         path = (self.base / row.path).relative_to(self.root).as_posix()
-        try:
-            image = images.inside(self.root, path)  # of the root: `images` may be a link
-        except RuntimeError as error:  # a link to itself, before Python 3.13
-            raise RecordError('unreadable_picture', f'{path} cannot be read: {error}') from error
-        images.check_picture(image, path, max_pixels=max_pixels)
+        tables.check_image(self.root, path, max_pixels)  # of the root: `images` may be a link
         return {'item': row.item, 'image_path': path, 'line': row.line}
 
 
