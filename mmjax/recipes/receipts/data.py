@@ -1,6 +1,6 @@
 """Receipts as examples: a whole image, a question and its answer, and how many receipts it shows.
 
-The rows of an image, three as a rule, share it: it is stored and cached once.
+The rows of an image, usually three, share it: it is written and cached once.
 """
 
 import dataclasses

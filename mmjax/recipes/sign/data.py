@@ -239,7 +239,7 @@ class SignSequences(prepare.PreparedDataset):
         return packed
 
     def with_features(self, features: np.ndarray) -> 'SignSequences':
-        """Returns a split of one row without words, from [T, F] as files have them."""
+        """Returns a split of one row without words, from [T, F] as in the files."""
         length = len(features)
         numbers = {'length': length, 'n_labels': 0, 'needed': 0, 'signer': 0}
         entry = {key: np.int32(value) for key, value in numbers.items()}

@@ -260,7 +260,7 @@ class Builder:
         return canonical.split_assembly(listed)
 
     def _check_read(self, listing: pathlib.Path, name: str) -> None:
-        """Raises RecordError where a program's own list names a file it may not read."""
+        """Raises RecordError if a program's list names a file it may not read."""
         rule = listing.read_text(errors='replace').replace('\\\n', ' ')
         included = [flag[2:] for flag in self.flags if flag.startswith('-I')]
         local = map(os.path.realpath, (self.root, listing.parent))
@@ -273,7 +273,7 @@ class Builder:
 
     def _run(self, argv: list[str], folder: pathlib.Path, name: str) -> str:
         """Runs a program within the limits and returns what it wrote to standard output."""
-        # Set by the shell: code of ours between fork and exec may hang where there are threads.
+        # Set by the shell: Python code between fork and exec may hang if there are threads.
         limits = (
             f'ulimit -t {math.ceil(self.time_limit) + 1} && ulimit -v {_MEMORY >> 10} && '
             f'ulimit -f {_OUTPUT >> 9} && ulimit -c 0 && exec "$@"'

@@ -49,11 +49,11 @@ class FileResult:
 class Counts:
     """Counts what is kept and left out, and finds duplicates, across files and splits."""
 
-    def __init__(self, found: build.Projects):
+    def __init__(self, projects: build.Projects):
         parts = ('files', 'functions', 'binaries', 'twins', 'rows')
         self._counts: dict[str, Counter[str]] = {part: Counter() for part in parts}
-        self._counts['files'].update(found.skipped)
-        self._projects = {project: Counter() for project in sorted(found.files)}
+        self._counts['files'].update(projects.skipped)
+        self._projects = {project: Counter() for project in sorted(projects.files)}
         self._examples: dict[str, list[str]] = {}
         self._sources: set[bytes] = set()
         self._binaries: dict[bytes, tuple[bytes, str, str]] = {}  # → source, level, split
