@@ -73,7 +73,7 @@ def main():
     questions = [
         receipts_text.pair('count', wording, '', 0)[0] for wording in range(receipts_text.WORDINGS)
     ]
-    tokens, _ = receipts_text.own_tokens(task.tokenizer, questions, task.most, task.opening)
+    tokens, _ = receipts_text.plain_tokens(task.tokenizer, questions, task.most, task.opening)
     words = np.full((len(tokens), task.most), task.tokenizer.pad_id, np.int32)
     for row, ids in enumerate(tokens):
         words[row, : len(ids)] = ids

@@ -42,7 +42,7 @@ def most(pairs) -> dict:
 
 
 def pixels(split, rows) -> np.ndarray:
-    small = [receipts.whole_square(split.picture(int(row)), 16) for row in rows]
+    small = [receipts.whole_square(split.image(int(row)), 16) for row in rows]
     x = np.stack([np.asarray(image, np.float32).ravel() / 255 for image in small])
     return np.concatenate([x, np.ones((len(x), 1), np.float32)], 1)
 

@@ -2,7 +2,12 @@
 
 
 class UserError(Exception):
-    """A fault in the data, the config or the command: the message names file, line or key."""
+    """A fault in the data, the config or the command: the message names file, line or key.
+
+    reason: a short key under which a faulty row is counted.
+    """
+
+    reason = 'invalid_record'
 
 
 class RecordError(UserError):

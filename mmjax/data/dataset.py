@@ -1,4 +1,4 @@
-"""Random access to the examples of one split, and the errors that data raise. Free of jax."""
+"""Random access to the examples of one split. Free of jax."""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ class Dataset(abc.ABC):
         """Decodes, augments (when `train`) and tokenizes one record."""
 
     def collate(self, examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:
-        """Stacks examples to a batch; `bucket` is the length to pad to, 0 where there is one."""
+        """Stacks examples to a batch; `bucket` is the length to pad to, 0 for a single shape."""
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
     @abc.abstractmethod

@@ -1,11 +1,13 @@
 """Prepares splits of any recipe as TFDS datasets of ArrayRecord shards, and opens them again.
 
-A prepared folder appears whole or not at all: shards, index and books are written to a hidden
+A recipe yields records and says its version; the digest of its settings names the folder. A
+prepared folder appears whole or not at all: shards, index and counts are written to a hidden
 `.<name>.partial` folder beside it, which is renamed at the end, kept after a kill (its journal
 lets the next run continue) and removed after a fault. TensorFlow is never imported.
 """
 
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import functools
@@ -16,18 +18,26 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
 from mmjax.data import processes
-from mmjax.data.faults import Ledger, Progress
-from mmjax.data.records import Record, Records
+from mmjax.data.dataset import Dataset
+from mmjax.data.faults import FaultReport, Progress
+from mmjax.data.records import Record, Records, write_splits
 from mmjax.errors import UserError
 
-Source = Callable[[Ledger], Iterable[Record]]  # sets ledger.rows, then yields the records
+Source = Callable[[FaultReport], Iterable[Record]]  # sets report.rows, then yields the records
 _SUMMARY = 'prepared.json'
-_SHARD_BYTES = 64 << 20
+
+
+class Options(TypedDict, total=False):
+    """What `prepare` takes and the content does not depend on."""
+
+    max_fault_share: float
+    wait: bool
+    progress: Progress | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +52,98 @@ class Prepared:
         return json.loads((self.directory / _SUMMARY).read_text())
 
     def index(self, split: str) -> dict[str, np.ndarray]:
-        """The small arrays kept beside the shards, each [records]."""
-        with np.load(self.directory / f'index-{split}.npz', allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+        """Returns the small arrays kept beside the shards, each [records]."""
+        return _load_arrays(self.directory / f'index-{split}.npz')
 
     def open(self, split: str) -> Records:
         return Records(self.directory, split)
 
+    def cached_arrays(
+        self, name: str, settings: Sequence[object], make: Callable[[], Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Returns arrays derived from the records, made once and kept beside them.
+
+        Args:
+          name: begins the file's name, which ends in a digest of `settings`.
+          settings: JSON values that decide the arrays.
+        """
+        path = self.directory / f'{name}-{settings_digest(settings)}.npz'
+        if path.is_file():
+            return _load_arrays(path)
+        arrays = dict(make())
+        with contextlib.suppress(OSError):  # a read-only cache is as good
+            partial = path.with_name(f'.{os.getpid()}-{path.name}')
+            _save_arrays(partial, arrays)
+            os.replace(partial, path)
+        return arrays
+
+
+class PreparedDataset(Dataset):
+    """One prepared split: records by row, their index, what was skipped, the fingerprint.
+
+    A subclass says what an example is.
+
+    skipped: reason → rows left out while preparing; counts: name → how often something was
+    repaired.
+    """
+
+    def __init__(self, prepared: Prepared, split: str):
+        """Opens a split; raises UserError if there is none of this name."""
+        summary = prepared.summary
+        if split not in summary['splits']:
+            raise UserError(f'{prepared.directory} holds no split {split!r}')
+        report = summary['splits'][split]
+        self.prepared = prepared
+        self.split = split
+        self.index = prepared.index(split)
+        self.skipped = dict(report['skipped'])
+        self.counts = dict(report['counts'])
+        self._names = {'name': summary['name'], 'version': summary['version']}
+        self._digest = report['digest']
+        self._records: Sequence[Record] | Records = prepared.open(split)
+        self._rows = np.arange(len(self._records))  # row → position among the records
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def record(self, row: int) -> Record:
+        """Returns what was prepared of a row."""
+        return self._records[int(self._rows[row])]
+
+    def replace(self, **attributes: object) -> Self:
+        """Returns a copy with other values of some attributes, like `dataclasses.replace`."""
+        other = copy.copy(self)
+        vars(other).update(attributes)
+        return other
+
+    def subset(self, rows: np.ndarray, split: str | None = None) -> Self:
+        """Returns some of the rows, in the order given, under the name `split` if any."""
+        return self.replace(
+            split=split or self.split,
+            skipped=dict(self.skipped),
+            index={key: values[rows] for key, values in self.index.items()},
+            _rows=self._rows[rows],
+            _digest=hashlib.sha256(f'{self._digest} {rows.tolist()}'.encode()).hexdigest(),
+        )
+
+    def with_record(
+        self, record: Record, entry: Mapping[str, object], **attributes: object
+    ) -> Self:
+        """Returns a split of one record, such as a file to predict.
+
+        Args:
+          entry: its entry of the index.
+          attributes: as of `replace`.
+        """
+        index = {key: np.asarray([value]) for key, value in entry.items()}
+        return self.replace(index=index, _records=[record], _rows=np.zeros(1, int), **attributes)
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return {**self._names, 'split': self.split, 'size': len(self), 'digest': self._digest}
+
 
 def cache_dir(given: str | None) -> pathlib.Path:
-    """Returns where prepared records are kept: `given`, else $MMJAX_CACHE, else ~/.cache/mmjax."""
+    """Returns the folder of prepared records: `given`, else $MMJAX_CACHE, else ~/.cache/mmjax."""
     return pathlib.Path(given or os.environ.get('MMJAX_CACHE', '~/.cache/mmjax')).expanduser()
 
 
@@ -64,6 +156,43 @@ def source_digest(*patterns: str) -> str:
     folder = pathlib.Path(__file__).parent.parent
     sources = [source for pattern in patterns for source in sorted(folder.glob(pattern))]
     return hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def settings_digest(settings: Sequence[object]) -> str:
+    """Digests JSON values."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def prepare_cached(
+    cache: str | os.PathLike,
+    name: str,
+    settings: Sequence[object],
+    *,
+    version: str,
+    splits: Mapping[str, Source],
+    blobs: Sequence[str] = (),
+    index: Callable[[Record], Mapping[str, Any]] | None = None,
+    **options: Unpack[Options],
+) -> Prepared:
+    """Calls `prepare` with the folder of the cache that a digest of the settings names.
+
+    Args:
+      name: of the data set, like 'comic_folder'; it begins the folder's name.
+      settings: JSON values that decide the content: sizes, a digest of the tables or of the code
+        that makes the records. `version` and the names of the splits need not be among them.
+      version, splits, blobs, index, options: of `prepare`.
+    """
+    digest = settings_digest([version, list(splits), *settings])
+    directory = pathlib.Path(cache) / f'{name.replace("_", "-")}-{digest}'
+    return prepare(
+        directory,
+        name=name,
+        version=version,
+        splits=splits,
+        blobs=blobs,
+        index=index,
+        **options,
+    )
 
 
 def prepare(
@@ -79,47 +208,52 @@ def prepare(
     wait: bool = False,
     timeout: float = 600.0,
 ) -> Prepared:
-    """Writes the splits to `directory` unless they are there already, and returns them.
+    """Writes the splits to `directory` unless they exist, and returns them.
 
-    The caller puts a digest of whatever decides the content into the folder's name. Processes of
-    one machine take turns by a file lock; of several hosts one prepares and the others pass
-    `wait`, which polls until the folder is there.
+    Processes of one machine take turns by a file lock; of several hosts one prepares and the
+    others pass `wait`, which polls until the folder exists.
 
     Args:
       directory: the folder to make; its parents are made as needed.
       name: snake_case name of the TFDS dataset; `version` goes with it.
-      splits: split → function that takes the split's Ledger and yields its records in order.
-      blobs: keys whose values are bytes, stored as they are (encoded pictures, packed arrays).
+      splits: split → function that takes the split's FaultReport and yields its records in order.
+      blobs: keys whose values are bytes, stored unchanged (encoded images, packed arrays).
       index: record → scalars kept as arrays in `index-<split>.npz`.
-      max_fault_share: share of a split's rows that may be faulty; ends with UserError above it,
-        also where an earlier call that allowed more has made the folder.
+      max_fault_share: fraction of a split's rows that may be faulty; the others are skipped and
+        listed in `skipped.jsonl`.
       timeout: seconds without a sign of life after which a waiting process gives up.
 
     Raises:
-      UserError: too many faults, a split without records, or nobody to wait for. Nothing of the
-        attempt is left on disk.
+      UserError: too many faults, also if an earlier call that allowed more has made the folder; a
+        split without records; nobody to wait for. Nothing of the attempt is left on disk.
     """
     processes.check_main()  # before the lock, which the parent holds
     directory = pathlib.Path(directory).absolute()
-    partial = _partial(directory)
-    there = (directory / _SUMMARY).is_file()
-    if wait and not there:
-        what = f'{directory}: the process that prepares it'
-        await_file(directory / _SUMMARY, partial / 'heartbeat', what, timeout, partial)
-    elif not there:
-        build = functools.partial(
-            _build, partial / 'tfds', name, version, splits, blobs, index, max_fault_share, progress
-        )
-        _make(directory, build)
+    partial = directory.parent / f'.{directory.name}.partial'
+    if not (directory / _SUMMARY).is_file():
+        if wait:
+            what = f'{directory}: the process that prepares it'
+            await_file(directory / _SUMMARY, partial / 'heartbeat', what, timeout, partial)
+        else:
+            new_report = lambda split: FaultReport(split, partial, max_fault_share, progress)
+            build = functools.partial(_build, name, version, splits, blobs, index, new_report)
+            _make(directory, partial, build)
     prepared = Prepared(directory)
-    _check_faults(prepared, max_fault_share)
+    for split, report in prepared.summary['splits'].items():
+        if report['faults'] > max_fault_share * report['rows']:
+            raise UserError(
+                f'{report["faults"]} of the {report["rows"]} rows of split {split} are faulty, '
+                f'more than the allowed share of {max_fault_share:g}: see '
+                f'{directory / "skipped.jsonl"}'
+            )
     return prepared
 
 
-def _make(directory: pathlib.Path, build: Callable[[], pathlib.Path]) -> None:
-    """Makes the folder unless another process of this machine has made it meanwhile."""
-    partial = _partial(directory)
-    made = [parent for parent in directory.parents if not parent.exists()]
+def _make(
+    directory: pathlib.Path, partial: pathlib.Path, build: Callable[[pathlib.Path], None]
+) -> None:
+    """Makes the folder unless another process of this machine has made it by now."""
+    new_parents = [parent for parent in directory.parents if not parent.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(directory.parent / f'.{directory.name}.lock'):
@@ -127,33 +261,21 @@ def _make(directory: pathlib.Path, build: Callable[[], pathlib.Path]) -> None:
                 return
             if directory.exists():
                 raise UserError(f'{directory} is in the way: it holds no {_SUMMARY}; move it')
-            for stale in partial.glob('tfds*'):
-                shutil.rmtree(stale)
-            partial.mkdir(exist_ok=True)
+            built = partial / 'tfds'
+            shutil.rmtree(built, ignore_errors=True)  # of a killed process
+            built.mkdir(parents=True)
             try:
-                os.replace(build(), directory)
+                build(built)
+                os.replace(built, directory)
             except Exception:  # a kill or Ctrl-C keeps the journal for the next run
                 shutil.rmtree(partial)
                 raise
             shutil.rmtree(partial)
     except Exception:
         with contextlib.suppress(OSError):
-            for parent in made:  # innermost first; one that is not empty ends it
+            for parent in new_parents:  # innermost first; one that is not empty ends it
                 parent.rmdir()
         raise
-
-
-def _check_faults(prepared: Prepared, share: float) -> None:
-    for split, books in prepared.summary['splits'].items():
-        if books['faults'] > share * books['rows']:
-            raise UserError(
-                f'{books["faults"]} of the {books["rows"]} rows of split {split} are faulty, more '
-                f'than the allowed share of {share:g}: see {prepared.directory / "skipped.jsonl"}'
-            )
-
-
-def _partial(directory: pathlib.Path) -> pathlib.Path:
-    return directory.parent / f'.{directory.name}.partial'
 
 
 @contextlib.contextmanager
@@ -173,62 +295,56 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def await_file(
-    done: pathlib.Path, beat: pathlib.Path, what: str, timeout: float, place: pathlib.Path
+    done: pathlib.Path, heartbeat: pathlib.Path, what: str, timeout: float, partial: pathlib.Path
 ) -> None:
     """Waits for a file that another process makes.
 
     Args:
-      beat: a file that this process touches while it lives.
+      heartbeat: a file that this process touches while it lives.
       what: the process, for the error.
-      timeout: seconds without a touch after which it is given up.
-      place: what it removes when it ends: gone without the file, it has failed.
+      timeout: seconds without a touch after which the process counts as dead.
+      partial: what it removes when it ends; if both are missing, it has failed.
 
     Raises:
       UserError: the process has ended or gives no sign of life.
     """
-    seen, last, since = False, None, time.monotonic()
+    seen = False
+    last = None
+    since = time.monotonic()
     while not done.is_file():
-        alive = beat.stat().st_mtime_ns if beat.exists() else None
-        if alive is not None and alive != last:
-            seen, last, since = True, alive, time.monotonic()
+        touched = heartbeat.stat().st_mtime_ns if heartbeat.exists() else None
+        if touched is not None and touched != last:
+            seen = True
+            last = touched
+            since = time.monotonic()
         idle = time.monotonic() - since
-        gone = seen and alive is None and not place.exists() and idle > 2
+        gone = seen and touched is None and not partial.exists() and idle > 2
         if (gone and not done.is_file()) or idle > timeout:
             why = 'ended without finishing' if gone else f'gave no sign of life for {timeout:g} s'
             raise UserError(f'{what} {why}')
         time.sleep(0.2)
 
 
-def _build(root, name, version, splits, blobs, index, share, progress) -> pathlib.Path:
-    """Runs the TFDS builder under `root`; returns the folder it made, with index and books."""
-    import tensorflow_datasets as tfds
+def _build(
+    name: str,
+    version: str,
+    splits: Mapping[str, Source],
+    blobs: Sequence[str],
+    index: Callable[[Record], Mapping[str, Any]] | None,
+    new_report: Callable[[str], FaultReport],
+    root: pathlib.Path,
+) -> None:
+    """Writes shards, index, summary and listing to `root`."""
+    reports = {split: new_report(split) for split in splits}
+    summaries: dict[str, dict] = {}
 
-    summary = {'name': name, 'version': version, 'splits': {}}
-    ledgers = {split: Ledger(split, root.parent, share, progress) for split in splits}
-    builder = _builder(name, version, blobs, root)
-    for split, source in splits.items():
-        builder.sources[split] = _observed(split, source, index, ledgers[split], summary, root)
-    builder.download_and_prepare(
-        download_dir=root.with_name('tfds-downloads'),
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-    )
-    built = pathlib.Path(builder.data_path)
-    for extra in root.glob('index-*.npz'):
-        extra.rename(built / extra.name)
-    with (built / 'skipped.jsonl').open('wb') as skipped:
-        for ledger in ledgers.values():
-            skipped.write(ledger.listing.read_bytes())
-    (built / _SUMMARY).write_text(json.dumps(summary, indent=1))
-    return built
-
-
-def _observed(split, source, index, ledger, summary, root) -> Callable[[], Iterator[Record]]:
-    """Wraps a source so that its records are indexed and digested as they pass."""
-
-    def records() -> Iterator[Record]:
+    def observed(split: str) -> Iterator[Record]:
+        """Yields the records of a source, indexed and digested as they pass."""
+        report = reports[split]
         columns: dict[str, list] = {}
-        digest, count = hashlib.sha256(), 0
-        for record in source(ledger):
+        digest = hashlib.sha256()
+        count = 0
+        for record in splits[split](report):
             for key, value in (index(record) if index else {}).items():
                 columns.setdefault(key, []).append(value)
             for key in sorted(record):
@@ -237,99 +353,36 @@ def _observed(split, source, index, ledger, summary, root) -> Callable[[], Itera
                 digest.update(f'{key} {len(data)} '.encode() + data)
             count += 1
             yield record
+            report.advance()
         if not count:
-            left = ', '.join(f'{reason} {n}' for reason, n in sorted(ledger.skipped.items()))
+            reasons = ', '.join(f'{reason} {n}' for reason, n in sorted(report.skipped.items()))
             raise UserError(
-                f'split {split} has no usable record among {ledger.rows} rows ({left or "empty"})'
+                f'split {split} has no usable record among {report.rows} rows '
+                f'({reasons or "empty"})'
             )
-        np.savez(root / f'index-{split}.npz', **{k: np.asarray(v) for k, v in columns.items()})
-        summary['splits'][split] = {
+        arrays = {key: np.asarray(values) for key, values in columns.items()}
+        _save_arrays(root / f'index-{split}.npz', arrays)
+        summaries[split] = {
             'records': count,
             'digest': digest.hexdigest(),
-            'rows': ledger.rows,
-            'faults': ledger.faults,
-            'skipped': dict(ledger.skipped),
-            'counts': dict(ledger.counts),
+            'rows': report.rows,
+            'faults': report.faults,
+            'skipped': dict(report.skipped),
+            'counts': dict(report.counts),
         }
 
-    return records
+    write_splits(root, name, version, blobs, {split: observed(split) for split in splits})
+    with (root / 'skipped.jsonl').open('wb') as skipped:
+        for report in reports.values():
+            skipped.write(report.listing.read_bytes())
+    summary = {'name': name, 'version': version, 'splits': summaries}
+    (root / _SUMMARY).write_text(json.dumps(summary, indent=1))
 
 
-def _builder(name: str, version: str, blobs: Sequence[str], root: pathlib.Path):
-    """Returns a TFDS builder with empty `sources`; made here so that importing stays light."""
-    import tensorflow_datasets as tfds
-    from array_record.python import array_record_module
-    from tensorflow_datasets.core import example_serializer, naming
-    from tensorflow_datasets.core import splits as split_infos
+def _load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
-    class Info(tfds.core.DatasetInfo):
-        def initialize_from_bucket(self) -> None:
-            """Looks for no published copy: no network, no temporary folder."""
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(version)
-        code_path = None  # belongs to no package of TFDS, so there are no checksums to look up
-
-        def __init__(self):
-            self.sources: dict[str, Callable[[], Iterator[Record]]] = {}
-            super().__init__(data_dir=root, file_format='array_record')
-
-        def _info(self):
-            field = tfds.features.Tensor(shape=(), dtype=np.object_)
-            features = tfds.features.FeaturesDict(dict.fromkeys(('json', *blobs), field))
-            return Info(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(split) for split in self.sources}
-
-        def _generate_examples(self, split):
-            for row, record in enumerate(self.sources[split]()):
-                text = {key: value for key, value in record.items() if key not in blobs}
-                yield row, {'json': json.dumps(text), **{key: record[key] for key in blobs}}
-
-        def _download_and_prepare(self, dl_manager, download_config=None):
-            # Records stream to shards of a bounded size: the base class buffers a gigabyte of
-            # them and then spills through tf.io, which needs TensorFlow.
-            features = self.info.features
-            serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-            infos = []
-            for split, records in self._split_generators(dl_manager).items():
-                template = naming.ShardedFileTemplate(
-                    dataset_name=self.name,
-                    data_dir=self.data_path,
-                    split=split,
-                    filetype_suffix='array_record',
-                    template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}',
-                )
-                lengths, sizes, writer = [], [], None
-                for _, record in records:
-                    if writer is None or sizes[-1] >= _SHARD_BYTES:
-                        if writer is not None:
-                            writer.close()
-                        path = template.sharded_filepath(shard_index=len(lengths), num_shards=None)
-                        writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
-                        lengths.append(0)
-                        sizes.append(0)
-                    data = serializer.serialize_example(features.encode_example(record))
-                    writer.write(data)
-                    lengths[-1] += 1
-                    sizes[-1] += len(data)
-                writer.close()
-                infos.append(
-                    split_infos.SplitInfo(
-                        name=split,
-                        shard_lengths=lengths,
-                        num_bytes=sum(sizes),
-                        filename_template=template,
-                    )
-                )
-            self.info.set_splits(split_infos.SplitDict(infos))
-
-        def _log_download_bytes(self) -> None:
-            """Leaves the progress to the caller."""
-
-        def _log_download_done(self) -> None:
-            """Leaves the progress to the caller."""
-
-    Builder.name = name
-    return Builder()
+def _save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    np.savez(path, **dict(arrays))  # type: ignore[arg-type]  # a key named allow_pickle

@@ -1,4 +1,4 @@
-"""Trains, loads and applies the tokenizer of panel texts. Free of jax."""
+"""Trains, loads and applies tokenizers of texts and listings. Free of jax."""
 
 import os
 import pathlib
@@ -10,14 +10,17 @@ from mmjax.errors import UserError
 
 SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
 FILE = 'tokenizer.json'
-VOCABULARY, MERGES = 'vocab.json', 'merges.txt'  # RoBERTa's
+VOCABULARY = 'vocab.json'  # RoBERTa's, with MERGES
+MERGES = 'merges.txt'
 ROBERTA = ('<s>', '<pad>', '</s>', '<unk>', '<mask>')
-_PADS = ('[PAD]', '<pad>', '<|endoftext|>')
 
 
 class Tokenizer:
     """A `tokenizers` model with fixed-length output. Picklable.
 
+    begin_id, end_id: the tokens that `encode` puts before and after a text; None if none.
+    pad_id: pads texts; 0 if no token is named for it.
+    unknown_id, mask_id: the tokens of these names; None if there is none.
     truncated: how many texts `encode` has cut so far, in this process.
     """
 
@@ -31,9 +34,18 @@ class Tokenizer:
         self._model = tokenizers.Tokenizer.from_str(self._serialized)
         self._model.no_padding()
         self._model.no_truncation()
-        found = (self._model.token_to_id(pad) for pad in _PADS)
-        self.pad_id: int = next((pad for pad in found if pad is not None), 0)
+        probe = self._model.encode('a')
+        special = [bool(mark) for mark in probe.special_tokens_mask] or [False]
+        self.begin_id: int | None = probe.ids[0] if special[0] else None
+        self.end_id: int | None = probe.ids[-1] if special[-1] else None
+        self.pad_id: int = self._id_of('[PAD]', '<pad>', '<|endoftext|>') or 0
+        self.unknown_id = self._id_of('[UNK]', '<unk>')
+        self.mask_id = self._id_of('[MASK]', '<mask>')
         self.truncated = 0
+
+    def _id_of(self, *names: str) -> int | None:
+        ids = map(self._model.token_to_id, names)
+        return next((token for token in ids if token is not None), None)
 
     def __getstate__(self) -> str:
         return self._serialized
@@ -47,22 +59,26 @@ class Tokenizer:
         """Number of ids, special tokens included."""
         return self._model.get_vocab_size()
 
-    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, texts: Sequence[str], length: int, special: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids int32 [texts, length] and mask bool [texts, length], True on tokens.
 
         An empty text has no tokens at all: its mask is False throughout. A text that is too long
-        keeps its beginning and its closing special token, and adds one to `truncated`.
+        keeps its beginning and `end_id`, and adds one to `truncated`.
+
+        Args:
+          special: False leaves out what is put around a text, `begin_id` and `end_id`.
         """
         ids = np.full((len(texts), length), self.pad_id, np.int32)
         mask = np.zeros((len(texts), length), bool)
         for row, text in enumerate(texts):
             if not text.strip():
                 continue
-            encoding = self._model.encode(text)
-            tokens = encoding.ids
+            tokens = self._model.encode(text, add_special_tokens=special).ids
             if len(tokens) > length:
-                closing = bool(encoding.special_tokens_mask[-1])
-                tokens = tokens[: length - closing] + tokens[len(tokens) - closing :]
+                kept = int(special and self.end_id is not None)  # tokens kept at the end
+                tokens = tokens[: length - kept] + tokens[len(tokens) - kept :]
                 self.truncated += 1
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = True
@@ -93,13 +109,13 @@ def train_tokenizer(
       vocabulary: largest number of ids, of which 4 are special ([PAD] 0, [UNK], [CLS], [SEP]) and
         256 are bytes.
       lower_case: whether case is dropped, after Unicode NFKC.
-      pieces: what a token does not reach beyond: 'text', a word; for listings of machine code
-        'lines', an instruction, which may become one token, or 'words', a word of one, as where
-        registers have names of their own most instructions are rare. Of listings line breaks take
-        no token and are not decoded again.
+      pieces: the longest text that can become one token: 'text', a word; for listings of machine
+        code 'lines', an instruction, or 'words', a word of an instruction (better if registers
+        keep their names, as most instructions are then rare). In listings line breaks take no
+        token and are not decoded again.
 
     Raises:
-      ValueError: a vocabulary without room for bytes; unknown pieces.
+      ValueError: a vocabulary too small for the bytes; unknown pieces.
     """
     from tokenizers import (
         Regex,
@@ -117,20 +133,20 @@ def train_tokenizer(
             f'a vocabulary of {vocabulary} is under {len(SPECIAL)} special + 256 bytes'
         )
     model = Model(models.BPE(unk_token='[UNK]'))
-    steps = [normalizers.NFKC(), *([normalizers.Lowercase()] if lower_case else [])]
-    model.normalizer = normalizers.Sequence(steps)
+    lower = [normalizers.Lowercase()] if lower_case else []
+    model.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
     split = pre_tokenizers.Split
-    before = {
+    splits = {
         'text': [],
         'lines': [split('\n', 'removed')],
-        # A word has with it what sets it apart from the one before.
+        # A word keeps what separates it from the one before.
         'words': [split('\n', 'removed'), split(Regex(r',?\s?[^\s,]+'), 'isolated')],
     }
-    if pieces not in before:
-        raise ValueError(f"pieces '{pieces}' is not one of {', '.join(before)}")
+    if pieces not in splits:
+        raise ValueError(f"pieces '{pieces}' is not one of {', '.join(splits)}")
     text = pieces == 'text'
-    steps = [*before[pieces], pre_tokenizers.ByteLevel(add_prefix_space=text, use_regex=text)]
-    model.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=text, use_regex=text)
+    model.pre_tokenizer = pre_tokenizers.Sequence([*splits[pieces], byte_level])
     model.decoder = decoders.ByteLevel()
     model.train_from_iterator(
         iter(texts),
@@ -149,10 +165,10 @@ def train_tokenizer(
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """Loads `tokenizer.json` of a folder, or where it has none RoBERTa's pair of files.
+    """Loads `tokenizer.json` of a folder, or else RoBERTa's pair of files.
 
     Raises:
-      UserError: naming the file that is not there or cannot be read.
+      UserError: naming the file that is missing or cannot be read.
     """
     folder = pathlib.Path(folder)
     path = folder / FILE
@@ -167,7 +183,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def _roberta(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
-    """Reads what RoBERTa (Liu 2019) and its kin are published as: byte-level BPE in two files."""
+    """Reads byte-level BPE in two files, as RoBERTa (Liu et al., 2019) is published."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Model
 
@@ -178,17 +194,14 @@ def _roberta(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
     except Exception as error:
         raise UserError(f'{vocabulary} and {merges} are no tokenizer ({error})') from error
     model = Model(bpe)
-    ids = {token: model.token_to_id(token) for token in ROBERTA}
-    # Where RoBERTa's own come first, as in no other that has them.
-    if [ids[token] for token in ROBERTA[:4]] != [0, 1, 2, 3]:
+    # RoBERTa's special tokens come first; in other vocabularies that have them they do not.
+    if [model.token_to_id(token) for token in ROBERTA[:4]] != [0, 1, 2, 3]:
         raise UserError(
             f"{vocabulary} is not RoBERTa's: it does not begin with <s> <pad> </s> <unk>"
         )
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    model.add_special_tokens(
-        [AddedToken(t, lstrip=t == '<mask>') for t in ROBERTA if ids[t] is not None]
-    )
-    ends = ('</s>', ids['</s>']), ('<s>', ids['<s>'])
-    model.post_processor = processors.RobertaProcessing(*ends, True, False)
+    known = [token for token in ROBERTA if model.token_to_id(token) is not None]
+    model.add_special_tokens([AddedToken(token, lstrip=token == '<mask>') for token in known])
+    model.post_processor = processors.RobertaProcessing(('</s>', 2), ('<s>', 0), True, False)
     return Tokenizer(model.to_str())

@@ -16,16 +16,16 @@ import pytest
 
 from mmjax.data import prepare as builders
 from mmjax.data import records
+from mmjax.data.faults import FaultReport
 from mmjax.errors import RecordError, UserError
 
 
 def numbers(count, *, start=0, size=10):
     """A source of records with a text, a number, a list and a blob."""
 
-    def source(ledger):
-        ledger.rows = count
+    def source(report):
+        report.rows = count
         for i in range(start, start + count):
-            ledger.tick()
             text = f'é {i}'
             yield {'i': i, 'text': text, 'list': [i, None], 'blob': bytes([i % 256]) * size}
 
@@ -52,7 +52,7 @@ def two_splits(tmp_path_factory):
     return prepare(directory, train=numbers(300), val=numbers(5, start=1000))
 
 
-def test_records_index_and_books_come_back_as_written(two_splits):
+def test_records_index_and_counts_come_back_as_written(two_splits):
     train, val = two_splits.open('train'), two_splits.open('val')
     assert (len(train), len(val)) == (300, 5)
     for i in (0, 17, 299):
@@ -64,9 +64,9 @@ def test_records_index_and_books_come_back_as_written(two_splits):
     index = two_splits.index('train')
     np.testing.assert_array_equal(index['i'], np.arange(300, dtype=np.int32))
     assert index['i'].dtype == np.int32 and index['odd'].dtype == bool
-    books = two_splits.summary['splits']
-    assert books['train']['records'] == 300 and books['train']['rows'] == 300
-    assert books['train']['digest'] != books['val']['digest']
+    splits = two_splits.summary['splits']
+    assert splits['train']['records'] == 300 and splits['train']['rows'] == 300
+    assert splits['train']['digest'] != splits['val']['digest']
     left = everything(two_splits.directory.parent)
     assert all(path.startswith('numbers-1') for path in left), left
 
@@ -87,7 +87,7 @@ def test_a_prepared_folder_is_a_tfds_dataset(two_splits):
 
 
 def test_prepared_once_the_sources_are_not_read_again(two_splits):
-    def untouchable(ledger):
+    def untouchable(report):
         raise AssertionError('read again')
         yield
 
@@ -96,7 +96,7 @@ def test_prepared_once_the_sources_are_not_read_again(two_splits):
 
 
 def test_shards_are_bounded_and_read_across(tmp_path, monkeypatch):
-    monkeypatch.setattr(builders, '_SHARD_BYTES', 2000)
+    monkeypatch.setattr(records, '_SHARD_BYTES', 2000)
     prepared = prepare(tmp_path / 'd', train=numbers(100))
     shards = list((tmp_path / 'd').glob('*array_record*'))
     assert len(shards) > 2
@@ -125,8 +125,8 @@ def test_small_records_read_fast(two_splits):
 def test_a_cut_shard_is_refused_by_name(tmp_path, cut):
     rng = np.random.default_rng(0)
 
-    def noise(ledger):
-        ledger.rows = 40
+    def noise(report):
+        report.rows = 40
         for i in range(40):
             yield {'i': i, 'blob': rng.bytes(10_000)}
 
@@ -152,7 +152,7 @@ def test_a_cut_shard_is_refused_by_name(tmp_path, cut):
 def test_a_shard_cut_after_it_was_opened_is_refused_too(tmp_path, blocks):
     rng = np.random.default_rng(0)
 
-    def noise(ledger):
+    def noise(report):
         for i in range(40):
             yield {'i': i, 'blob': rng.bytes(10_000)}
 
@@ -169,24 +169,23 @@ def test_an_unknown_split_is_named(two_splits):
 
 
 def faulty(count, bad):
-    def source(ledger):
-        ledger.rows = count
+    def source(report):
+        report.rows = count
         for i in range(count):
             if i in bad:
-                ledger.fault(RecordError('broken', f'file-{i} is broken'), i)
+                report.fault(RecordError('broken', f'file-{i} is broken'), i)
             elif i % 10 == 9:
-                ledger.skip('other')
+                report.skip('other')
             else:
                 yield {'i': i, 'blob': b''}
-            ledger.tick()
 
     return source
 
 
 def test_faults_within_the_share_are_listed_and_counted(tmp_path):
     prepared = prepare(tmp_path / 'd', train=faulty(200, (3, 50)))
-    books = prepared.summary['splits']['train']
-    assert books['skipped'] == {'broken': 2, 'other': 20} and books['faults'] == 2
+    split = prepared.summary['splits']['train']
+    assert split['skipped'] == {'broken': 2, 'other': 20} and split['faults'] == 2
     assert len(prepared.open('train')) == 178
     listed = [json.loads(x) for x in (tmp_path / 'd/skipped.jsonl').read_text().splitlines()]
     assert [(entry['row'], entry['reason']) for entry in listed] == [(3, 'broken'), (50, 'broken')]
@@ -196,8 +195,8 @@ def test_faults_within_the_share_are_listed_and_counted(tmp_path):
 def test_faults_above_the_share_end_at_once_and_leave_nothing(tmp_path):
     seen = []
 
-    def source(ledger):
-        for record in faulty(200, (3, 50, 60, 70))(ledger):
+    def source(report):
+        for record in faulty(200, (3, 50, 60, 70))(report):
             seen.append(record['i'])
             yield record
 
@@ -218,10 +217,10 @@ def test_a_folder_made_under_a_larger_share_is_refused_under_a_smaller(tmp_path)
 
 
 def test_a_split_without_records_is_an_error(tmp_path):
-    def source(ledger):
-        ledger.rows = 2
-        ledger.skip('page_type:other')
-        ledger.skip('page_type:other')
+    def source(report):
+        report.rows = 2
+        report.skip('page_type:other')
+        report.skip('page_type:other')
         yield from ()
 
     with pytest.raises(UserError, match=r'split val has no usable record among 2 .*other 2'):
@@ -230,7 +229,7 @@ def test_a_split_without_records_is_an_error(tmp_path):
 
 
 def test_a_fault_of_any_kind_leaves_nothing(tmp_path):
-    def source(ledger):
+    def source(report):
         yield {'i': 0, 'blob': b''}
         raise ZeroDivisionError
 
@@ -241,7 +240,7 @@ def test_a_fault_of_any_kind_leaves_nothing(tmp_path):
 
 SLOW = textwrap.dedent("""
     import sys, time
-    from mmjax.data import builders
+    from mmjax.data import prepare as builders
 
     folder, pause = sys.argv[1], float(sys.argv[2])
 
@@ -251,10 +250,11 @@ SLOW = textwrap.dedent("""
         time.sleep(pause)
         return {'i': item, 'text': 'x' * 50}
 
-    def source(ledger):
-        ledger.rows = 300
-        for item, found in ledger.survey(range(300), check, lambda item: [item], workers=2):
-            ledger.tick()
+    def source(report):
+        report.rows = 300
+        for item, found in report.check_each(
+        range(300), check, lambda item: [item], lambda item: [item], workers=2
+    ):
             yield {**found, 'blob': b'b'}
 
     builders.prepare(folder + '/d', name='numbers', splits={'train': source}, blobs=('blob',))
@@ -300,20 +300,145 @@ def test_killed_it_continues_where_its_journal_ends(tmp_path):
     assert not [path for path in everything(tmp_path / 'cut') if path.startswith('.')]
 
 
-def test_a_journal_that_disagrees_is_not_believed(tmp_path):
-    from mmjax.data.faults import Ledger
+def lines(item):
+    return [item]
 
-    def survey(stamps):
+
+def test_a_journal_that_disagrees_is_not_believed(tmp_path):
+    def check_with(stamps):
         checked = []
-        ledger = Ledger('train', tmp_path)
-        found = ledger.survey(range(5), lambda i: checked.append(i) or {'i': i}, stamps.__getitem__)
-        assert [(item, result['i']) for item, result in found] == [(i, i) for i in range(5)]
+        report = FaultReport('train', tmp_path)
+        check = lambda i: checked.append(i) or {'i': i}
+        results = report.check_each(range(5), check, stamps.__getitem__, lines)
+        assert [(item, result['i']) for item, result in results] == [(i, i) for i in range(5)]
         return sorted(checked)
 
-    assert survey([0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4]
-    assert survey([0, 1, 2, 3, 4]) == []
-    assert survey([0, 1, 9, 3, 4]) == [2, 3, 4]
-    assert survey([0, 1, 9, 3, 4]) == []
+    assert check_with([0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4]
+    assert check_with([0, 1, 2, 3, 4]) == []
+    assert check_with([0, 1, 9, 3, 4]) == [2, 3, 4]
+    assert check_with([0, 1, 9, 3, 4]) == []
+
+
+@pytest.mark.parametrize('recorded', [False, True])
+def test_an_error_without_a_reason_is_a_fault_like_any_other(tmp_path, recorded):
+    """Helpers that know nothing of records raise a plain UserError; the row is counted too."""
+
+    def check(i):
+        if i == 2:
+            raise UserError('page-2 leads outside')
+        if i == 4:
+            raise RecordError('broken', 'page-4 is broken')
+        return {'i': i}
+
+    def run():
+        report = FaultReport('train', tmp_path, max_fault_share=0.7)
+        report.rows = 6
+        results = report.check_each(range(6), check, lines, lambda item: [item, 10 + item])
+        return report, [item for item, _ in results]
+
+    report, items = run()
+    if recorded:  # read back from the journal, as after a kill
+        check = None
+        report, items = run()
+    assert items == [0, 1, 3, 5] and report.faults == 4
+    assert report.skipped == {'invalid_record': 2, 'broken': 2}
+    listed = [json.loads(line) for line in report.listing.read_text().splitlines()]
+    assert [entry['row'] for entry in listed] == [2, 12, 4, 14]
+    assert listed[0]['reason'] == 'invalid_record' and listed[0]['detail'] == 'page-2 leads outside'
+
+
+def test_plain_errors_end_the_preparation_above_the_fraction_too(tmp_path):
+    def source(report):
+        report.rows = 2
+        yield {'i': 0, 'blob': b''}
+        report.fault(UserError('page-1 has no text'), 1)
+
+    with pytest.raises(UserError, match=r'page-1 has no text \(row 1\): 1 of the 2 rows'):
+        prepare(tmp_path / 'd', train=source)
+    assert everything(tmp_path) == []
+
+
+def test_every_row_moves_the_progress_whatever_becomes_of_it(tmp_path):
+    seen = []
+    options = dict(name='numbers', blobs=('blob',), max_fault_share=0.5)
+    builders.prepare(
+        tmp_path / 'd',
+        splits={'train': faulty(20, (3, 5))},
+        progress=lambda *position: seen.append(position),
+        **options,
+    )
+    assert seen[0] == ('train', 1, 20) and seen[-1] == ('train', 20, 20)
+
+
+def cached(cache, settings, version='1.0.0', splits=('train',), **options):
+    return builders.prepare_cached(
+        cache,
+        'numbers_folder',
+        settings,
+        version=version,
+        splits={split: numbers(10) for split in splits},
+        blobs=('blob',),
+        index=lambda record: {'i': np.int32(record['i'])},
+        **options,
+    )
+
+
+def test_the_folder_of_the_cache_is_named_by_what_decides_the_content(tmp_path):
+    first = cached(tmp_path, ['folder', 3])
+    assert first.directory.parent == tmp_path
+    assert first.directory.name.startswith('numbers-folder-')
+    assert cached(tmp_path, ['folder', 3], max_fault_share=0.5) == first
+    others = [
+        cached(tmp_path, ['folder', 4]),
+        cached(tmp_path, ['folder', 3], version='1.0.1'),
+        cached(tmp_path, ['folder', 3], splits=('train', 'val')),
+    ]
+    assert len({prepared.directory for prepared in (first, *others)}) == 4
+
+
+def test_arrays_beside_the_records_are_made_once(tmp_path):
+    prepared = cached(tmp_path, [])
+    made = []
+
+    def make():
+        made.append(1)
+        return {'mean': np.arange(3.0)}
+
+    for settings in (['zero'], ['zero'], ['none']):
+        arrays = prepared.cached_arrays('statistics', settings, make)
+        np.testing.assert_array_equal(arrays['mean'], np.arange(3.0))
+    assert len(made) == 2
+    assert len(list(prepared.directory.glob('statistics-*.npz'))) == 2
+    assert not list(prepared.directory.glob('.*'))
+
+
+class Numbers(builders.PreparedDataset):
+    def example(self, row, rng, train):
+        return {'i': np.int32(self.record(row)['i'])}
+
+
+def test_a_prepared_dataset_reads_its_split_and_parts_of_it(tmp_path):
+    prepared = cached(tmp_path, [])
+    data = pickle.loads(pickle.dumps(Numbers(prepared, 'train')))
+    rng = np.random.default_rng(0)
+    assert [int(data.example(row, rng, False)['i']) for row in range(len(data))] == [*range(10)]
+    assert data.fingerprint() == {
+        'name': 'numbers_folder',
+        'version': '1.0.0',
+        'split': 'train',
+        'size': 10,
+        'digest': prepared.summary['splits']['train']['digest'],
+    }
+    some = data.subset(np.array([7, 3, 5])).subset(np.array([2, 0]), 'val')
+    assert [some.record(row)['i'] for row in range(len(some))] == [5, 7]
+    assert some.index['i'].tolist() == [5, 7] and some.split == 'val' and data.split == 'train'
+    assert some.fingerprint()['digest'] != data.fingerprint()['digest']
+    some.skipped['cut'] = 1
+    assert data.skipped == {}
+    one = data.with_record({'i': 99}, {'i': np.int32(99)})
+    assert len(one) == 1 and one.record(0) == {'i': 99} and one.index['i'].tolist() == [99]
+    with pytest.raises(UserError, match="holds no split 'test'"):
+        Numbers(prepared, 'test')
 
 
 def test_two_processes_take_turns(tmp_path):
@@ -327,9 +452,9 @@ def test_two_processes_take_turns(tmp_path):
 def test_waiting_ends_when_the_other_is_done(tmp_path):
     go = threading.Event()
 
-    def source(ledger):
+    def source(report):
         go.wait(10)
-        yield from numbers(3)(ledger)
+        yield from numbers(3)(report)
 
     with futures.ThreadPoolExecutor(1) as pool:
         other = pool.submit(prepare, tmp_path / 'd', train=source)

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from mmjax.data import tokenizers
+from mmjax.data import clip_tokenizer, tokenizers
 from mmjax.errors import UserError
 
 TEXTS = [
@@ -151,3 +151,78 @@ def test_faults_are_named(tmp_path):
         tokenizers.load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match='under 4 special'):
         tokenizers.train_tokenizer(TEXTS, 100)
+
+
+def bert(tmp_path):
+    """A WordPiece tokenizer in the library's own file, its special tokens in another order."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = ['[SEP]', 'fox', '[CLS]', '[MASK]', '[PAD]', '[UNK]', 'a']
+    vocabulary = {name: number for number, name in enumerate(names)}
+    model = Tokenizer(models.WordPiece(vocabulary, unk_token='[UNK]'))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.post_processor = processors.BertProcessing(('[SEP]', 0), ('[CLS]', 2))
+    model.add_special_tokens(['[SEP]', '[CLS]', '[MASK]', '[PAD]', '[UNK]'])
+    model.save(str(tmp_path / 'tokenizer.json'))
+    return tokenizers.load_tokenizer(tmp_path)
+
+
+def plain(tmp_path):
+    """A tokenizer that puts nothing around a text and knows no other special token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model = Tokenizer(models.WordLevel({'fox': 0, '<unk>': 1}, unk_token='<unk>'))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.save(str(tmp_path / 'tokenizer.json'))
+    return tokenizers.load_tokenizer(tmp_path)
+
+
+def roberta(tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+
+    special = ['<s>', '<pad>', '</s>', '<unk>', '<mask>']
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator(TEXTS, vocab_size=330, special_tokens=special, show_progress=False)
+    theirs.save_model(str(tmp_path))
+    return tokenizers.load_tokenizer(tmp_path)
+
+
+def clip(tmp_path):
+    return clip_tokenizer.train_clip_tokenizer(TEXTS, 530)
+
+
+def trained(tmp_path):
+    return tokenizers.train_tokenizer(TEXTS, 330)
+
+
+@pytest.mark.parametrize(
+    ('make', 'begin', 'end', 'pad', 'unknown', 'mask'),
+    [
+        (trained, 2, 3, 0, 1, None),
+        (bert, 2, 0, 4, 5, 3),
+        (roberta, 0, 2, 1, 3, 4),
+        (plain, None, None, 0, 1, None),
+        (clip, -2, -1, -1, None, None),
+    ],
+)
+def test_special_tokens_have_public_ids(tmp_path, make, begin, end, pad, unknown, mask):
+    made = make(tmp_path)
+    number = lambda place: place % made.size if place is not None else None
+    assert (made.begin_id, made.end_id) == (number(begin), number(end))
+    assert (made.pad_id, made.unknown_id, made.mask_id) == (number(pad), unknown, mask)
+    again = pickle.loads(pickle.dumps(made))
+    for name in ('begin_id', 'end_id', 'pad_id', 'unknown_id', 'mask_id'):
+        assert getattr(again, name) == getattr(made, name)
+    ids, seen = made.encode(['fox'], 12)
+    inner, seen_inner = made.encode(['fox'], 12, special=False)
+    around = [token for token in (made.begin_id, made.end_id) if token is not None]
+    whole = ids[seen].tolist()
+    assert whole == [*around[:1], *inner[seen_inner].tolist(), *around[1:]]
+    assert not {*around} & {*inner[seen_inner].tolist()}
+
+
+def test_a_text_cut_without_special_tokens_keeps_only_its_beginning(tokenizer):
+    whole, mask = tokenizer.encode([TEXTS[0]], 64, special=False)
+    cut, cut_mask = tokenizer.encode([TEXTS[0]], 6, special=False)
+    assert cut_mask.all() and mask.sum() > 6
+    np.testing.assert_array_equal(cut[0], whole[0, :6])

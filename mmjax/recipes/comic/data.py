@@ -1,44 +1,35 @@
-"""Comic pages as examples: one page padded to N panels, with picture, text and place of each."""
+"""Comic pages as examples: one page padded to N panels, each with image, text and layout."""
 
-import copy
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
 
-from mmjax.data import images as pictures
-from mmjax.data import prepare, processes, tables
-from mmjax.data.dataset import Dataset
-from mmjax.data.faults import Ledger, Progress
+from mmjax.data import images, prepare, tables
 from mmjax.data.tokenizers import Tokenizer
 from mmjax.errors import RecordError, UserError
 from mmjax.recipes.comic import folder as comic_folder
 
-GENERATOR = ('data/drawing.py', 'recipes/comic/synthetic/*.py')
+GENERATOR = ('data/drawing.py', 'recipes/comic/folder.py', 'recipes/comic/synthetic/*.py')
 VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
-_CHUNK = 32  # built-in pages that a process draws at a time
 MAX_PANELS = 16
 PAGE_TYPES = ('narrative', 'story')
-COMPOSITION = (
-    7  # w/h, area, characters or reading position, mean shot, max shot, centre x, centre y
-)
+# w/h, area, characters or reading position, mean shot, max shot, centre x, centre y
+COMPOSITION = 7
 MODALITIES = ('vision', 'text', 'composition')
-_AUGMENTATION = pictures.Augmentation()
+_AUGMENTATION = images.Augmentation()
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedPages:
-    """Prepared splits, and where their pictures lie (None: inside the records)."""
+class PreparedPages(prepare.Prepared):
+    """Prepared splits of pages; root: the folder of the images, None if the records hold them."""
 
-    prepared: prepare.Prepared
     root: pathlib.Path | None
     page_types: tuple[str, ...]
     max_panels: int
@@ -54,65 +45,51 @@ def prepare_pages(
     synthetic_sizes: Mapping[str, int] | None = None,
     page_types: Sequence[str] = PAGE_TYPES,
     max_panels: int = MAX_PANELS,
-    max_fault_share: float = 0.01,
-    max_pixels: int = pictures.MAX_PIXELS,
-    wait: bool = False,
-    progress: Progress | None = None,
+    max_pixels: int = images.MAX_PIXELS,
+    **options: Unpack[prepare.Options],
 ) -> PreparedPages:
     """Checks every page once and writes the records of the splits under `cache_dir`.
 
-    A folder's pictures stay where they are. Its preparation is found again as long as the tables
-    and the sizes and times of the pages' files are the same. Built-in pages carry their pictures.
+    A folder's images stay in place. Its preparation is reused as long as the tables and the sizes
+    and times of the pages' files are the same. The records of built-in pages hold their images.
 
     Args:
       root: folder in the format of `comic_folder`; None draws the built-in pages.
       seed, synthetic_sizes: of the built-in pages; split → pages drawn, covers and credits too.
       page_types: the others are skipped and counted as `page_type:<name>`.
-      max_fault_share: share of a split's rows that may be faulty (unreadable or truncated
-        picture, malformed JSON …); these are skipped, and listed in `skipped.jsonl`.
-      wait: leave the preparation to another host, and poll until it is done.
+      options: of `prepare.prepare`.
 
     Raises:
       UserError: a fault of the folder's structure, before anything is written, or too many faults
         of pages, after which nothing of it is left on disk.
     """
-    settings = [VERSION, sorted(splits), list(page_types), max_panels, max_pixels, max_fault_share]
+    shared: dict[str, Any] = {'page_types': tuple(page_types), 'max_panels': max_panels}
     if root is None:
-        if not synthetic_sizes or not all(synthetic_sizes.get(split, 0) > 0 for split in splits):
+        from mmjax.recipes.comic.synthetic import pages
+
+        sizes = {split: int((synthetic_sizes or {}).get(split, 0)) for split in splits}
+        if min(sizes.values()) < 1:
             raise UserError(f'the built-in pages need a size for each of the splits {splits}')
-        sizes = {split: int(synthetic_sizes[split]) for split in splits}
-        settings += [
-            'synthetic',
-            seed,
-            sorted(sizes.items()),
-            prepare.source_digest(*GENERATOR),
-        ]
-        source = functools.partial(
-            _drawn, seed=seed, sizes=sizes, page_types=page_types, max_panels=max_panels
-        )
-        folder, blobs = None, ('image',)
+        kind = 'synthetic'
+        settings = [seed, sorted(sizes.items()), prepare.source_digest(*GENERATOR)]
+        records = functools.partial(pages.records, seed=seed, sizes=sizes, **shared)
     else:
         folder = comic_folder.open_folder(root, splits)
-        settings += ['folder', folder.digest]
-        source = functools.partial(
-            folder.pages, page_types=page_types, max_panels=max_panels, max_pixels=max_pixels
-        )
-        blobs = ()
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    kind = 'synthetic' if folder is None else 'folder'
-    prepared = prepare.prepare(
-        pathlib.Path(cache_dir) / f'comic-{kind}-{digest}',
-        name=f'comic_{kind}',
+        kind = 'folder'
+        settings = [folder.digest]
+        root = folder.root.absolute()
+        records = functools.partial(folder.records, max_pixels=max_pixels, **shared)
+    prepared = prepare.prepare_cached(
+        cache_dir,
+        f'comic_{kind}',
+        [*settings, *shared.values(), max_pixels],
         version=VERSION,
-        splits={split: functools.partial(source, split) for split in splits},
-        blobs=blobs,
-        index=functools.partial(_index, page_types=tuple(page_types)),
-        max_fault_share=max_fault_share,
-        progress=progress,
-        wait=wait,
+        splits={split: functools.partial(records, split) for split in splits},
+        blobs=() if root else ('image',),
+        index=functools.partial(_index, page_types=shared['page_types']),
+        **options,
     )
-    where = None if folder is None else folder.root.absolute()
-    return PreparedPages(prepared, where, tuple(page_types), max_panels, max_pixels)
+    return PreparedPages(prepared.directory, root, max_pixels=max_pixels, **shared)
 
 
 def _index(record: Mapping[str, Any], page_types: tuple[str, ...]) -> dict[str, Any]:
@@ -123,51 +100,19 @@ def _index(record: Mapping[str, Any], page_types: tuple[str, ...]) -> dict[str, 
     }
 
 
-def _drawn(
-    split: str,
-    ledger: Ledger,
-    *,
-    seed: int,
-    sizes: Mapping[str, int],
-    page_types: Sequence[str],
-    max_panels: int,
-) -> Iterator[dict[str, Any]]:
-    """Yields the built-in pages of a split as records."""
-    ledger.rows = sizes[split]
-    draw = functools.partial(_page, seed, split)
-    pages = processes.ordered(draw, range(sizes[split]), chunk=_CHUNK)
-    for place, page in enumerate(pages):
-        name = page['canonical_id']
-        if page['page_type'] not in page_types:
-            ledger.skip(f'page_type:{page["page_type"]}')
-        else:
-            size = pictures.check_image(page['image'], name)
-            record, counts = comic_folder.page_record(page['page'], name, size, max_panels)
-            ledger.counts.update(counts)
-            if record['boxes']:
-                record |= {'canonical_id': name, 'image_path': '', 'line': place}
-                yield {**record, 'page_type': page['page_type'], 'image': page['image']}
-            else:
-                ledger.skip('no_panels')
-        ledger.tick()
-
-
-def _page(seed: int, split: str, place: int) -> dict[str, Any]:
-    from mmjax.recipes.comic.synthetic import pages as comic_synthetic
-
-    return comic_synthetic.page(seed, split, place)
-
-
-class ComicPages(Dataset):
+class ComicPages(prepare.PreparedDataset):
     """One prepared split; a row is a page.
 
-    index: n_panels, n_text (panels with text) and page_type (its place in `page_types`).
-    skipped: reason → pages left out; counts: boxes_clipped, boxes_empty, panels_over_limit.
+    index: n_panels, n_text (panels with text) and page_type (its position in `page_types`).
+    counts: boxes_clipped, boxes_empty, panels_over_limit.
     """
+
+    prepared: PreparedPages
+    length_key = 'n_panels'
 
     def __init__(
         self,
-        pages: PreparedPages,
+        prepared: PreparedPages,
         split: str,
         *,
         image_size: int,
@@ -175,7 +120,7 @@ class ComicPages(Dataset):
         tokenizer: Tokenizer | None = None,
         buckets: Sequence[int] = (),
         use_composition: bool = True,
-        augmentation: pictures.Augmentation | None = _AUGMENTATION,
+        augmentation: images.Augmentation | None = _AUGMENTATION,
         hidden_tokens: float = 0.0,
         hidden_texts: float = 0.0,
         hidden_places: float = 0.0,
@@ -184,106 +129,69 @@ class ComicPages(Dataset):
         """Opens a split.
 
         Args:
-          image_size: S, side of a panel's cut in pixels.
-          max_tokens: L, tokens a panel.
-          tokenizer: may come later, by `with_tokenizer`; `example` needs it.
+          image_size: S, side of a panel's image in pixels.
+          max_tokens: L, tokens per panel.
+          tokenizer: `example` needs it; it may come later, by `with_tokenizer`.
           buckets: panels a batch may be padded to, for the samplers; none: max_panels.
           use_composition: False leaves the composition out (zeros, modality absent): an ablation.
           augmentation: applied when training; None for none.
-          hidden_tokens, hidden_texts, hidden_places: share of the tokens, of the panels' whole
+          hidden_tokens, hidden_texts, hidden_places: fraction of the tokens, of the panels' whole
             texts and of their compositions that are hidden at random in training.
-          cache_bytes: memory, in each process, for decoded pages; filled once and kept, so that a
-            small set is decoded only in the first epoch. 0 for none.
+          cache_bytes: memory, in each process, for decoded pages, so that a small set is decoded
+            only in the first epoch; 0 for none.
         """
-        self.split = split
-        self.pages = pages
+        super().__init__(prepared, split)
         self.image_size = image_size
         self.max_tokens = max_tokens
         self.tokenizer = tokenizer
-        self.lengths = tuple(sorted(buckets)) or (pages.max_panels,)
-        if self.lengths[-1] > pages.max_panels:
-            raise UserError(f'buckets {self.lengths} pass max_panels={pages.max_panels}')
-        self.length_key = 'n_panels'
+        self.lengths = tuple(sorted(buckets)) or (prepared.max_panels,)
+        if self.lengths[-1] > prepared.max_panels:
+            raise UserError(f'buckets {self.lengths} pass max_panels={prepared.max_panels}')
         self.use_composition = use_composition
         self.augmentation = augmentation
-        self.hidden_tokens, self.hidden_texts = hidden_tokens, hidden_texts
+        self.hidden_tokens = hidden_tokens
+        self.hidden_texts = hidden_texts
         self.hidden_places = hidden_places
-        self._kept = pictures.ImageCache(cache_bytes)
-        summary = pages.prepared.summary
-        if split not in summary['splits']:
-            raise UserError(f'{pages.prepared.directory} holds no split {split!r}')
-        self._name, self._books = summary['name'], summary['splits'][split]
-        self.index = pages.prepared.index(split)
-        self.skipped = dict(self._books['skipped'])
-        self.counts = dict(self._books['counts'])
-        self._records = pages.prepared.open(split)
-
-    def __len__(self) -> int:
-        return len(self._records)
+        self._cache = images.ImageCache(cache_bytes)
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> 'ComicPages':
         """Returns the same split with another tokenizer."""
-        other = copy.copy(self)
-        other.tokenizer = tokenizer
-        return other
+        return self.replace(tokenizer=tokenizer)
 
-    def with_page(self, picture: str | os.PathLike) -> 'ComicPages':
-        """Returns a split of one page: a picture, and its JSON of the same name beside it.
+    def with_page(self, path: str | os.PathLike) -> 'ComicPages':
+        """Returns a split of one page: an image, and its JSON of the same name beside it.
 
         Raises:
           UserError: a file that is missing, unreadable or malformed.
         """
-        picture = pathlib.Path(picture)
-        page = picture.with_suffix('.json')
-        for path in (picture, page):
-            if not path.is_file():
-                raise UserError(f'{path} does not exist (a page is a picture and its JSON beside)')
-        image = picture.read_bytes()
-        limits = {'max_pixels': self.pages.max_pixels}
-        size = pictures.check_image(image, str(picture), **limits)
+        path = pathlib.Path(path)
+        page = path.with_suffix('.json')
+        for file in (path, page):
+            if not file.is_file():
+                raise UserError(f'{file} does not exist (a page is a picture and its JSON beside)')
+        image = path.read_bytes()
+        size = images.check_image(image, str(path), max_pixels=self.prepared.max_pixels)
         content = tables.read_json(page, str(page))
-        record, _ = comic_folder.page_record(content, str(page), size, self.pages.max_panels)
+        record, _ = comic_folder.page_record(content, str(page), size, self.prepared.max_panels)
         if not record['boxes']:
             raise UserError(f'{page} has no panels')
-        other = copy.copy(self)
-        other.pages = dataclasses.replace(self.pages, root=None)
-        other._kept = pictures.ImageCache(0)
-        other._records = [
-            {
-                **record,
-                'canonical_id': picture.stem,
-                'image_path': '',
-                'page_type': self.pages.page_types[0],
-                'image': image,
-            }
-        ]
-        other.index = {
-            key: np.asarray([value])
-            for key, value in _index(other._records[0], self.pages.page_types).items()
-        }
-        return other
+        page_types = self.prepared.page_types
+        record |= {'canonical_id': path.stem, 'image_path': '', 'page_type': page_types[0]}
+        return self.with_record(
+            {**record, 'image': image},
+            _index(record, page_types),
+            prepared=dataclasses.replace(self.prepared, root=None),
+            _cache=images.ImageCache(0),
+        )
 
-    def record(self, row: int) -> dict[str, Any]:
-        """Returns what was prepared of a page: canonical_id, page_type, boxes, texts, width …"""
-        return self._records[row]
-
-    def picture(self, row: int) -> Image.Image:
-        """Returns the whole page, a PIL picture in RGB."""
-        return self._open(row, self._records[row], None)
+    def image(self, row: int) -> Image.Image:
+        """Returns the whole page, a PIL image in RGB."""
+        return self._open(row, self.record(row), None)
 
     def texts(self) -> Iterator[str]:
-        """Yields the texts of all panels that have one, in order, to train a tokenizer on."""
+        """Yields the texts of all panels, in order, to train a tokenizer on."""
         for row in range(len(self)):
-            yield from (text for text in self._records[row]['texts'] if text)
-
-    def fingerprint(self) -> dict[str, str | int]:
-        return {
-            'name': self._name,
-            'version': VERSION,
-            'split': self.split,
-            'size': len(self),
-            'digest': self._books['digest'],
-        }
+            yield from filter(None, self.record(row)['texts'])
 
     def example(self, row: int, rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
         """Returns one page, N = max_panels, its panels first and in reading order.
@@ -296,64 +204,68 @@ class ComicPages(Dataset):
           of the page. Where `panels` is False all else is 0.
 
         Raises:
-          UserError: a picture that has become unreadable since it was prepared.
+          UserError: an image that has become unreadable since it was prepared.
         """
         if self.tokenizer is None:
             raise ValueError('ComicPages has no tokenizer yet: see with_tokenizer')
-        record = self._records[row]
-        n, size, limit = len(record['boxes']), self.image_size, self.pages.max_panels
-        images = np.zeros((limit, size, size, 3), np.uint8)
+        record = self.record(row)
+        n = len(record['boxes'])
+        limit = self.prepared.max_panels
+        size = self.image_size
+        pixels = np.zeros((limit, size, size, 3), np.uint8)
         boxes = np.zeros((limit, 4), np.float32)
         boxes[:n] = record['boxes']
         composition = np.zeros((limit, COMPOSITION), np.float32)
         composition[:n] = _composition(record, boxes[:n])
-        picture = self._reduced(row, record)
-        for place in range(n):
-            if train and self.augmentation:
-                boxes[place] = self.augmentation.box(record['boxes'][place], rng)
-            cut = pictures.crop_resize(picture, boxes[place], size)
-            images[place] = self.augmentation.tone(cut, rng) if train and self.augmentation else cut
-        tokens, token_mask = self.tokenizer.encode(
-            [*record['texts'], *[''] * (limit - n)], self.max_tokens
-        )
-        if train:  # rare words give a page away: what is left must do without them
+        page = self._reduced(row, record)
+        augmentation = self.augmentation if train else None
+        for panel in range(n):
+            if augmentation:
+                boxes[panel] = augmentation.box(record['boxes'][panel], rng)
+            pixels[panel] = images.crop_resize(page, boxes[panel], size)
+            if augmentation:
+                pixels[panel] = augmentation.tone(pixels[panel], rng)
+        texts = [*record['texts'], *[''] * (limit - n)]
+        tokens, token_mask = self.tokenizer.encode(texts, self.max_tokens)
+        if train:  # rare words identify a page: the model must not depend on them
             token_mask &= rng.random(token_mask.shape) >= self.hidden_tokens
             token_mask &= rng.random((limit, 1)) >= self.hidden_texts
         panels = np.arange(limit) < n
-        placed = panels & self.use_composition
+        has_composition = panels & self.use_composition
         if train:
-            placed &= rng.random(limit) >= self.hidden_places
-        composition *= placed[:, None]
+            has_composition &= rng.random(limit) >= self.hidden_places
+        composition *= has_composition[:, None]
         return {
-            'images': images,
+            'images': pixels,
             'tokens': tokens * token_mask,
             'token_mask': token_mask,
             'composition': composition,
-            'modality': np.stack([panels, token_mask.any(1), placed], axis=1),
+            'modality': np.stack([panels, token_mask.any(1), has_composition], axis=1),
             'panels': panels,
             'boxes': boxes,
         }
 
     def _reduced(self, row: int, record: Mapping[str, Any]) -> Image.Image:
-        """Returns the page at least as large as its panels' cuts need it, kept where room is."""
+        """Returns the page in the size that its panels need, cached as far as memory allows."""
 
         def make() -> Image.Image:
             width, height = record['width'], record['height']
             sides = ((x1 - x0, y1 - y0) for x0, y0, x1, y1 in record['boxes'])
             smallest = min(min(w * width, h * height) for w, h in sides)
-            share = min(1.0, 1.15 * self.image_size / smallest)  # augmented boxes may be smaller
-            return self._open(row, record, (math.ceil(width * share), math.ceil(height * share)))
+            scale = min(1.0, 1.15 * self.image_size / smallest)  # augmented boxes may be smaller
+            return self._open(row, record, (math.ceil(width * scale), math.ceil(height * scale)))
 
-        return self._kept.get(row, make)
+        return self._cache.get(row, make)
 
     def _open(
         self, row: int, record: Mapping[str, Any], at_least: tuple[int, int] | None
     ) -> Image.Image:
         name = record['image_path'] or record['canonical_id']
-        source = record['image'] if self.pages.root is None else self.pages.root / name
+        root = self.prepared.root
+        source = record['image'] if root is None else root / name
         try:
-            return pictures.open_image(
-                source, str(name), max_pixels=self.pages.max_pixels, at_least=at_least
+            return images.open_image(
+                source, str(name), max_pixels=self.prepared.max_pixels, at_least=at_least
             )
         except RecordError as error:
             raise UserError(

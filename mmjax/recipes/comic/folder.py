@@ -1,11 +1,10 @@
-"""Reads a folder of comic pages: pages.csv, labels.json, json/<id>.json in both forms, pictures.
+"""Reads a folder of comic pages: pages.csv, labels.json, json/<id>.json in both forms, images.
 
-Faults of the folder's structure raise UserError at once; faults of a page raise RecordError, for
-the ledger to list and count.
+Faults of the folder's structure raise UserError at once; faults of a page are counted and listed
+by the FaultReport.
 """
 
 import array
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -19,32 +18,36 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data import images
-from mmjax.data.faults import Ledger
+from mmjax.data import images, tables
+from mmjax.data.faults import FaultReport
 from mmjax.data.tables import file_stamp, read_json
 from mmjax.errors import RecordError, UserError
 
 COLUMNS = ('canonical_id', 'image_path', 'split')
-TABLE, LABELS = 'pages.csv', 'labels.json'
-_STAMPED = 50_000  # pages whose files enter the digest; of larger tables every n-th
+TABLE = 'pages.csv'
+LABELS = 'labels.json'
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of pages.csv; `line` counts from 1, the header."""
+    """One row of pages.csv; `line` counts from 1, the header."""
 
     line: int
     canonical_id: str
     image_path: str
     split: str
 
+    def paths(self, root: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+        """Returns the page's JSON and its image."""
+        return root / f'json/{self.canonical_id}.json', root / self.image_path
+
 
 @dataclasses.dataclass(frozen=True)
 class ComicFolder:
     """A folder whose structure has been checked.
 
-    rows: split → lines of pages.csv; malformed: (line, what is wrong) of lines that belong to no
-    split; digest: of the tables and of the sizes and times of the pages' files.
+    rows: split → number of its pages; malformed: (line, problem) of lines that belong to no split;
+    digest: of the tables and of the sizes and times of the pages' files.
     """
 
     root: pathlib.Path
@@ -52,62 +55,47 @@ class ComicFolder:
     malformed: tuple[tuple[int, str], ...]
     digest: str
 
-    def pages(
+    def records(
         self,
         split: str,
-        ledger: Ledger,
+        report: FaultReport,
         page_types: Sequence[str],
         max_panels: int,
         max_pixels: int,
     ) -> Iterator[dict[str, Any]]:
-        """Yields the records of a split (see `page_record`), booking what is left out."""
-        ledger.rows = self.rows[split]
-        if split == next(iter(self.rows)):  # malformed lines are booked once, with the first split
-            ledger.rows += len(self.malformed)
-            for line, what in self.malformed:
-                ledger.fault(RecordError('malformed_row', f'{TABLE} line {line} {what}'), line)
-                ledger.tick()
+        """Yields the records of a split (see `page_record`); what is left out is reported."""
+        report.rows = self.rows[split]
+        if split == next(iter(self.rows)):  # malformed lines are reported with the first split
+            report.malformed_rows(f'{TABLE} line', self.malformed)
         labels = read_labels(self.root)
 
-        def wanted() -> Iterator[Row]:
+        def selected() -> Iterator[Row]:
             for row in _rows(self.root):
-                if isinstance(row, Row) and row.split == split:
+                if row.split == split:
                     page_type = labels.get(row.canonical_id, 'missing')
                     if page_type in page_types:
                         yield row
                     else:
-                        ledger.skip(f'page_type:{page_type}')
-                        ledger.tick()
+                        report.skip(f'page_type:{page_type}')
 
         check = functools.partial(self._check, max_panels=max_panels, max_pixels=max_pixels)
-        for row, found in ledger.survey(wanted(), check, self._stamp):
-            if isinstance(found, RecordError):
-                ledger.fault(found, row.line)
+        for row, page in report.check_each(selected(), check, self._stamp, lambda row: [row.line]):
+            report.counts.update(page['counts'])
+            if page['record']['boxes']:
+                yield {**page['record'], 'page_type': labels[row.canonical_id]}
             else:
-                ledger.counts.update(found['counts'])
-                if found['record']['boxes']:
-                    yield {**found['record'], 'page_type': labels[row.canonical_id]}
-                else:
-                    ledger.skip('no_panels')
-            ledger.tick()
-
-    def _files(self, row: Row) -> tuple[str, str]:
-        return f'json/{row.canonical_id}.json', row.image_path
+                report.skip('no_panels')
 
     def _stamp(self, row: Row) -> list:
-        return [
-            row.canonical_id,
-            row.image_path,
-            *map(file_stamp, (self.root / f for f in self._files(row))),
-        ]
+        paths = row.paths(self.root)
+        return [row.canonical_id, row.image_path, *map(file_stamp, paths)]
 
     def _check(self, row: Row, max_panels: int, max_pixels: int) -> dict[str, Any]:
-        annotation, image_path = self._files(row)
-        picture = images.inside(self.root, image_path)
+        annotation = f'json/{row.canonical_id}.json'
         page = read_json(images.inside(self.root, annotation), annotation)
-        size = images.check_image(picture, image_path, max_pixels=max_pixels)
+        size = tables.check_image(self.root, row.image_path, max_pixels)
         record, counts = page_record(page, annotation, size, max_panels)
-        record |= {'canonical_id': row.canonical_id, 'image_path': image_path, 'line': row.line}
+        record |= {'canonical_id': row.canonical_id, 'image_path': row.image_path, 'line': row.line}
         return {'record': record, 'counts': counts}
 
 
@@ -118,30 +106,24 @@ def open_folder(root: str | os.PathLike, splits: Sequence[str]) -> ComicFolder:
       UserError: a missing root, table, json folder or column, a split without pages, an id that
         stands twice, or a path that leads outside the root.
     """
-    root = pathlib.Path(root).expanduser()
-    if not root.is_dir():
-        raise UserError(f'the data root {root} is not a folder')
+    root = tables.data_root(root)
     for table in (TABLE, LABELS):
         if not (root / table).is_file():
             raise UserError(f'{root / table} does not exist')
     if not (root / 'json').is_dir():
         raise UserError(f'{root / "json"} is not a folder')
     rows = dict.fromkeys(splits, 0)
-    malformed, lines, identities = [], array.array('q'), array.array('Q')
-    others: Counter[str] = Counter()
-    for row in _rows(root):
-        if not isinstance(row, Row):
-            malformed.append(row)
-            continue
+    malformed: list[tuple[int, str]] = []
+    lines = array.array('q')
+    identities = array.array('Q')
+    others: set[str] = set()
+    for row in _rows(root, malformed):
         if row.split not in rows:
-            others[row.split] += 1
+            others.add(row.split)
             continue
         rows[row.split] += 1
         for path in (row.image_path, row.canonical_id):
-            if path.startswith(('/', '~')) or '..' in path.split('/') or '\0' in path:
-                raise UserError(
-                    f'{root / TABLE} line {row.line}: the path {path!r} leads outside the data root'
-                )
+            tables.check_inside(path, f'{root / TABLE} line {row.line}')
         lines.append(row.line)
         identity = hashlib.blake2b(row.canonical_id.encode(), digest_size=8).digest()
         identities.append(int.from_bytes(identity, 'little'))
@@ -149,16 +131,16 @@ def open_folder(root: str | os.PathLike, splits: Sequence[str]) -> ComicFolder:
         if not count:
             known = ', '.join(sorted({*others, *(s for s, n in rows.items() if n)})) or 'none'
             raise UserError(f'{root / TABLE} has no page of split {split!r} (splits: {known})')
-    _refuse_twins(root, np.asarray(lines), np.asarray(identities))
-    return ComicFolder(root, rows, tuple(malformed), _digest(root, rows, sum(rows.values())))
+    _check_unique(root, np.asarray(lines), np.asarray(identities))
+    pages = (row.paths(root) for row in _rows(root) if row.split in rows)
+    both = (root / TABLE, root / LABELS)
+    digest = tables.folder_digest(both, pages, sum(rows.values()))
+    return ComicFolder(root, rows, tuple(malformed), digest)
 
 
 def read_labels(root: pathlib.Path) -> dict[str, str]:
     """Returns page types by canonical_id; raises UserError where labels.json is not that."""
-    try:
-        labels = read_json(root / LABELS, str(root / LABELS))
-    except RecordError as error:
-        raise UserError(str(error)) from error
+    labels = read_json(root / LABELS, str(root / LABELS))
     if not isinstance(labels, dict):
         raise UserError(f'{root / LABELS} is not an object of page types by canonical_id')
     for key, value in labels.items():
@@ -175,15 +157,15 @@ def page_record(
 
     Args:
       page: {image_width, image_height, panels: [{bbox: [x, y, w, h] in pixels, text}]} in reading
-        order, or panels: [{panel_number, box_2d: [y1, x1, y2, x2] in 0-1000, description,
-        text_content: [{text}]}]; there the text is the description and what is said.
+        order, or the VLM form, panels: [{panel_number, box_2d: [y1, x1, y2, x2] in 0-1000,
+        description, text_content: [{text}]}], whose text is the description and the text_content.
       name: of the file, for errors.
-      size: (width, height) of the picture itself.
+      size: (width, height) of the image.
       max_panels: further panels are dropped and counted.
 
     Returns:
-      {'width', 'height' of the picture, 'boxes': [[x0, y0, x1, y1] as fractions of the page],
-      'texts': [str], 'reading': reading positions from 0 to 1, or [] where the form has none}
+      {'width', 'height' of the image, 'boxes': [[x0, y0, x1, y1] as fractions of the page],
+      'texts': [str], 'reading': reading positions from 0 to 1 in the VLM form, else []}
       and counts of boxes clipped, boxes without area and panels dropped.
     """
     panels = page.get('panels') if isinstance(page, dict) else None
@@ -191,17 +173,18 @@ def page_record(
         raise RecordError('malformed_json', f'{name} holds no list of panels')
     counts: Counter[str] = Counter()
     vlm = any('box_2d' in panel for panel in panels)
-    if vlm:  # a panel without a number keeps its place
-        places = [panel.get('panel_number', place + 1) for place, panel in enumerate(panels)]
-        if not all(_is_number(place) for place in places):
+    if vlm:  # a panel without a number keeps its position
+        numbers = [panel.get('panel_number', i) for i, panel in enumerate(panels, start=1)]
+        if not all(map(_is_number, numbers)):
             raise RecordError('malformed_json', f'{name}: a panel_number is not a number')
-        panels = [panels[i] for i in sorted(range(len(panels)), key=places.__getitem__)]
+        panels = [panels[i] for i in sorted(range(len(panels)), key=numbers.__getitem__)]
     width, height = (page.get(key, real) for key, real in zip(_SIZES, size, strict=True))
     if not (_is_number(width) and _is_number(height) and min(width, height) > 0):
         raise RecordError('malformed_json', f'{name}: {" or ".join(_SIZES)} is not a size')
-    boxes, texts = [], []
-    for place, panel in enumerate(panels):
-        where = f'{name}: panel {place + 1}'
+    boxes = []
+    texts = []
+    for number, panel in enumerate(panels, start=1):
+        where = f'{name}: panel {number}'
         box, clipped = _box(panel, where, vlm, width, height)
         text = _text(panel, where, vlm)
         if box is None:
@@ -227,7 +210,7 @@ _SIZES = ('image_width', 'image_height')
 
 
 def _box(panel, where, vlm, width, height) -> tuple[list[float] | None, bool]:
-    """Returns the box as fractions clipped to the page, None where nothing is left of it."""
+    """Returns the box as fractions clipped to the page, or None if it has no area there."""
     key = 'box_2d' if vlm else 'bbox'
     values = panel.get(key)
     if not isinstance(values, list) or len(values) != 4 or not all(map(_is_number, values)):
@@ -246,11 +229,11 @@ def _box(panel, where, vlm, width, height) -> tuple[list[float] | None, bool]:
 
 def _text(panel, where, vlm) -> str:
     if vlm:
-        said = panel.get('text_content') or []
-        if not isinstance(said, list):
+        entries = panel.get('text_content') or []
+        if not isinstance(entries, list):
             raise RecordError('malformed_json', f'{where}: text_content is not a list')
         parts = [panel.get('description')]
-        parts += [entry.get('text') if isinstance(entry, dict) else entry for entry in said]
+        parts += [entry.get('text') if isinstance(entry, dict) else entry for entry in entries]
     else:
         parts = [panel.get('text')]
     if not all(part is None or isinstance(part, str) for part in parts):
@@ -262,54 +245,21 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _rows(root: pathlib.Path) -> Iterator[Row | tuple[int, str]]:
-    """Streams pages.csv: Rows, and (line, what is wrong) for lines that are none."""
-    path = root / TABLE
-    try:
-        with path.open(newline='', encoding='utf-8-sig') as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            for column in COLUMNS:
-                if column not in header:
-                    raise UserError(
-                        f'{path} has no column {column!r} (columns: {", ".join(header)})'
-                    )
-            places = [header.index(column) for column in COLUMNS]
-            for fields in reader:
-                if len(fields) == len(header):
-                    values = [fields[place].strip() for place in places]
-                    if all(values):
-                        yield Row(reader.line_num, *values)
-                    else:
-                        empty = COLUMNS[values.index('')]
-                        yield reader.line_num, f'has an empty {empty}'
-                elif fields:
-                    yield reader.line_num, f'has {len(fields)} fields, the header {len(header)}'
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f'{path} is not a CSV table in UTF-8: {error}') from error
+def _rows(root: pathlib.Path, malformed: list[tuple[int, str]] | None = None) -> Iterator[Row]:
+    """Streams pages.csv; (line, problem) of rows that are none is appended to `malformed`."""
+    for line, values, problem in tables.csv_rows(root / TABLE, COLUMNS):
+        if not problem:
+            yield Row(line, *values)
+        elif malformed is not None:
+            malformed.append((line, problem))
 
 
-def _refuse_twins(root: pathlib.Path, lines: np.ndarray, identities: np.ndarray) -> None:
+def _check_unique(root: pathlib.Path, lines: np.ndarray, identities: np.ndarray) -> None:
     order = np.argsort(identities, kind='stable')
     same = np.flatnonzero(identities[order][1:] == identities[order][:-1])
     if len(same):
         first, second = lines[order[same[0]]], lines[order[same[0] + 1]]
-        name = next(r.canonical_id for r in _rows(root) if isinstance(r, Row) and r.line == first)
+        name = next(row.canonical_id for row in _rows(root) if row.line == first)
         raise UserError(
             f'{root / TABLE}: canonical_id {name!r} stands on line {first} and again on {second}'
         )
-
-
-def _digest(root: pathlib.Path, splits: dict[str, int], count: int) -> str:
-    digest = hashlib.sha256()
-    for table in (TABLE, LABELS):
-        with (root / table).open('rb') as file:
-            digest.update(hashlib.file_digest(file, 'sha256').digest())
-    every, place = -(-count // _STAMPED), 0
-    for row in _rows(root):
-        if isinstance(row, Row) and row.split in splits:
-            if place % every == 0:
-                for path in (f'json/{row.canonical_id}.json', row.image_path):
-                    digest.update(repr(file_stamp(root / path)).encode())
-            place += 1
-    return digest.hexdigest()

@@ -198,7 +198,7 @@ class ComicTask(Task):
     def embed(self, predict, output):
         """Writes embeddings.npy [pages, panels, features], mask.npy, index.jsonl, page by page."""
         splits = tuple(self.splits.values())
-        shape = (splits[0].pages.max_panels, self.model.features)
+        shape = (splits[0].prepared.max_panels, self.model.features)
         with EmbeddingWriter(output, sum(map(len, splits)), shape) as writer:
             for split in splits:
                 for outputs, batch in predict('encode', split, self.batch_size):

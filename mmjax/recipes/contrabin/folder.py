@@ -3,11 +3,10 @@
     {"source": str, "binary": str, "comment": str,
      "metadata": {"path", "label", "compiler", "opt_level", "language", "name": all str}}
 
-label: the algorithm, '' where it is not known; opt_level: O0, O1, O2 or O3, or
-'-O2' and so on; comment: may be ''. Other keys are passed over.
+label: the algorithm, '' if unknown; opt_level: O0, O1, O2 or O3, or '-O2' and so on; comment: may
+be ''. Other keys are ignored.
 """
 
-import collections
 import contextlib
 import gzip
 import json
@@ -18,7 +17,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from mmjax.data.faults import Ledger
+from mmjax.data.faults import FaultReport
+from mmjax.data.tables import parse_json
 from mmjax.errors import RecordError, UserError
 
 TEXTS = ('source', 'binary', 'comment')
@@ -26,30 +26,31 @@ METADATA = ('path', 'label', 'compiler', 'opt_level', 'language', 'name')
 MAX_LINE = 16 << 20  # bytes: a small gzip file can hold a line that fills the memory
 
 
-def read(path: str | os.PathLike, ledger: Ledger) -> Iterator[dict[str, Any]]:
+def read(path: str | os.PathLike, report: FaultReport) -> Iterator[dict[str, Any]]:
     """Yields {source, binary, comment, path, name, label, opt_level, compiler, language, line}.
 
     All values are strings but `line`, which counts the file's lines from 1; blank lines are no
-    rows. Rows are counted first, into `ledger.rows`. A row that is no JSON object, lacks a key, has
-    one twice, a value that is no text, or an empty source or binary is a fault of the ledger.
+    rows. Rows are counted first, into `report.rows`. A row that is no JSON object, lacks a key, has
+    one twice, a value that is no text, or an empty source or binary is a fault.
 
     Args:
       path: a .jsonl file, or compressed by gzip if its name ends in .gz.
 
     Raises:
       UserError: no file, one that cannot be read or decompressed to its end, a line of more than
-        16 MiB, no row, or more faults than the ledger allows.
+        16 MiB, no row, or more faults than the report allows.
     """
     path = pathlib.Path(path).expanduser()
-    ledger.rows = sum(1 for _ in _lines(path))
-    if not ledger.rows:
+    report.rows = sum(1 for _ in _lines(path))
+    if not report.rows:
         raise UserError(f'{path} has no rows')
     for number, line in _lines(path):
         try:
-            yield {**_row(line, f'{path} line {number}'), 'line': number}
-        except RecordError as error:
-            ledger.fault(error, number)
-        ledger.tick()
+            row = _row(line, path, number)
+        except UserError as error:
+            report.fault(error, number)
+        else:
+            yield {**row, 'line': number}
 
 
 class Writer:
@@ -80,7 +81,7 @@ class Writer:
     def __exit__(self, *_) -> None:
         self._stack.close()
         for name in self._names:
-            with contextlib.suppress(OSError):  # it may be that there is no such folder
+            with contextlib.suppress(OSError):  # the folder may not exist
                 self._temporary(name).unlink()
 
     def write(self, split: str, row: Mapping[str, Any]) -> None:
@@ -116,20 +117,9 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f'{path} cannot be read: {error}') from error
 
 
-def _row(line: bytes, where: str) -> dict[str, str]:
-    def once(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise RecordError('malformed_json', f'{where}: {twice!r} stands twice in one object')
-        return found
-
-    try:
-        row = json.loads(line.decode('utf-8-sig'), object_pairs_hook=once)
-    except UnicodeDecodeError as error:
-        raise RecordError('malformed_json', f'{where}: not UTF-8') from error
-    except (ValueError, RecursionError) as error:
-        raise RecordError('malformed_json', f'{where}: {error}') from error
+def _row(line: bytes, path: pathlib.Path, number: int) -> dict[str, str]:
+    where = f'{path} line {number}'
+    row = parse_json(line, str(path), number)
     texts = _texts(row, TEXTS, where)
     texts |= _texts(row.get('metadata'), METADATA, f'{where}: metadata')
     for key in ('source', 'binary'):

@@ -44,7 +44,7 @@ class CodeScores(Evaluator):
         size = min(self.pool, len(rows))
         pools = order[: len(order) // size * size].reshape(-1, size)
         chosen = self.functions.subset(rows)
-        keys = ('identity', 'told', 'has_comment', *(f'{text}_mask' for text in TEXTS))
+        keys = ('identity', 'comment_id', 'has_comment', *(f'{text}_mask' for text in TEXTS))
         outputs, batch = gather(apply, 'encode', chosen, self.batch_size, keys)
         metrics = {'functions': len(rows), 'pool': size, 'left_out': len(rows) - pools.size}
         metrics |= {'r1_chance': 1 / size, 'r10_chance': min(10 / size, 1.0)}

@@ -30,14 +30,14 @@ def open_splits(config) -> tuple[dict[str, code.CodeFunctions], tuple[pathlib.Pa
     cache, root, compiled = prepare.cache_dir(spec.cache), spec.root, None
     options, there = spec.compile.to_dict(), code.SPLITS
     if spec.c_files:
-        from mmjax.recipes.contrabin.c_projects import counts
+        from mmjax.recipes.contrabin.c_projects import prepare as code_prepare
 
         if root:
             raise UserError('data.root and data.c_files exclude each other')
         root, report = _compile(
             spec.c_files, cache, wait=jax.process_index() > 0, seed=spec.seed, **options
         )
-        compiled, there = (root, counts.table(report)), report['rows']
+        compiled, there = (root, code_prepare.table(report)), report['rows']
         for name in ('train', 'val'):
             if name not in there:
                 raise UserError(

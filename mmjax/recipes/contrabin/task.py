@@ -46,7 +46,7 @@ class ContraBinTask(Task):
         # Over several devices packed tokens would be computed by each, all of them.
         pack = config.model.pack and jax.device_count() == 1
         rows = config.batch_size // config.accumulation
-        self.rooms = self.splits['train'].rooms(rows) if pack else {}
+        self.rooms = self.splits['train'].packed_lengths(rows) if pack else {}
         self.folders = config.model.pretrained.to_dict()
         self.model = build_model(config, self.tokenizers, self.lengths)
         losses = config.losses
@@ -152,10 +152,10 @@ class ContraBinTask(Task):
         terms = {}
         if 'anchor' in losses:
             terms['anchor'] = contrastive.infonce(
-                outputs['source'], outputs['comment'], both, labels=batch['told'], **shared
+                outputs['source'], outputs['comment'], both, labels=batch['comment_id'], **shared
             )
         # Functions of one comment are no wrong answers to it; of one source there is one a batch.
-        for text, rows, labels in (('source', mask, None), ('comment', both, batch['told'])):
+        for text, rows, labels in (('source', mask, None), ('comment', both, batch['comment_id'])):
             if f'{text}_binary' in losses:
                 terms[f'{text}_binary'] = interpolation.primary(
                     outputs[text], outputs['binary'], rows, labels=labels, **primary

@@ -1,40 +1,35 @@
-"""Receipts as examples: a whole picture, a question and its answer, and how many receipts it shows.
+"""Receipts as examples: a whole image, a question and its answer, and how many receipts it shows.
 
-The rows of a picture, three as a rule, share it: it is stored and kept once.
+The rows of an image, usually three, share it: it is written and cached once.
 """
 
-import copy
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
 
 from mmjax.data import images, prepare
-from mmjax.data.dataset import Dataset
-from mmjax.data.faults import Progress
 from mmjax.data.tokenizers import Tokenizer
-from mmjax.errors import RecordError, UserError
-from mmjax.recipes.receipts import encoding
+from mmjax.errors import UserError
 from mmjax.recipes.receipts import folder as receipts_folder
+from mmjax.recipes.receipts import text as receipts_text
 
 GENERATOR = ('data/drawing.py', 'recipes/receipts/text.py', 'recipes/receipts/synthetic/*.py')
 VERSION = '1.1.0'  # of the prepared records; raise it when their content changes
 SPLITS = receipts_folder.SPLITS
-_AROUND = (127, 127, 127)  # beside a picture that is not square
+TOKENS_VERSION = 1  # raise it when what `encode_texts` returns changes
+_GREY = (127, 127, 127)  # beside an image that is not square
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedReceipts:
-    """Prepared splits, and where their pictures lie (None: inside the records)."""
+class PreparedReceipts(prepare.Prepared):
+    """Prepared splits; root: the folder of the images, None if the records hold them."""
 
-    prepared: prepare.Prepared
     root: pathlib.Path | None
     max_pixels: int
 
@@ -47,79 +42,103 @@ def prepare_receipts(
     seed: int = 0,
     synthetic_sizes: Mapping[str, int] | None = None,
     synthetic_side: int = 112,
-    max_fault_share: float = 0.01,
     max_pixels: int = images.MAX_PIXELS,
-    wait: bool = False,
-    progress: Progress | None = None,
+    **options: Unpack[prepare.Options],
 ) -> PreparedReceipts:
-    """Checks every picture once and writes the records of the splits under `cache_dir`.
+    """Checks every image once and writes the records of the splits under `cache_dir`.
 
-    A folder's pictures stay where they are. Built-in ones are drawn and carried by the records.
+    A folder's images stay in place. The records of built-in ones hold them.
 
     Args:
-      root: folder in the format of `receipts_folder`; None draws the built-in pictures.
-      seed, synthetic_sizes, synthetic_side: of the built-in pictures: split → how many, and their
+      root: folder in the format of `receipts_folder`; None draws the built-in images.
+      seed, synthetic_sizes, synthetic_side: of the built-in images: split → how many, and their
         side in pixels.
-      max_fault_share: share of a split's rows that may be faulty; these are skipped and listed.
-      wait: leave the preparation to another host, and poll until it is done.
+      options: of `prepare.prepare`.
 
     Raises:
-      UserError: a fault of the folder's structure, or too many faults of rows and pictures.
+      UserError: a fault of the folder's structure, or too many faults of rows and images.
     """
-    settings = [VERSION, list(splits), max_pixels, max_fault_share]
     if root is None:
-        from mmjax.recipes.receipts.synthetic import pictures as receipts_synthetic
+        from mmjax.recipes.receipts.synthetic import pictures
 
-        sizes = receipts_synthetic.catalogue(synthetic_sizes or {}, splits)
-        settings += ['synthetic', seed, sorted(sizes.items()), synthetic_side]
-        settings.append(prepare.source_digest(*GENERATOR))
-        drawn = functools.partial(receipts_synthetic.records, seed, side=synthetic_side)
-        sources = {s: functools.partial(drawn, s, sizes[s]) for s in splits}
-        where, blobs = None, ('image',)
+        sizes = pictures.catalogue(synthetic_sizes or {}, splits)
+        kind = 'synthetic'
+        code = prepare.source_digest(*GENERATOR)
+        settings = [seed, sorted(sizes.items()), synthetic_side, code]
+        records = functools.partial(pictures.records, seed=seed, sizes=sizes, side=synthetic_side)
     else:
         folder = receipts_folder.open_folder(root, splits)
-        settings += ['folder', folder.digest]
-        sources = {s: functools.partial(folder.records, s, max_pixels=max_pixels) for s in splits}
-        where, blobs = folder.root.absolute(), ()
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    kind = 'synthetic' if root is None else 'folder'
-    prepared = prepare.prepare(
-        pathlib.Path(cache_dir) / f'receipts-{kind}-{digest}',
-        name=f'receipts_{kind}',
+        kind = 'folder'
+        settings = [folder.digest]
+        root = folder.root.absolute()
+        records = functools.partial(folder.records, max_pixels=max_pixels)
+    prepared = prepare.prepare_cached(
+        cache_dir,
+        f'receipts_{kind}',
+        [*settings, max_pixels],
         version=VERSION,
-        splits=sources,
-        blobs=blobs,
+        splits={split: functools.partial(records, split) for split in splits},
+        blobs=() if root else ('image',),
         index=_index,
-        max_fault_share=max_fault_share,
-        progress=progress,
-        wait=wait,
+        **options,
     )
-    return PreparedReceipts(prepared, where, max_pixels)
+    return PreparedReceipts(prepared.directory, root, max_pixels)
 
 
 def _index(record: Mapping[str, Any]) -> dict[str, Any]:
     return {'count': np.int32(record['count']), 'picture': np.int32(record['picture'])}
 
 
-def whole_square(picture: Image.Image, size: int) -> Image.Image:
-    """Fits a whole picture into `size` × `size`, sides in proportion, grey beside it."""
-    share = size / max(picture.size)
-    sides = tuple(max(round(side * share), 1) for side in picture.size)
-    fitted = picture.resize(sides, Image.Resampling.BILINEAR, reducing_gap=2.0)
+def whole_square(image: Image.Image, size: int) -> Image.Image:
+    """Fits a whole image into `size` × `size`, sides in proportion, grey beside it."""
+    scale = size / max(image.size)
+    sides = tuple(max(round(side * scale), 1) for side in image.size)
+    fitted = image.resize(sides, Image.Resampling.BILINEAR, reducing_gap=2.0)
     if fitted.size == (size, size):
         return fitted
-    square = Image.new('RGB', (size, size), _AROUND)
+    square = Image.new('RGB', (size, size), _GREY)
     square.paste(fitted, ((size - sides[0]) // 2, (size - sides[1]) // 2))
     return square
 
 
-class ReceiptQuestions(Dataset):
-    """One prepared split; a row is a question of a picture.
+def encode_texts(
+    texts: Iterable[str], tokenizer: Tokenizer, longest: int, closing: int | None
+) -> dict[str, np.ndarray]:
+    """Encodes each different text once.
 
-    index: count of receipts, label (its class), picture (rows of one share it); with a tokenizer
-    n_question, n_answer and length, the greater of both. skipped: reason → rows left out.
+    Args:
+      texts: n of them, read in order.
+      longest: L, tokens of a text that are kept.
+      closing: as in `receipts_text.plain_tokens`.
+
+    Returns:
+      ids: int32 [different texts, L], without special tokens, then padding; lengths: int32
+      [different texts], L + 1 for longer ones; rows: int32 [n], the position of each text among the
+      different ones; closing: int32, the token that closes texts.
+
+    Raises:
+      UserError: the closing token is text.
+    """
+    positions: dict[str, int] = {}
+    rows = np.array([positions.setdefault(text, len(positions)) for text in texts], np.int32)
+    tokens, closing = receipts_text.plain_tokens(tokenizer, list(positions), longest + 1, closing)
+    ids = np.full((len(tokens), longest), tokenizer.pad_id, np.int32)
+    for row, text in zip(ids, tokens, strict=True):
+        row[: min(len(text), longest)] = text[:longest]
+    lengths = np.array([len(text) for text in tokens], np.int32)
+    return {'ids': ids, 'rows': rows, 'lengths': lengths, 'closing': np.int32(closing)}
+
+
+class ReceiptQuestions(prepare.PreparedDataset):
+    """One prepared split; a row is a question about an image.
+
+    index: count of receipts, label (its class), picture (rows of one image share it); with a
+    tokenizer n_question, n_answer and length, the greater of both.
     texts_cut: rows whose question or answer was too long for the largest bucket.
     """
+
+    prepared: PreparedReceipts
+    length_key = 'length'
 
     def __init__(
         self,
@@ -135,42 +154,31 @@ class ReceiptQuestions(Dataset):
         """Opens a split.
 
         Args:
-          image_size: S, side of a picture in pixels.
+          image_size: S, side of an image in pixels.
           buckets: lengths in tokens that questions and answers of a batch are padded to.
-          classes: C; label = min(count, C − 1), so 3 tells none, one, and two or more.
+          classes: C; label = min(count, C − 1): 3 separates none, one, and two or more.
           augmentation: applied when training; None for none.
-          cache_bytes: memory, in each process, for decoded pictures; 0 for none.
+          cache_bytes: memory, in each process, for decoded images; 0 for none.
         """
         if classes < 2:
             raise UserError(f'data.classes is {classes}, less than 2')
         if not buckets or min(buckets) < 2:
             raise UserError(f'data.buckets is {tuple(buckets)}: lengths from 2 are needed')
-        self.split, self.prepared, self.image_size = split, prepared, image_size
-        self.classes, self.augmentation = classes, augmentation
-        self.lengths, self.length_key = tuple(sorted(set(buckets))), 'length'
-        self._kept = images.ImageCache(cache_bytes)
-        summary = prepared.prepared.summary
-        if split not in summary['splits']:
-            raise UserError(f'{prepared.prepared.directory} holds no split {split!r}')
-        self._name, self._books = summary['name'], summary['splits'][split]
-        self.index = prepared.prepared.index(split)
+        super().__init__(prepared, split)
+        self.image_size = image_size
+        self.classes = classes
+        self.augmentation = augmentation
+        self.lengths = tuple(sorted(set(buckets)))
         self.index['label'] = np.minimum(self.index['count'], classes - 1).astype(np.int32)
-        self.skipped, self.texts_cut = dict(self._books['skipped']), 0
-        self._records = prepared.prepared.open(split)
+        self.texts_cut = 0
         self.tokenizer: Tokenizer | None = None
         self._tokens: tuple[np.ndarray, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def record(self, row: int) -> dict[str, Any]:
-        """Returns what was prepared of a row: question, answer, count, pair, image_path, line."""
-        return self._records[row]
+        self._cache = images.ImageCache(cache_bytes)
 
     def texts(self) -> Iterator[str]:
         """Yields question and answer of every row, in order, to train a tokenizer on."""
         for row in range(len(self)):
-            record = self._records[row]
+            record = self.record(row)
             yield from (record['question'], record['answer'])
 
     def with_tokenizer(
@@ -178,115 +186,114 @@ class ReceiptQuestions(Dataset):
     ) -> 'ReceiptQuestions':
         """Returns the same split with its texts in tokens, and their lengths in the index.
 
-        What the tokenizer itself puts around a text is left out; an answer ends with `closing_id`:
-        the token that the tokenizer closes texts with, or, where it has none, `closing`, or its pad
-        token where that is None. Tokens are made once and kept beside the records.
+        What the tokenizer puts around a text is left out; an answer ends with `closing_id`:
+        `tokenizer.end_id`, or else `closing`, or else the pad token. Tokens are made once and kept
+        beside the records.
 
         Raises:
           UserError: the closing token is text.
         """
-        folder, longest = self.prepared.prepared.directory, self.lengths[-1]
-        return self._tokenized(
-            tokenizer,
-            encoding.encoded(folder, self.split, self.texts, tokenizer, longest, closing),
-        )
+        longest = self.lengths[-1]
+        settings = [TOKENS_VERSION, longest, closing, tokenizer.__getstate__()]
+        make = lambda: encode_texts(self.texts(), tokenizer, longest, closing)
+        tokens = self.prepared.cached_arrays(f'tokens-{self.split}', settings, make)
+        return self._tokenized(tokenizer, tokens)
 
     def _tokenized(self, tokenizer: Tokenizer, encoded: Mapping) -> 'ReceiptQuestions':
-        other, longest = copy.copy(self), self.lengths[-1]
-        other.tokenizer, other.closing_id = tokenizer, int(encoded['closing'])
-        questions, answers = encoded['rows'][0::2], encoded['rows'][1::2]
-        other._tokens = encoded['ids'], questions, answers
-        n_question, n_answer = encoded['lengths'][questions], encoded['lengths'][answers] + 1
-        other.texts_cut = int((np.maximum(n_question, n_answer) > longest).sum())
-        n_question, n_answer = np.minimum(n_question, longest), np.minimum(n_answer, longest)
-        longer = np.maximum(n_question, n_answer)
-        other.index = {
-            **self.index,
-            'n_question': n_question,
-            'n_answer': n_answer,
-            'length': longer,
+        longest = self.lengths[-1]
+        questions = encoded['rows'][0::2]
+        answers = encoded['rows'][1::2]
+        n_question = encoded['lengths'][questions]
+        n_answer = encoded['lengths'][answers] + 1
+        lengths = {
+            'n_question': np.minimum(n_question, longest),
+            'n_answer': np.minimum(n_answer, longest),
+            'length': np.minimum(np.maximum(n_question, n_answer), longest),
         }
-        return other
+        return self.replace(
+            tokenizer=tokenizer,
+            closing_id=int(encoded['closing']),
+            texts_cut=int((np.maximum(n_question, n_answer) > longest).sum()),
+            index={**self.index, **lengths},
+            _tokens=(encoded['ids'], questions, answers),
+        )
 
-    def with_question(self, picture: str | os.PathLike, question: str) -> 'ReceiptQuestions':
-        """Returns a split of one row: a picture that is asked a question, its answer unknown.
+    def with_question(self, path: str | os.PathLike, question: str) -> 'ReceiptQuestions':
+        """Returns a split of one row: an image and a question whose answer is unknown.
 
         Raises:
-          UserError: a picture that is missing or unreadable, a question that is empty or too long.
+          UserError: an image that is missing or unreadable, a question that is empty or too long.
         """
         if not question.strip():
             raise UserError('the question is empty')
-        path = pathlib.Path(picture)
+        path = pathlib.Path(path)
         if not path.is_file():
             raise UserError(f'{path} does not exist')
-        other = copy.copy(self)
-        other.prepared = dataclasses.replace(self.prepared, root=None)
-        other._kept, other._tokens = images.ImageCache(0), ()
         record = {'question': question, 'answer': '', 'count': 0, 'pair': 0, 'picture': 0}
-        other._records = [record | {'image_path': str(path), 'image': path.read_bytes(), 'line': 0}]
-        other.index = {key: np.asarray([value]) for key, value in _index(record).items()}
-        other.index['label'] = np.zeros(1, np.int32)
-        other.picture(0)
+        record |= {'image_path': str(path), 'image': path.read_bytes(), 'line': 0}
+        other = self.with_record(
+            record,
+            {**_index(record), 'label': np.int32(0)},
+            prepared=dataclasses.replace(self.prepared, root=None),
+            _cache=images.ImageCache(0),
+            _tokens=(),
+        )
+        other.image(0)
         if not self.tokenizer:
             return other
         longest = self.lengths[-1]
-        encoded = encoding.encode(other.texts(), self.tokenizer, longest, self.closing_id)
+        encoded = encode_texts(other.texts(), self.tokenizer, longest, self.closing_id)
         if encoded['lengths'][0] > longest:
             raise UserError(
                 f'the question has more than {longest} tokens, the largest of data.buckets'
             )
         return other._tokenized(self.tokenizer, encoded)
 
-    def picture(self, row: int) -> Image.Image:
-        """Returns the whole picture of a row in RGB, as large as it is."""
+    def image(self, row: int) -> Image.Image:
+        """Returns the whole image of a row in RGB, in its full size."""
         return self._open(row, None)
 
     def _open(self, row: int, at_least: tuple[int, int] | None) -> Image.Image:
-        record = self._records[row]
+        record = self.record(row)
         name = record['image_path']
-        if self.prepared.root is None:
-            source = (self._records[row - record['pair']] if record['pair'] else record)['image']
+        if self.prepared.root is None:  # the first row of an image holds it
+            source = self._records[int(self._rows[row]) - record['pair']]['image']
         else:
             source = self.prepared.root / name
-        try:
-            return images.open_image(
-                source, name, max_pixels=self.prepared.max_pixels, at_least=at_least
-            )
-        except RecordError as error:
-            raise UserError(str(error)) from error
+        limit = self.prepared.max_pixels
+        return images.open_image(source, name, max_pixels=limit, at_least=at_least)
 
     def example(self, row: int, rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
-        """Returns one picture, question and answer; L is the largest bucket.
+        """Returns one image, question and answer; L is the largest bucket.
 
         Returns:
-          images: uint8 [S, S, 3], the whole picture; question: int32 [L] and question_mask:
+          images: uint8 [S, S, 3], the whole image; question: int32 [L] and question_mask:
           bool [L]; answer: int32 [L] and answer_mask: bool [L], the closing token included; label:
           int32, the class of the number of receipts. Where a mask is False tokens are padding.
 
         Raises:
-          UserError: a picture that has become unreadable since it was prepared.
+          UserError: an image that has become unreadable since it was prepared.
         """
         if self.tokenizer is None:
             raise ValueError('ReceiptQuestions has no tokenizer yet: see with_tokenizer')
         size = self.image_size
         make = lambda: whole_square(self._open(row, (2 * size, 2 * size)), size)
-        picture = self._kept.get(int(self.index['picture'][row]), make)
+        square = self._cache.get(int(self.index['picture'][row]), make)
         if train and self.augmentation:
             box = self.augmentation.box((0.0, 0.0, 1.0, 1.0), rng)
-            image = self.augmentation.tone(images.crop_resize(picture, box, size), rng)
+            pixels = self.augmentation.tone(images.crop_resize(square, box, size), rng)
         else:
-            image = np.asarray(picture)
+            pixels = np.asarray(square)
         ids, questions, answers = self._tokens
-        places = np.arange(ids.shape[1])
-        question_mask = places < self.index['n_question'][row]
+        positions = np.arange(ids.shape[1])
         closing = self.index['n_answer'][row] - 1
-        answer = np.where(places == closing, self.closing_id, ids[answers[row]])
+        answer = np.where(positions == closing, self.closing_id, ids[answers[row]])
         return {
-            'images': image,
+            'images': pixels,
             'question': ids[questions[row]],
-            'question_mask': question_mask,
+            'question_mask': positions < self.index['n_question'][row],
             'answer': answer.astype(np.int32),
-            'answer_mask': places <= closing,
+            'answer_mask': positions <= closing,
             'label': self.index['label'][row],
         }
 
@@ -303,11 +310,4 @@ class ReceiptQuestions(Dataset):
         return batch
 
     def fingerprint(self) -> dict[str, str | int]:
-        return {
-            'name': self._name,
-            'version': VERSION,
-            'split': self.split,
-            'size': len(self),
-            'digest': self._books['digest'],
-            'classes': self.classes,
-        }
+        return super().fingerprint() | {'classes': self.classes}

@@ -1,33 +1,30 @@
-"""Reads a folder of receipt pictures with questions: a table and pictures in each split.
+"""Reads a folder of receipt images with questions: a table and images in each split.
 
-    train/metadata.csv   filename,receipt_count,question,answer,qa_pair_idx; a row a question
-    train/images/…       the pictures; filename is relative to this folder
+    train/metadata.csv   filename,receipt_count,question,answer,qa_pair_idx; a row per question
+    train/images/…       the images; filename is relative to this folder
     val/…, test/…        likewise
 
 Columns may stand in any order, and others beside them. Faults of the folder's structure raise
-UserError at once; faults of a row or a picture raise RecordError, for the ledger to list and count.
+UserError at once; faults of a row or an image are counted and listed by the FaultReport.
 """
 
-import csv
 import dataclasses
-import functools
-import hashlib
 import os
 import pathlib
 import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmjax.data import images
-from mmjax.data.faults import Ledger
+from mmjax.data import tables
+from mmjax.data.faults import FaultReport
 from mmjax.data.tables import file_stamp
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import UserError
 
 COLUMNS = ('filename', 'receipt_count', 'question', 'answer', 'qa_pair_idx')
 SPLITS = ('train', 'val', 'test')
-TABLE, PICTURES = 'metadata.csv', 'images'
-MOST = 1000  # receipts in a picture; a larger count is a slip of the pen
-_STAMPED = 50_000  # pictures whose files enter the digest; of larger tables every n-th
+TABLE = 'metadata.csv'
+IMAGES = 'images'
+MOST = 1000  # receipts in an image; a larger count is taken for a typing error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +43,8 @@ class Row:
 class ReceiptsFolder:
     """A folder whose structure has been checked.
 
-    rows: split → the rows of each picture, pictures as they first come; malformed: split →
-    [(line, what is wrong)]; digest: of the tables and of the pictures' sizes and times.
+    rows: split → the rows of each image, images in order of their first row; malformed: split →
+    [(line, problem)]; digest: of the tables and of the images' sizes and times.
     """
 
     root: pathlib.Path
@@ -55,49 +52,38 @@ class ReceiptsFolder:
     malformed: dict[str, list[tuple[int, str]]]
     digest: str
 
-    def records(self, split: str, ledger: Ledger, max_pixels: int) -> Iterator[dict[str, Any]]:
+    def records(self, split: str, report: FaultReport, max_pixels: int) -> Iterator[dict[str, Any]]:
         """Yields {'question', 'answer', 'count', 'pair', 'line', 'image_path' from the root,
-        'picture': its number}, booking what is left out; the rows of a picture are neighbours."""
-        ledger.rows = sum(map(len, self.rows[split])) + len(self.malformed[split])
-        for line, what in self.malformed[split]:
-            ledger.fault(RecordError('malformed_row', f'{split}/{TABLE} line {line} {what}'), line)
-            ledger.tick()
-        path = lambda rows: f'{split}/{PICTURES}/{rows[0].filename}'
-        check = functools.partial(self._check, max_pixels=max_pixels)
-        stamp = lambda rows: [path(rows), *file_stamp(self.root / path(rows))]
-        looked = ledger.survey(self.rows[split], lambda rows: check(path(rows)), stamp)
-        for number, (rows, found) in enumerate(looked):
-            for row in rows:
-                if isinstance(found, RecordError):
-                    ledger.fault(found, row.line)
-                else:
-                    record = dataclasses.asdict(row) | {'picture': number, 'image_path': path(rows)}
-                    yield {key: value for key, value in record.items() if key != 'filename'}
-                ledger.tick()
-
-    def _check(self, path: str, max_pixels: int) -> dict[str, Any]:
-        try:
-            picture = images.inside(self.root, path)
-        except RuntimeError as error:  # a link to itself, before Python 3.13
-            raise RecordError('unreadable_image', f'{path} cannot be read: {error}') from error
-        images.check_image(picture, path, max_pixels=max_pixels)
-        return {}
+        'picture': its number}; what is left out is reported. The rows of an image are neighbours.
+        """
+        groups = self.rows[split]
+        report.rows = sum(map(len, groups))
+        report.malformed_rows(f'{split}/{TABLE} line', self.malformed[split])
+        path = lambda entry: f'{split}/{IMAGES}/{entry[1][0].filename}'
+        check = lambda entry: {'size': tables.check_image(self.root, path(entry), max_pixels)}
+        stamp = lambda entry: [path(entry), *file_stamp(self.root / path(entry))]
+        lines = lambda entry: [row.line for row in entry[1]]
+        for entry, _ in report.check_each(enumerate(groups), check, stamp, lines):
+            number, group = entry
+            for row in group:
+                record = dataclasses.asdict(row) | {'picture': number, 'image_path': path(entry)}
+                yield {key: value for key, value in record.items() if key != 'filename'}
 
 
 def named_splits(root: str | os.PathLike) -> tuple[str, ...]:
-    """Returns the splits that a run opens: train and val, and test where it has a table."""
+    """Returns the splits that a run opens: train, val, and test if it has a table."""
     has_test = os.path.isfile(pathlib.Path(root).expanduser() / 'test' / TABLE)
     return SPLITS if has_test else SPLITS[:2]
 
 
 def open_folder(root: str | os.PathLike, splits: Sequence[str]) -> ReceiptsFolder:
-    """Checks the structure of a folder without opening a picture.
+    """Checks the structure of a folder without opening an image.
 
     Raises:
       UserError: a missing root, table, images folder or column, one that may not be read, a table
         without a usable row, or a path that leads outside the root.
     """
-    root = pathlib.Path(root).expanduser()
+    root = tables.data_root(root)
     try:
         return _opened(root, splits)
     except OSError as error:
@@ -105,86 +91,52 @@ def open_folder(root: str | os.PathLike, splits: Sequence[str]) -> ReceiptsFolde
 
 
 def _opened(root: pathlib.Path, splits: Sequence[str]) -> ReceiptsFolder:
-    if not root.is_dir():
-        raise UserError(f'the data root {root} is not a folder')
     rows: dict[str, list[tuple[Row, ...]]] = {}
     malformed: dict[str, list[tuple[int, str]]] = {}
     for split in splits:
-        if not (root / split / TABLE).is_file():
+        table = root / split / TABLE
+        if not table.is_file():
             known = ', '.join(s for s in SPLITS if (root / s / TABLE).is_file()) or 'none'
-            raise UserError(f'{root / split / TABLE} does not exist (splits: {known})')
-        if not (root / split / PICTURES).is_dir():
-            raise UserError(f'{root / split / PICTURES} is not a folder')
-        rows[split], malformed[split] = _grouped(root / split / TABLE)
+            raise UserError(f'{table} does not exist (splits: {known})')
+        if not (root / split / IMAGES).is_dir():
+            raise UserError(f'{root / split / IMAGES} is not a folder')
+        rows[split], malformed[split] = _read_table(table)
         if not rows[split]:
-            line, what = next(iter(malformed[split]), (1, 'is followed by nothing'))
-            raise UserError(f'{root / split / TABLE} line {line} {what}, and no row is well formed')
-    return ReceiptsFolder(root, rows, malformed, _digest(root, rows))
+            line, problem = next(iter(malformed[split]), (1, 'is followed by nothing'))
+            raise UserError(f'{table} line {line} {problem}, and no row is well formed')
+    files = [(root / s / IMAGES / group[0].filename,) for s in rows for group in rows[s]]
+    digest = tables.folder_digest([root / split / TABLE for split in rows], files, len(files))
+    return ReceiptsFolder(root, rows, malformed, digest)
 
 
-def _grouped(table: pathlib.Path) -> tuple[list[tuple[Row, ...]], list[tuple[int, str]]]:
+def _read_table(
+    table: pathlib.Path,
+) -> tuple[list[tuple[Row, ...]], list[tuple[int, str]]]:
+    """Returns the rows of each image, and (line, problem) of rows that are none."""
     groups: dict[str, list[Row]] = {}
-    malformed = []
-    for row in _rows(table):
-        if not isinstance(row, Row):
-            malformed.append(row)
+    malformed: list[tuple[int, str]] = []
+    for line, values, problem in tables.csv_rows(table, COLUMNS):
+        problem = problem or _problem(values)
+        if problem:
+            malformed.append((line, problem))
             continue
-        name = row.filename
-        if name.startswith(('/', '~')) or '..' in name.split('/') or '\0' in name:
-            raise UserError(f'{table} line {row.line}: the path {name!r} leads outside the folder')
-        known = groups.setdefault(posixpath.normpath(name), [])
-        if known and known[0].count != row.count:
-            malformed.append(
-                (
-                    row.line,
-                    f'counts {row.count} receipts in {name}, line {known[0].line} {known[0].count}',
-                )
-            )
+        name, count, question, answer, pair = values
+        tables.check_inside(name, f'{table} line {line}')
+        row = Row(line, name, int(count), question, answer, int(pair))
+        group = groups.setdefault(posixpath.normpath(name), [])
+        if group and group[0].count != row.count:
+            first = group[0]
+            problem = f'counts {row.count} receipts in {name}, line {first.line} {first.count}'
+            malformed.append((line, problem))
         else:
-            known.append(row)
+            group.append(row)
     return [tuple(group) for group in groups.values()], malformed
 
 
-def _rows(table: pathlib.Path) -> Iterator[Row | tuple[int, str]]:
-    """Streams a table: Rows, and (line, what is wrong) for lines that are none."""
-    try:
-        with table.open(newline='', encoding='utf-8-sig') as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            for column in COLUMNS:
-                if header.count(column) != 1:
-                    found = 'no' if column not in header else 'more than one'
-                    raise UserError(
-                        f'{table} has {found} column {column!r} (columns: {", ".join(header)})'
-                    )
-            places = [header.index(column) for column in COLUMNS]
-            for fields in reader:
-                if len(fields) == len(header):
-                    yield _row(reader.line_num, [fields[place].strip() for place in places])
-                elif fields:
-                    yield reader.line_num, f'has {len(fields)} fields, the header {len(header)}'
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f'{table} is not a CSV table in UTF-8: {error}') from error
-
-
-def _row(line: int, values: list[str]) -> Row | tuple[int, str]:
-    filename, count, question, answer, pair = values
-    if not all(values):
-        return line, f'has an empty {COLUMNS[values.index("")]}'
+def _problem(values: list[str]) -> str:
+    """Returns what is wrong with the numbers of a row, '' if nothing."""
+    _, count, _, _, pair = values
     for column, value in (('receipt_count', count), ('qa_pair_idx', pair)):
         if not (value.isascii() and value.isdigit() and len(value) < 10):
-            return line, f'has {value!r:.40} for a {column}, not a whole number from 0'
-    if int(count) > MOST:
-        return line, f'has a receipt_count of {count}, more than {MOST}'
-    return Row(line, filename, int(count), question, answer, int(pair))
-
-
-def _digest(root: pathlib.Path, rows: dict[str, list[tuple[Row, ...]]]) -> str:
-    digest = hashlib.sha256()
-    for split in rows:
-        with (root / split / TABLE).open('rb') as file:
-            digest.update(hashlib.file_digest(file, 'sha256').digest())
-    paths = [root / split / PICTURES / group[0].filename for split in rows for group in rows[split]]
-    for path in paths[:: -(-len(paths) // _STAMPED)]:
-        digest.update(repr(file_stamp(path)).encode())
-    return digest.hexdigest()
+            return f'has {value!r:.40} for a {column}, not a whole number from 0'
+    return f'has a receipt_count of {count}, more than {MOST}' if int(count) > MOST else ''

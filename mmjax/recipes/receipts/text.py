@@ -1,7 +1,7 @@
-"""Words of the receipts recipe: built-in questions with their answers, and what an answer says.
+"""Words of the receipts recipe: built-in questions with their answers, and the content of answers.
 
-A question's wording fixes its answer's wording: what is left to be found is in the picture. Of a
-user's questions and answers `kind` and `content` read what is asked and what is said, so that an
+A question's wording fixes its answer's wording: only the content must come from the image. For a
+user's data `kind` reads what a question asks for and `content` what an answer states, so that an
 answer in other words can be right.
 """
 
@@ -212,43 +212,43 @@ def kind(question: str) -> str:
     return next((name for name, pattern in _ASKED if re.search(pattern, text)), 'other')
 
 
-def content(asked: str, answer: str) -> str:
-    """Returns what an answer says, in one form whatever its words.
+def content(question_kind: str, answer: str) -> str:
+    """Returns the content of an answer, in one form whatever its words.
 
-    Two answers to a question agree in content where this is equal. An answer that says nothing of
-    what was asked has its own words for content, as has every answer of kind 'other'.
+    Two answers to a question agree if their contents are equal. The content of an answer without
+    what the question asks for, and of every answer of kind 'other', is its words.
 
     Args:
-      asked: what `kind` found in the question.
+      question_kind: what `kind` returns for the question.
 
     Returns:
       count, items: '2', read in words up to ninety-nine; exist: 'yes' or 'no'; total: '73.00',
       currency left out; payment: 'card'; date: '20-12-2017', separators, leading zeros and case
       left out; store: its words.
     """
-    found = words(answer)
-    return _READERS.get(asked, _other)(answer.lower(), found) or _other(answer, found)
+    tokens = words(answer)
+    return _READERS.get(question_kind, _other)(answer.lower(), tokens) or _other(answer, tokens)
 
 
-def _other(text: str, found: list[str]) -> str:
-    return ' '.join(found)
+def _other(text: str, tokens: list[str]) -> str:
+    return ' '.join(tokens)
 
 
-def _number(text: str, found: list[str]) -> str:
-    said = [word for word in found if word.isdigit() or word in _NUMBER_WORDS]
-    for tens, one in itertools.pairwise(found):  # twenty-five
+def _number(text: str, tokens: list[str]) -> str:
+    numbers = [word for word in tokens if word.isdigit() or word in _NUMBER_WORDS]
+    for tens, one in itertools.pairwise(tokens):  # twenty-five
         if tens in _TENS and one in NUMBERS[1:10]:
             return str(int(_NUMBER_WORDS[tens]) + int(_NUMBER_WORDS[one]))
-    said.sort(key=lambda word: word in _WEAK and 1 + _WEAK.index(word))
-    return _NUMBER_WORDS.get(said[0], said[0].lstrip('0') or '0') if said else ''
+    numbers.sort(key=lambda word: word in _WEAK and 1 + _WEAK.index(word))
+    return _NUMBER_WORDS.get(numbers[0], numbers[0].lstrip('0') or '0') if numbers else ''
 
 
-def _yes_or_no(text: str, found: list[str]) -> str:
-    return next((word for word in found[:1] if word in ('yes', 'no')), '')
+def _yes_or_no(text: str, tokens: list[str]) -> str:
+    return next((word for word in tokens[:1] if word in ('yes', 'no')), '')
 
 
-def _total(text: str, found: list[str]) -> str:
-    number = next((word for word in found if word[0].isdigit()), '')
+def _total(text: str, tokens: list[str]) -> str:
+    number = next((word for word in tokens if word[0].isdigit()), '')
     if not number:
         return ''
     whole, comma, cents = number.rpartition(',')
@@ -260,7 +260,7 @@ def _total(text: str, found: list[str]) -> str:
         return ''
 
 
-def _date(text: str, found: list[str]) -> str:
+def _date(text: str, tokens: list[str]) -> str:
     match = _DATE.search(text)
     if not match:
         return ''
@@ -268,12 +268,12 @@ def _date(text: str, found: list[str]) -> str:
     return '-'.join(part[:3] if part.isalpha() else part.lstrip('0') or '0' for part in parts)
 
 
-def _store(text: str, found: list[str]) -> str:
-    return ' '.join(word for word in found if word not in _AROUND)
+def _store(text: str, tokens: list[str]) -> str:
+    return ' '.join(word for word in tokens if word not in _AROUND)
 
 
-def _payment(text: str, found: list[str]) -> str:
-    return next((word for word in found if word in _PAYMENTS), '')
+def _payment(text: str, tokens: list[str]) -> str:
+    return next((word for word in tokens if word in _PAYMENTS), '')
 
 
 _READERS: Mapping = {
@@ -287,30 +287,23 @@ _READERS: Mapping = {
 }
 
 
-def own_tokens(
+def plain_tokens(
     tokenizer: Tokenizer, texts: Sequence[str], limit: int, closing: int | None = None
 ) -> tuple[list[np.ndarray], int]:
-    """Returns each text's own tokens, at most `limit`, and the token that closes texts.
+    """Returns the tokens of each text, at most `limit`, and the token that closes texts.
 
-    What the tokenizer puts around a text is left out: it is seen on a short text, where it decodes
-    to nothing. One that closes texts with no token of its own closes them with `closing`, or with
-    its pad token where that is None.
+    What the tokenizer puts around a text is left out. If it closes texts with no token of its own,
+    they are closed with `closing`, or with its pad token if that is None.
 
     Raises:
       UserError: the closing token is text.
     """
-    ids, mask = tokenizer.encode(['a'], 16)
-    around = [tokenizer.decode([token]) == '' for token in ids[mask].tolist()]
-    head, tail = around.index(False), around[::-1].index(False)
-    if tail:
-        closing = int(ids[mask][-1])
-    elif closing is None:
-        closing = tokenizer.pad_id
+    options = (tokenizer.end_id, closing, tokenizer.pad_id)
+    closing = next(token for token in options if token is not None)
     if tokenizer.decode([closing]):
         raise UserError(
             f'the tokenizer closes no text, and token {closing} cannot: it is the text '
             f'{tokenizer.decode([closing])!r}'
         )
-    ids, mask = tokenizer.encode(texts, limit + head + tail)
-    ends = (mask.sum(1) - tail).tolist()
-    return [row[head : max(end, head)] for row, end in zip(ids, ends, strict=True)], closing
+    ids, mask = tokenizer.encode(texts, limit, special=False)
+    return [row[keep] for row, keep in zip(ids, mask, strict=True)], closing

@@ -1,4 +1,4 @@
-"""Pictures of items as examples: a picture, the prompt of its item, and the item's identity."""
+"""Images of items as examples: an image, the prompt of its item, and the item's identity."""
 
 import copy
 import dataclasses
@@ -7,33 +7,30 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
 
-from mmjax.data import augment, prepare, processes
-from mmjax.data import images as pictures
-from mmjax.data.dataset import Dataset
-from mmjax.data.faults import Ledger, Progress
+from mmjax.data import augment, images, prepare
 from mmjax.data.tokenizers import Tokenizer
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import UserError
 from mmjax.recipes.retrieval import folder as retrieval_folder
 
+GENERATOR = ('data/drawing.py', 'recipes/retrieval/synthetic/*.py')
 VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
-_CHUNK = 64  # built-in pictures that a process draws at a time
 SPLITS = ('train', 'val', 'query', 'gallery')
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedItems:
-    """Prepared splits; `items` are the ids, an item's place its identity.
+class PreparedItems(prepare.Prepared):
+    """Prepared splits; `items` are the ids, an item's position its identity.
 
-    root: where pictures lie (None: inside the records); descriptions: of the built-in items.
+    root: the folder of the images, None if the records hold them; descriptions: of the built-in
+    items.
     """
 
-    prepared: prepare.Prepared
     root: pathlib.Path | None
     items: tuple[str, ...]
     max_pixels: int
@@ -47,85 +44,61 @@ def prepare_items(
     splits: tuple[str, ...] = SPLITS,
     seed: int = 0,
     synthetic_sizes: Mapping[str, int] | None = None,
-    max_fault_share: float = 0.01,
-    max_pixels: int = pictures.MAX_PIXELS,
-    wait: bool = False,
-    progress: Progress | None = None,
+    max_pixels: int = images.MAX_PIXELS,
+    **options: Unpack[prepare.Options],
 ) -> PreparedItems:
-    """Checks every picture once and writes the records of the splits under `cache_dir`.
+    """Checks every image once and writes the records of the splits under `cache_dir`.
 
-    A folder's pictures stay where they are. Built-in items carry theirs.
+    A folder's images stay in place. The records of built-in items hold theirs.
 
     Args:
       root: folder in the format of `retrieval_folder`; None photographs the built-in items.
-      seed, synthetic_sizes: of the built-in items, as `retrieval_synthetic.catalogue` has them.
-      max_fault_share: share of a split's entries that may be faulty; these are skipped and listed.
-      wait: leave the preparation to another host, and poll until it is done.
+      seed, synthetic_sizes: arguments of the built-in items' `catalogue`.
+      options: of `prepare.prepare`.
 
     Raises:
       UserError: a fault of the folder's structure, or too many faults of entries.
     """
-    settings = [VERSION, list(splits), max_pixels, max_fault_share]
     if root is None:
-        from mmjax.recipes.retrieval.synthetic import items as retrieval_synthetic
+        from mmjax.recipes.retrieval.synthetic import items as synthetic
 
         sizes = dict(synthetic_sizes or {})
-        plan = retrieval_synthetic.catalogue(seed, sizes)
-        names = sorted({identity for rows in plan.values() for identity, _ in rows})
-        described = [retrieval_synthetic.item(seed, identity) for identity in names]
-        items = tuple(entry['item'] for entry in described)
-        made_by = prepare.source_digest('data/drawing.py', 'recipes/retrieval/synthetic/*.py')
-        settings += ['synthetic', seed, sorted(sizes.items()), made_by]
-        sources = {s: functools.partial(_drawn, s, seed, plan[s]) for s in splits}
-        where, blobs = None, ('image',)
+        plan = synthetic.catalogue(seed, sizes)
+        identities = sorted({identity for rows in plan.values() for identity, _ in rows})
+        descriptions = tuple(synthetic.item(seed, identity) for identity in identities)
+        items = tuple(entry['item'] for entry in descriptions)
+        kind = 'synthetic'
+        settings = [seed, sorted(sizes.items()), prepare.source_digest(*GENERATOR)]
+        records = functools.partial(synthetic.records, seed=seed, plan=plan)
     else:
         folder = retrieval_folder.open_folder(root, splits)
-        items, described, blobs = tuple(folder.items()), (), ()
-        settings += ['folder', folder.digest]
-        sources = {s: functools.partial(folder.records, s, max_pixels=max_pixels) for s in splits}
-        where = folder.root.absolute()
-    identity = {item: place for place, item in enumerate(items)}
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    kind = 'synthetic' if root is None else 'folder'
-    prepared = prepare.prepare(
-        pathlib.Path(cache_dir) / f'retrieval-{kind}-{digest}',
-        name=f'retrieval_{kind}',
+        items = tuple(folder.items())
+        descriptions = ()
+        kind = 'folder'
+        settings = [folder.digest]
+        root = folder.root.absolute()
+        records = functools.partial(folder.records, max_pixels=max_pixels)
+    identity = {item: position for position, item in enumerate(items)}
+    prepared = prepare.prepare_cached(
+        cache_dir,
+        f'retrieval_{kind}',
+        [*settings, max_pixels],
         version=VERSION,
-        splits=sources,
-        blobs=blobs,
+        splits={split: functools.partial(records, split) for split in splits},
+        blobs=() if root else ('image',),
         index=lambda record: {'identity': np.int32(identity[record['item']])},
-        max_fault_share=max_fault_share,
-        progress=progress,
-        wait=wait,
+        **options,
     )
-    return PreparedItems(prepared, where, items, max_pixels, tuple(described))
+    return PreparedItems(prepared.directory, root, items, max_pixels, descriptions)
 
 
-def _drawn(split: str, seed: int, rows: list[tuple[int, int]], ledger: Ledger) -> Iterator[dict]:
-    from mmjax.recipes.retrieval.synthetic import items as retrieval_synthetic
+class ItemImages(prepare.PreparedDataset):
+    """One prepared split; a row is an image.
 
-    ledger.rows = len(rows)
-    names = {}
-    images = processes.ordered(functools.partial(_photograph, seed, split), rows, chunk=_CHUNK)
-    for line, ((identity, shot), image) in enumerate(zip(rows, images, strict=True)):
-        if identity not in names:
-            names[identity] = retrieval_synthetic.item(seed, identity)['item']
-        path = f'{names[identity]}/{split}_{shot:03d}.jpg'
-        yield {'item': names[identity], 'image_path': path, 'line': line, 'image': image}
-        ledger.tick()
-
-
-def _photograph(seed: int, split: str, row: tuple[int, int]) -> bytes:
-    from mmjax.recipes.retrieval.synthetic import items as retrieval_synthetic
-
-    return retrieval_synthetic.photograph(seed, split, *row)
-
-
-class ItemPictures(Dataset):
-    """One prepared split; a row is a picture.
-
-    index: identity, the place of its item in `items`. skipped: reason → pictures left out.
+    index: identity, the position of its item in `items`.
     """
+
+    prepared: PreparedItems
 
     def __init__(
         self,
@@ -139,24 +112,18 @@ class ItemPictures(Dataset):
         """Opens a split.
 
         Args:
-          image_size: S, side of a picture in pixels.
+          image_size: S, side of an image in pixels.
           augmentation: applied when training; None for none.
-          cache_bytes: memory, in each process, for decoded pictures; 0 for none.
+          cache_bytes: memory, in each process, for decoded images; 0 for none.
         """
-        self.split, self.items, self.image_size = split, prepared.items, image_size
-        self.augmentation, self.prepared = augmentation, prepared
-        self._kept = pictures.ImageCache(cache_bytes)
-        summary = prepared.prepared.summary
-        self._name, self._books = summary['name'], summary['splits'][split]
-        self.index = prepared.prepared.index(split)
-        self.skipped, self._digest = dict(self._books['skipped']), self._books['digest']
-        self._records = prepared.prepared.open(split)
-        self._rows = np.arange(len(self._records))
-        self._tokens = self._mask = None
+        super().__init__(prepared, split)
+        self.items = prepared.items
+        self.image_size = image_size
+        self.augmentation = augmentation
+        self._cache = images.ImageCache(cache_bytes)
+        self._tokens: np.ndarray | None = None
+        self._mask: np.ndarray | None = None
         self._prompts = ''
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def with_prompts(self, prompts: Mapping[str, str], tokenizer: Tokenizer, length: int):
         """Returns the same split with the prompt of every item, in `length` tokens.
@@ -164,113 +131,95 @@ class ItemPictures(Dataset):
         Raises:
           UserError: an item of this split has no prompt, or a blank one.
         """
-        other = copy.copy(self)
-        other.skipped = dict(self.skipped)
         used = np.unique(self.index['identity'])
-        names = [self.items[place] for place in used]
+        names = [self.items[identity] for identity in used]
         missing = [name for name in names if not prompts.get(name, '').strip()]
         if missing:
             raise UserError(
                 f'{len(missing)} items of split {self.split} have no prompt, {missing[0]!r} first'
             )
         texts = [''] * len(self.items)
-        for place, name in zip(used, names, strict=True):
-            texts[place] = prompts[name]
-        other._tokens, other._mask = tokenizer.encode(texts, length)
-        other._prompts = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-        return other
+        for identity, name in zip(used, names, strict=True):
+            texts[identity] = prompts[name]
+        tokens, mask = tokenizer.encode(texts, length)
+        return self.replace(
+            skipped=dict(self.skipped),
+            _tokens=tokens,
+            _mask=mask,
+            _prompts=hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
+        )
 
-    def subset(self, rows: np.ndarray, split: str) -> 'ItemPictures':
-        """Returns some of the rows as a split of its own name."""
-        other = copy.copy(self)
-        other.split, other._rows = split, self._rows[rows]
-        other._kept, other.skipped = copy.copy(self._kept), dict(self.skipped)
-        chosen = f'{self._digest} {rows.tolist()}'
-        other._digest = hashlib.sha256(chosen.encode()).hexdigest()
-        other.index = {key: value[rows] for key, value in self.index.items()}
-        return other
+    def subset(self, rows: np.ndarray, split: str | None = None) -> 'ItemImages':
+        return super().subset(rows, split).replace(_cache=copy.copy(self._cache))
 
-    def hold_out(self, share: float, seed: int) -> dict[str, 'ItemPictures']:
-        """Returns {'train', 'val'}: as many as `share` of the items go to val, whole.
+    def hold_out(self, fraction: float, seed: int) -> dict[str, 'ItemImages']:
+        """Returns {'train', 'val'}: a fraction of the items goes to val, with all their images.
 
-        They are drawn from those with two pictures or more, which alone can ask and be found.
+        They are drawn from those with two images or more: only these can be query and match.
 
         Raises:
-          UserError: `share` of the items is none, or all, or more than have two pictures.
+          UserError: the fraction of the items is none, or all, or more than have two images.
         """
         identity, count = np.unique(self.index['identity'], return_counts=True)
         several = identity[count > 1]
-        wanted = round(share * len(identity))
-        if not 0 < wanted < len(identity) or wanted > len(several):
+        number = round(fraction * len(identity))
+        if not 0 < number < len(identity) or number > len(several):
             raise UserError(
-                f'data.val_items={share} of the {len(identity)} items of split {self.split}, '
-                f'{len(several)} of them with two pictures or more, is {wanted}'
+                f'data.val_items={fraction} of the {len(identity)} items of split {self.split}, '
+                f'{len(several)} of them with two pictures or more, is {number}'
             )
-        held = np.random.default_rng([seed, 0x7A1]).choice(several, wanted, replace=False)
-        out = np.isin(self.index['identity'], held)
+        held_out = np.random.default_rng([seed, 0x7A1]).choice(several, number, replace=False)
+        is_val = np.isin(self.index['identity'], held_out)
         return {
-            'train': self.subset(np.flatnonzero(~out), 'train'),
-            'val': self.subset(np.flatnonzero(out), 'val'),
+            'train': self.subset(np.flatnonzero(~is_val), 'train'),
+            'val': self.subset(np.flatnonzero(is_val), 'val'),
         }
 
-    def record(self, row: int) -> dict[str, Any]:
-        """Returns what was prepared of a picture: item, image_path, line."""
-        return self._records[int(self._rows[row])]
-
-    def picture(self, row: int) -> Image.Image:
-        """Returns the picture in RGB, not much larger than training needs it."""
+    def image(self, row: int) -> Image.Image:
+        """Returns the image in RGB, not much larger than training needs it."""
 
         def make() -> Image.Image:
             record = self.record(row)
             source = record.get('image') or self.prepared.root / record['image_path']
             return self.open(source, record['image_path'])
 
-        return self._kept.get(int(self._rows[row]), make)
+        return self._cache.get(int(self._rows[row]), make)
 
     def open(self, source: bytes | str | os.PathLike, name: str) -> Image.Image:
-        """Decodes a picture, of this split or not, and reduces it to what training needs."""
+        """Decodes an image, of this split or not, and reduces it to what training needs."""
         needed = round(1.5 * self.image_size)
-        limits = {'max_pixels': self.prepared.max_pixels, 'at_least': (needed, needed)}
-        try:
-            picture = pictures.open_image(source, name, **limits)
-        except RecordError as error:
-            raise UserError(str(error)) from error
-        share = needed / min(picture.size)
-        if share < 1:
-            sides = tuple(max(round(side * share), 1) for side in picture.size)
-            picture = picture.resize(sides, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        return picture
+        image = images.open_image(
+            source, name, max_pixels=self.prepared.max_pixels, at_least=(needed, needed)
+        )
+        scale = needed / min(image.size)
+        if scale < 1:
+            sides = tuple(max(round(side * scale), 1) for side in image.size)
+            image = image.resize(sides, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        return image
 
     def example(self, row: int, rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
-        """Returns one picture and the prompt of its item.
+        """Returns one image and the prompt of its item.
 
         Returns:
           images: uint8 [S, S, 3]; tokens: int32 [L] and token_mask: bool [L]; identity: int32.
 
         Raises:
-          UserError: a picture that has become unreadable since it was prepared.
+          UserError: an image that has become unreadable since it was prepared.
         """
         if self._tokens is None:
-            raise ValueError('ItemPictures has no prompts yet: see with_prompts')
-        picture = self.picture(row)
+            raise ValueError('ItemImages has no prompts yet: see with_prompts')
+        image = self.image(row)
         if train and self.augmentation:
-            image = self.augmentation(picture, self.image_size, rng)
+            pixels = self.augmentation(image, self.image_size, rng)
         else:
-            image = augment.centre_crop(picture, self.image_size)
+            pixels = augment.centre_crop(image, self.image_size)
         identity = self.index['identity'][row]
         return {
-            'images': image,
+            'images': pixels,
             'tokens': self._tokens[identity],
             'token_mask': self._mask[identity],
             'identity': np.int32(identity),
         }
 
     def fingerprint(self) -> dict[str, str | int]:
-        return {
-            'name': self._name,
-            'version': VERSION,
-            'split': self.split,
-            'size': len(self),
-            'digest': self._digest,
-            'prompts': self._prompts,
-        }
+        return super().fingerprint() | {'prompts': self._prompts}

@@ -1,7 +1,7 @@
 """Writes, checks, filters and shortens the prompts of image-text retrieval. Free of jax.
 
 Descriptions are [{item, color, description: [sentence, …]}], prompts {item_id: text}, metadata
-{relative path: {item_id, split}}: plain values, as they stand in the JSON files.
+{relative path: {item_id, split}}: plain values, as in the JSON files.
 """
 
 import dataclasses
@@ -66,9 +66,9 @@ def generate(
     noun: str = NOUN,
     template_plain: str = TEMPLATE_PLAIN,
 ) -> dict[str, str]:
-    """Writes a prompt an item: the template, its fields noun, color and description filled in.
+    """Writes one prompt per item: the template, its fields noun, color and description filled in.
 
-    Sentences are joined by blanks. An item without color takes `template_plain`, which has no such
+    Sentences are joined by spaces. An item without color takes `template_plain`, which has no such
     field. Raises UserError: an unknown field, a malformed description, an item twice.
     """
     _check_template(template, ('noun', 'color', 'description'))
@@ -93,13 +93,13 @@ class _Report:
         """Returns lines for a terminal: numbers, and length and first names of each list."""
         lines = []
         for label, value in self.to_json().items():
-            shown = value
+            cell = value
             if isinstance(value, dict):
-                shown = ', '.join(f'{key} {number:g}' for key, number in value.items())
+                cell = ', '.join(f'{key} {number:g}' for key, number in value.items())
             elif isinstance(value, list):
                 names = ', '.join(map(repr, value[:3])) + ', …' * (len(value) > 3)
-                shown = f'{len(value):,}  {names}'.rstrip()
-            lines.append(f'{label.replace("_", " "):<18}{shown}')
+                cell = f'{len(value):,}  {names}'.rstrip()
+            lines.append(f'{label.replace("_", " "):<18}{cell}')
         return '\n'.join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class _Report:
 
 @dataclasses.dataclass(frozen=True)
 class Consistency(_Report):
-    """What `consistency` found; names are sorted.
+    """The result of `consistency`; names are sorted.
 
     few_images: identities with fewer than 2 images in all; few_in_split: split → how many have
     fewer than 2 there. outside_root: paths that leave the root by '..', '/' or a symbolic link.
@@ -132,14 +132,14 @@ def consistency(
     metadata: Mapping[str, Any],
     root: str | os.PathLike,
 ) -> Consistency:
-    """Compares prompts (or several an item, or descriptions), metadata and the files in `root`.
+    """Compares prompts (or several per item, or descriptions), metadata and the files in `root`.
 
     Nothing is changed. A blank prompt counts as none. Raises UserError for malformed entries.
     """
     texts: Counter[str] = Counter()
     if isinstance(prompts, Mapping):
-        for item, found in prompts.items():
-            several = [found] if isinstance(found, str) else found
+        for item, value in prompts.items():
+            several = [value] if isinstance(value, str) else value
             texts[item] = sum(bool(text.strip()) for text in several)
     else:
         texts.update(entry['item'] for entry in _checked(prompts, '', unique=False))
@@ -224,13 +224,14 @@ def token_safe(
         kind, shortened = shorten(text, count, limit)
         safe[item] = shortened or fallback
         items[kind].append(item)
-    before, after = ([count(text) for text in texts.values()] for texts in (prompts, safe))
+    before = [count(text) for text in prompts.values()]
+    after = [count(text) for text in safe.values()]
     return safe, Shortening(
         limit=limit,
         over_limit=sum(tokens > limit for tokens in before),
         before=_spread(before),
         after=_spread(after),
-        **{kind: tuple(found) for kind, found in items.items()},
+        **{kind: tuple(names) for kind, names in items.items()},
     )
 
 
@@ -251,8 +252,8 @@ def _images(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 def _checked(entries: Iterable[Any], where: str, unique: bool) -> Iterator[dict[str, Any]]:
     seen = set()
-    for place, entry in enumerate(entries, 1):
-        name = f'{where}description {place}'
+    for number, entry in enumerate(entries, 1):
+        name = f'{where}description {number}'
         for key in ('item', 'description'):
             if not isinstance(entry, Mapping) or key not in entry:
                 raise UserError(f'{name} has no {key!r}')

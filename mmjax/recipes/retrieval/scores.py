@@ -89,7 +89,7 @@ class QueryGallery(Evaluator):
         _, first = np.unique(wanted, return_index=True)
         rows = np.sort(first)[np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
         _, found = search.search(ask[rows], images, 10)
-        picture = lambda data, row: np.asarray(data.picture(int(row)))
+        picture = lambda data, row: np.asarray(data.image(int(row)))
         return search.figure(
             [picture(self.query, row) for row in rows],
             [[picture(self.gallery, hit) for hit in hits] for hits in found],
@@ -119,7 +119,7 @@ def shown(found, picture, asked: str, gallery_embeddings, gallery, output) -> st
     figure = Figure(figsize=(1.5 * count, 2), layout='constrained')
     axes = figure.subplots(1, count, squeeze=False)[0]
     drawn = [('query', picture)] if picture is not None else []
-    drawn += [(h['item_id'], gallery.picture(int(r))) for h, r in zip(hits, rows[0], strict=True)]
+    drawn += [(h['item_id'], gallery.image(int(r))) for h, r in zip(hits, rows[0], strict=True)]
     for axis, (title, image) in zip(axes, drawn, strict=True):
         axis.imshow(np.asarray(image))
         axis.set_title(title, fontsize=7)

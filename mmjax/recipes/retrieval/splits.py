@@ -93,7 +93,7 @@ def open_splits(config):
         augment.Augmentation, spec.augmentation.to_dict(), 'data.augmentation'
     )
     options = {'image_size': spec.image_size, 'augmentation': augmentation}
-    splits = {name: retrieval.ItemPictures(prepared, name, **options) for name in names}
+    splits = {name: retrieval.ItemImages(prepared, name, **options) for name in names}
     if spec.val_items:
         splits |= splits['train'].hold_out(spec.val_items, config.seed)
     return splits

@@ -1,8 +1,8 @@
-"""What becomes of a sequence of landmarks: differences, normalisation, then augmentation.
+"""Transforms a sequence of landmarks: differences, normalisation, then augmentation.
 
 The order matters: noise of a given strength would drown a feature of small range, and a zero
 would not mean "nothing known", if augmentation came before normalisation. Only a stretch of time
-asks what a column was: changes from frame to frame get smaller where a movement gets slower.
+depends on what a column was: changes from frame to frame get smaller when a movement gets slower.
 """
 
 import dataclasses
@@ -19,45 +19,48 @@ from mmjax.errors import UserError
 
 Streams = Mapping[str, tuple[int, int]]  # name → columns [start, end)
 MISSING = ('zero', 'none')
-FARTHEST = 1e4  # deviations from the mean, beyond which a value is a fault of its file
+FARTHEST = 1e4  # standard deviations from the mean; a value beyond is a fault of its file
 
 
 def missing(features: np.ndarray, streams: Streams, how: str = 'zero') -> np.ndarray:
-    """Marks values that say nothing: bool [T, F].
+    """Marks missing values: bool [T, F].
 
     Args:
       features: [T, F].
       how: 'zero' marks what is not finite, and a stream in frames where it is all zeros (an
         undetected hand); 'none' only what is not finite.
     """
-    found = ~np.isfinite(features)
+    absent = ~np.isfinite(features)
     if how == 'zero':
         for start, end in streams.values():
-            found[:, start:end] |= (features[:, start:end] == 0).all(1, keepdims=True)
-    return found
+            absent[:, start:end] |= (features[:, start:end] == 0).all(1, keepdims=True)
+    return absent
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """Takes sequences to mean 0 and deviation 1 of the training split, missing values to 0.
+    """Scales sequences to mean 0 and std 1 of the training split, missing values to 0.
 
-    What comes out lies within ±1e4, however far off a value of another split is.
+    The result lies within ±1e4, however far off a value of another split is.
 
-    streams: name → columns [start, end) of the sequences as they come, from left to right; what
-    is in no stream is left out; width: F of these sequences; mean, deviation: float64 [F'], F'
-    the columns of `output_streams`; how: see `missing`; differences: append to each stream its
-    change since the frame before (0 in the first, missing where either frame is), so that each
-    is twice as wide. Their mean counts as 0 and their deviation is taken about it, so that no
-    change is 0 and half the change half the number; coordinates: stream → numbers of a landmark,
-    0 or left out for none in particular. With them a stream of several landmarks becomes their
-    mean point and each one's place around it: as positions alone, the shape of a hand is lost
-    beside the way of the arm.
+    Args:
+      streams: name → columns [start, end) of the input, from left to right; columns in no stream
+        are left out.
+      width: F of the input.
+      mean, std: float64 [F'], F' the columns of `output_streams`.
+      how: see `missing`.
+      differences: append to each stream its change since the frame before (0 in the first, missing
+        if either frame is), so that each is twice as wide. The mean of a change counts as 0 and its
+        std is taken about 0, so that no change is 0 and half the change half the number.
+      coordinates: stream → numbers per landmark, 0 or left out for none. A stream of several
+        landmarks then becomes their mean point and the position of each relative to it: with
+        absolute positions alone, the movement of the arm hides the shape of the hand.
     """
 
     streams: Streams
     width: int
     mean: np.ndarray
-    deviation: np.ndarray
+    std: np.ndarray
     how: str = 'zero'
     differences: bool = False
     coordinates: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -73,44 +76,44 @@ class Normalization:
     ) -> 'Normalization':
         """Takes the statistics of the training split [T, F] in one pass, in float64.
 
-        Missing values are left out. A feature that is constant, or never there, gets deviation 1.
-        The landmarks of a stream in `coordinates` fill it.
+        Missing values are left out. A feature that is constant or always missing gets std 1. The
+        landmarks of a stream in `coordinates` fill it.
 
         Raises:
           UserError: `how` is neither 'zero' nor 'none'.
         """
         if how not in MISSING:
             raise UserError(f"data.missing '{how}' is not one of {', '.join(MISSING)}")
-        made = functools.partial(
+        new = functools.partial(
             cls,
             streams=dict(streams),
             how=how,
             differences=differences,
             coordinates=dict(coordinates or {}),
         )
-        plain = made(width=0, mean=np.zeros(0), deviation=np.zeros(0))
+        plain = new(width=0, mean=np.zeros(0), std=np.zeros(0))
         count = mean = squares = width = 0
         for features in sequences:
             width = features.shape[1]
             values, absent = plain.widened(features.astype(float))
             n = (~absent).sum(0)
-            own = values.sum(0) / np.maximum(n, 1)
-            spread = (np.where(absent, 0, values - own) ** 2).sum(0)
+            sequence_mean = values.sum(0) / np.maximum(n, 1)
+            sequence_squares = (np.where(absent, 0, values - sequence_mean) ** 2).sum(0)
             # Chan, Golub and LeVeque (1979): squares about the means of two sets, joined.
             joint = np.maximum(count + n, 1)
-            shift = own - mean
-            squares = squares + spread + shift**2 * count * n / joint
+            shift = sequence_mean - mean
+            squares = squares + sequence_squares + shift**2 * count * n / joint
             mean = mean + shift * n / joint
             count = count + n
         squares = squares / np.maximum(count, 1) + np.where(plain.changes, mean, 0) ** 2
         mean = np.where(plain.changes, 0, mean)
-        deviation = np.sqrt(squares)
-        constant = deviation <= 1e-6 * np.abs(mean)
-        return made(width=width, mean=mean, deviation=np.where(constant, 1.0, deviation))
+        std = np.sqrt(squares)
+        constant = std <= 1e-6 * np.abs(mean)
+        return new(width=width, mean=mean, std=np.where(constant, 1.0, std))
 
     @property
     def output_streams(self) -> dict[str, tuple[int, int]]:
-        """The streams of what comes out, side by side from column 0."""
+        """The streams of the output, side by side from column 0."""
         times = 2 if self.differences else 1
         widths = [end - start + self._landmark(name) for name, (start, end) in self.streams.items()]
         ends = np.cumsum([0, *(times * width for width in widths)])
@@ -118,15 +121,15 @@ class Normalization:
 
     @property
     def changes(self) -> np.ndarray:
-        """Marks the columns of what comes out that are differences: bool [F']."""
+        """Marks the columns of the output that are differences: bool [F']."""
         spans = self.output_streams.values()
-        found = np.zeros(max(end for _, end in spans), bool)
+        changes = np.zeros(max(end for _, end in spans), bool)
         for start, end in spans:
-            found[(start + end) // 2 : end] = self.differences
-        return found
+            changes[(start + end) // 2 : end] = self.differences
+        return changes
 
     def _landmark(self, name: str) -> int:
-        """Returns how many numbers a landmark has; 0 where the stream holds none or only one."""
+        """Returns how many numbers a landmark has; 0 if the stream holds at most one landmark."""
         start, end = self.streams[name]
         numbers = self.coordinates.get(name, 0)
         return numbers if numbers < end - start else 0
@@ -141,53 +144,70 @@ class Normalization:
             raise UserError(
                 f'features of {features.shape[1]} columns, but training had {self.width}'
             )
-        # What is not finite in float32 is missing; what becomes so here is far off.
+        # A value not finite in float32 is missing; one that becomes so here is far off.
         with np.errstate(over='ignore', invalid='ignore'):
             values, absent = self.widened(features.astype(np.float32))
             values -= self.mean.astype(np.float32)
-            values /= self.deviation.astype(np.float32)
+            values /= self.std.astype(np.float32)
         values[absent | np.isnan(values)] = 0
         return np.clip(values, -FARTHEST, FARTHEST, out=values)
 
     def widened(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what is normalised, 0 where missing, and bool, what is missing: both [T, F'].
+        """Returns the values to be normalised, 0 where missing, and bool, which are: both [T, F'].
 
-        Of [T, F] in float32 or float64, whose type the values keep.
+        Args:
+          features: [T, F] in float32 or float64; the values keep this type.
         """
         absent = missing(features, self.streams, self.how)
         values = np.where(absent, features.dtype.type(0), features)
-        parts, marks = [], []
+        parts = []
         for name, (start, end) in self.streams.items():
-            own, gone = values[:, start:end], absent[:, start:end]
+            part = (values[:, start:end], absent[:, start:end])
             if numbers := self._landmark(name):
-                own, gone = _around(own, gone, numbers)
-            parts.append(own)
-            marks.append(gone)
+                part = _around(*part, numbers)
+            parts.append(part)
             if self.differences:
+                stream, gone = part
                 gone = gone | np.concatenate([gone[:1], gone[:-1]])
-                change = np.diff(own, axis=0, prepend=own[:1])
+                change = np.diff(stream, axis=0, prepend=stream[:1])
                 change[gone] = 0
-                parts.append(change)
-                marks.append(gone)
-        return np.concatenate(parts, 1), np.concatenate(marks, 1)
+                parts.append((change, gone))
+        all_values, all_absent = (
+            np.concatenate(columns, 1) for columns in zip(*parts, strict=True)
+        )
+        return all_values, all_absent
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of `normalization.npz`; `from_arrays` reverses it."""
+        values = dict(vars(self))
+        values['deviation'] = values.pop('std')
+        for name in ('streams', 'coordinates'):
+            values[name] = json.dumps(values[name])
+        return {name: np.array(value) for name, value in values.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> 'Normalization':
+        streams = json.loads(str(arrays['streams']))
+        return cls(
+            streams={name: (start, end) for name, (start, end) in streams.items()},
+            width=arrays['width'].item(),
+            mean=arrays['mean'],
+            std=arrays['deviation'],
+            how=arrays['how'].item(),
+            differences=arrays['differences'].item(),
+            coordinates=dict(json.loads(str(arrays['coordinates']))),
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes `normalization.npz`; `load` reads it."""
-        tables = {name: json.dumps(getattr(self, name)) for name in ('streams', 'coordinates')}
-        fields = {name: np.array(value) for name, value in {**vars(self), **tables}.items()}
-        np.savez(path, **fields)
+        np.savez(path, **self.to_arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> 'Normalization':
-        """Reads what `save` wrote; raises UserError where it cannot."""
+        """Reads what `save` wrote; raises UserError if it cannot."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                found = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
-            streams = json.loads(str(found.pop('streams')))
-            coordinates = dict(json.loads(str(found.pop('coordinates'))))
-            found |= {name: found[name].item() for name in ('width', 'how', 'differences')}
-            streams = {name: (a, b) for name, (a, b) in streams.items()}
-            return cls(streams=streams, coordinates=coordinates, **found)
+                return cls.from_arrays(arrays)
         except Exception as error:  # zipfile and NumPy raise a dozen kinds
             raise UserError(f'{path} is not a readable normalization.npz: {error}') from error
 
@@ -205,18 +225,19 @@ def _around(values, absent, coordinates) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Changes normalised sequences at random; zeros and ones in place of each leave them alone.
+    """Changes normalised sequences at random; each field at 0, or 1, leaves them unchanged.
 
     Args:
       stretch: the length is multiplied by a number drawn from this range (a tempo of .9-1.1).
-      noise: deviation of normal noise on every value, in units of the features' own deviations.
-      gain: deviation about 1 of a factor that is drawn for each feature of a sequence.
-      offset: deviation of a number, likewise drawn, that is added to it where it is known; changes
-        have none. Both stand for other bodies, and cameras that stand elsewhere.
-      stream_dropout: chance of each stream to be zero for the whole sequence; one always stays.
-      feature_dropout: chance of each feature to be zero for the whole sequence.
-      time_masks: most spans of frames that are zeroed; how many is drawn from 0 up to it.
-      time_mask_share: longest span, as a share of the sequence.
+      noise: std of normal noise on every value, in units of the features' std.
+      gain: std about 1 of a factor drawn for each feature of a sequence.
+      offset: std of a number drawn likewise and added to the feature where it is known; changes
+        have none. Both stand for other bodies and other positions of the camera.
+      stream_dropout: probability of each stream to be zero for the whole sequence; one always
+        stays.
+      feature_dropout: probability of each feature to be zero for the whole sequence.
+      time_masks: most spans of frames that are zeroed; the number is drawn from 0 up to it.
+      time_mask_share: longest span, as a fraction of the sequence.
     """
 
     stretch: tuple[float, float] = (0.9, 1.1)
@@ -249,8 +270,8 @@ class Augmentation:
         """Returns another sequence, float32 [T', F].
 
         Args:
-          features: float32 [T, F], normalised; left as they are.
-          needed: frames that CTC needs, labels plus repeats. T' is no less where T is not, and at
+          features: float32 [T, F], normalised; not changed in place.
+          needed: frames that CTC needs, labels plus repeats. T' is at least this if T is, and at
             most ⌈T · stretch⌉.
           changes: bool [F], columns that hold changes since the frame before, whose mean is 0: a
             slower movement has smaller ones. None: none do.
@@ -286,23 +307,23 @@ class Augmentation:
 
     def length(self, frames: int, needed: int, rng: np.random.Generator) -> int:
         """Draws the frames that a sequence is resampled to."""
-        wanted = round(frames * rng.uniform(*self.stretch))
-        longest = math.ceil(frames * self.stretch[1] - 1e-6)  # as the sampler `bucketed` has it
-        return min(max(wanted, min(frames, needed), 1), longest)
+        drawn = round(frames * rng.uniform(*self.stretch))
+        longest = math.ceil(frames * self.stretch[1] - 1e-6)  # as in the sampler `bucketed`
+        return min(max(drawn, min(frames, needed), 1), longest)
 
 
 def resampled(features: np.ndarray, length: int, changes: np.ndarray | None = None) -> np.ndarray:
     """Interpolates [T, F] linearly in time to `length` frames; the ends stay.
 
-    What `changes` marks, bool [F], is divided by how much longer a frame's time has become.
+    Columns marked by `changes`, bool [F], are divided by how much longer the sequence has become.
     """
     if length == len(features):
         return features
-    at = np.linspace(0, len(features) - 1, length)
-    before = np.minimum(at.astype(int), max(len(features) - 2, 0))
+    position = np.linspace(0, len(features) - 1, length)
+    before = np.minimum(position.astype(int), max(len(features) - 2, 0))
     after = np.minimum(before + 1, len(features) - 1)
-    share = (at - before).astype(np.float32)[:, None]
-    found = features[before] * (1 - share) + features[after] * share
+    fraction = (position - before).astype(np.float32)[:, None]
+    result = features[before] * (1 - fraction) + features[after] * fraction
     if changes is not None:
-        found[:, changes] *= np.float32((len(features) - 1) / max(length - 1, 1))
-    return found
+        result[:, changes] *= np.float32((len(features) - 1) / max(length - 1, 1))
+    return result

@@ -1,29 +1,150 @@
 """Signed sentences as examples: normalised landmarks by frame, glosses, and the length of both."""
 
 import collections
-import copy
+import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 
-from mmjax.data import records, samplers
-from mmjax.data.dataset import Dataset
+from mmjax.data import prepare, records, samplers
 from mmjax.errors import UserError
+from mmjax.recipes.sign import folder as sign_folder
+from mmjax.recipes.sign import streams as sign_streams
 from mmjax.recipes.sign.augment import Augmentation, Normalization
 from mmjax.recipes.sign.folder import UNKNOWN_ID, Vocabulary
-from mmjax.recipes.sign.prepare import VERSION, PreparedSequences
+from mmjax.recipes.sign.streams import Columns
+
+VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
+GENERATOR = ('recipes/sign/synthetic/*.py',)
 
 
-class SignSequences(Dataset):
+@dataclasses.dataclass(frozen=True)
+class PreparedSequences(prepare.Prepared):
+    """Prepared splits; streams: name → columns of their features, from left to right."""
+
+    splits: tuple[str, ...]
+    streams: Mapping[str, Columns]
+
+    def sentences(self, split: str) -> list[tuple[str, ...]]:
+        """Returns the words of every row."""
+        return [tuple(words.split()) for words in self.index(split)['words'].tolist()]
+
+    def vocabulary(self) -> Vocabulary:
+        """Returns the words of the training split."""
+        return Vocabulary.of(self.sentences('train'))
+
+    def normalization(
+        self, missing: str = 'zero', differences: bool = False, around: bool = True
+    ) -> Normalization:
+        """Returns the statistics of the training split, and only of that.
+
+        They are measured in one pass, the first time, and kept beside the records.
+
+        Args:
+          missing, differences: see `Normalization`.
+          around: expresses landmarks relative to their mean point, in streams with `coordinates`.
+        """
+        spans = {name: (start, end) for name, (start, end, _) in self.streams.items()}
+        landmarks = {name: columns.coordinates for name, columns in self.streams.items()}
+        coordinates = landmarks if around else dict.fromkeys(landmarks, 0)
+
+        def measure() -> dict[str, np.ndarray]:
+            sequences = (records.unpack(record['features']) for record in self.open('train'))
+            return Normalization.measure(
+                sequences, spans, missing, differences, coordinates
+            ).to_arrays()
+
+        # The records do not depend on the streams, the statistics do.
+        settings = [list(spans.items()), missing, differences, coordinates]
+        return Normalization.from_arrays(self.cached_arrays('normalization', settings, measure))
+
+
+def prepare_sequences(
+    root: str | os.PathLike | None,
+    cache_dir: str | os.PathLike,
+    *,
+    splits: Sequence[str] | None = None,
+    streams: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    synthetic_sizes: Mapping[str, int] | None = None,
+    **options: Unpack[prepare.Options],
+) -> PreparedSequences:
+    """Checks every file once and writes the records of the splits under `cache_dir`.
+
+    Features are copied into the records, as float16 or float32, so that a run reads few files.
+
+    Args:
+      root: folder in the format of `sign_folder`; None performs the built-in sentences.
+      splits: those needed; None for train, dev (or val, if the folder calls it so) and test, if the
+        folder has one.
+      streams: name → (start, end) or (start, end, coordinates), instead of those of the folder.
+      seed, synthetic_sizes: arguments of the built-in sentences' `catalogue`.
+      options: of `prepare.prepare`.
+
+    Raises:
+      UserError: a fault of the folder's structure, or too many faults of rows.
+    """
+    if streams:
+        streams = sign_streams.check(streams, 'data.streams')
+    if root is None:
+        from mmjax.recipes.sign.synthetic import sentences, skeleton
+
+        built_in = {n: (*span, skeleton.COORDINATES) for n, span in skeleton.STREAMS.items()}
+        streams = streams or sign_streams.check(built_in, 'sign_skeleton')
+        for name, (_, end, _) in streams.items():
+            if end > skeleton.FEATURES:
+                width = skeleton.FEATURES
+                raise UserError(f'data.streams: {name!r} ends at {end}, the built-in has {width}')
+        sizes = dict(synthetic_sizes or {})
+        plan = sentences.catalogue(seed, sizes)
+        splits = tuple(plan) if splits is None else tuple(splits)
+        kind = 'synthetic'
+        settings = [seed, sorted(sizes.items()), prepare.source_digest(*GENERATOR)]
+        read = functools.partial(sentences.records, seed=seed, plan=plan)
+    else:
+        folder = sign_folder.open_folder(root, splits, streams)
+        splits = tuple(folder.rows)
+        streams = folder.streams
+        kind = 'folder'
+        settings = [folder.digest]
+        read = folder.records
+    prepared = prepare.prepare_cached(
+        cache_dir,
+        f'sign_{kind}',
+        settings,
+        version=VERSION,
+        splits={split: functools.partial(read, split) for split in splits},
+        blobs=('features',),
+        index=_index,
+        **options,
+    )
+    return PreparedSequences(prepared.directory, splits, streams)
+
+
+def _index(record: Mapping[str, Any]) -> dict[str, Any]:
+    words = record['words']
+    repeats = sum(one == two for one, two in itertools.pairwise(words))
+    return {
+        'length': np.int32(len(records.unpack(record['features']))),
+        'n_labels': np.int32(len(words)),
+        'needed': np.int32(len(words) + repeats),
+        'signer': record['signer'],
+        'words': ' '.join(words),
+    }
+
+
+class SignSequences(prepare.PreparedDataset):
     """One prepared split; a row is a sentence.
 
     index: length (frames), n_labels, needed (frames that CTC needs: labels and repeats), signer
-    (its place in `signers`, those of all splits). lengths: see `buckets`; streams: name → columns
-    of an example's features. skipped: reason → rows left out; counts: unknown_words,
-    unalignable_rows (length < needed, or an unknown word) and what was mended; unknown: word → how
-    often.
+    (position in `signers`, those of all splits). lengths: see `buckets`; streams: name → columns
+    of an example's features. counts: also unknown_words and unalignable_rows (length < needed, or
+    an unknown word); unknown: word → how often.
     """
 
     length_key = 'length'
@@ -45,7 +166,7 @@ class SignSequences(Dataset):
           augmentation: applied when training; None for none.
           buckets: lengths that batches are padded to, or how many (at most) to choose: those that
             pad the training rows least, stretched as augmentation may. A split for evaluation with
-            longer sequences has one more.
+            longer sequences gets one more.
 
         Raises:
           UserError: buckets that are no such numbers.
@@ -55,99 +176,85 @@ class SignSequences(Dataset):
                 raise UserError(
                     f'data.buckets={buckets} is neither 1 or more nor lengths in frames'
                 )
-        self.split, self.vocabulary, self.normalization = split, vocabulary, normalization
-        self.augmentation, self.streams = augmentation, normalization.output_streams
-        summary, indices = prepared.prepared.summary, {}
-        for name in prepared.splits:
-            indices[name] = prepared.prepared.index(name)
-        self._name, books = summary['name'], summary['splits'][split]
-        self._digest, self._records = books['digest'], prepared.prepared.open(split)
-        own = indices[split]
-        self._rows = np.arange(len(own['length']))
-        self._words = [tuple(words.split()) for words in own['words'].tolist()]
-        self._labels = [vocabulary.encode(words) for words in self._words]
-        self._most = -(-max(int(index['n_labels'].max()) for index in indices.values()) // 4) * 4
+        super().__init__(prepared, split)
+        self.vocabulary = vocabulary
+        self.normalization = normalization
+        self.augmentation = augmentation
+        self.streams = normalization.output_streams
+        columns = self.index
+        indices = {name: prepared.index(name) for name in prepared.splits}
+        longest = max(int(index['n_labels'].max()) for index in indices.values())
+        self._max_labels = -(-longest // 4) * 4
         names = np.unique(np.concatenate([index['signer'] for index in indices.values()]))
         self.signers = tuple(names.tolist())
-        place = np.searchsorted(names, own['signer']).astype(np.int32)
-        self.index = {key: own[key] for key in ('length', 'n_labels', 'needed')} | {'signer': place}
+        self.index = {key: columns[key] for key in ('length', 'n_labels', 'needed')}
+        self.index['signer'] = np.searchsorted(names, columns['signer']).astype(np.int32)
         trained = 'train' if 'train' in indices else split
         self.lengths = self._lengths(indices[trained]['length'], buckets)
-        rows = zip(self._words, self._labels, strict=True)
-        pairs = (pair for words, ids in rows for pair in zip(words, ids.tolist(), strict=True))
-        self.unknown = collections.Counter(word for word, i in pairs if i == UNKNOWN_ID)
-        strange = np.array([UNKNOWN_ID in ids for ids in self._labels], bool)
-        short = own['length'] < own['needed']
-        self.skipped = dict(books['skipped'])
-        self.counts = dict(books['counts']) | {
-            'unknown_words': self.unknown.total(),
-            'unalignable_rows': int((short | strange).sum()),
-        }
+        self._words = [tuple(words.split()) for words in columns['words'].tolist()]  # by record
+        self._labels = [vocabulary.encode(words) for words in self._words]
+        self.unknown: collections.Counter[str] = collections.Counter()
+        for words, labels in zip(self._words, self._labels, strict=True):
+            unknown = np.flatnonzero(labels == UNKNOWN_ID)
+            self.unknown.update(words[position] for position in unknown)
+        has_unknown = np.array([UNKNOWN_ID in labels for labels in self._labels], bool)
+        too_short = columns['length'] < columns['needed']
+        self.counts['unknown_words'] = self.unknown.total()
+        self.counts['unalignable_rows'] = int((too_short | has_unknown).sum())
 
     def _lengths(self, trained: np.ndarray, buckets: int | Sequence[int]) -> tuple[int, ...]:
         if isinstance(buckets, int):
             stretch = self.augmentation.stretch[1] if self.augmentation else 1.0
             longest = np.ceil(trained * stretch - 1e-6)
             buckets = samplers.bucket_lengths(longest, buckets)
-        own = int(self.index['length'].max())
-        beyond = own > max(buckets) and self.split != 'train'
-        return tuple(sorted({*buckets, *([-(-own // 8) * 8] if beyond else [])}))
-
-    def __len__(self) -> int:
-        return len(self._words)
+        longest = int(self.index['length'].max())
+        beyond = longest > max(buckets) and self.split != 'train'
+        return tuple(sorted({*buckets, *([-(-longest // 8) * 8] if beyond else [])}))
 
     def words(self, row: int) -> tuple[str, ...]:
         """Returns the reference of a row, words unknown to the vocabulary included."""
-        return self._words[row]
+        return self._words[self._rows[row]]
 
-    def record(self, row: int) -> dict[str, Any]:
-        """Returns what was prepared of a row: id, signer, words, line, features (packed)."""
-        return self._records[int(self._rows[row])]
+    def packed_lengths(self, rows: int) -> dict[int, float]:
+        """Returns frames per row that nearly all training batches of `rows` rows need, by length.
 
-    def subset(self, rows: np.ndarray) -> 'SignSequences':
-        """Returns some of the rows, in the order given."""
-        other = copy.copy(self)
-        other._rows = self._rows[rows]
-        other._words = [self._words[row] for row in rows]
-        other._labels = [self._labels[row] for row in rows]
-        other.index = {key: value[rows] for key, value in self.index.items()}
-        chosen = f'{self._digest} {rows.tolist()}'
-        other._digest = hashlib.sha256(chosen.encode()).hexdigest()
-        return other
-
-    def rooms(self, rows: int) -> dict[int, float]:
-        """Returns frames a row that nearly all training batches of `rows` rows need, by length.
-
-        Batches of one length each, their rows drawn and stretched at random: two standard errors
-        above the mean, as few rows vary much, and one batch in 44 may take a third longer. A length
-        without rows, or without use of a room, has none; see `samplers.packed_length`.
+        Batches have one length each, their rows drawn and stretched at random: two standard errors
+        above the mean, as few rows vary much, and one batch in 44 may take a third longer. Lengths
+        without rows, or for which packing saves nothing, are left out; see `samplers.packed_length`.
         """
         low, high = self.augmentation.stretch if self.augmentation else (1.0, 1.0)
         longest = np.ceil(self.index['length'] * high - 1e-6)
-        bucket, out = np.searchsorted(self.lengths, longest), {}
-        for place, length in enumerate(self.lengths):
-            own = self.index['length'][bucket == place].astype(float)
-            if len(own):
-                # Rows of a batch differ: of few there is little to draw.
-                rest = max(len(own) - rows, 0) / max(len(own) - 1, 1)
-                tempo, spread = (low + high) / 2, (high - low) ** 2 / 12
-                variance = rest * tempo**2 * own.var() + spread * (own**2).mean()
+        bucket = np.searchsorted(self.lengths, longest)
+        packed = {}
+        for i, length in enumerate(self.lengths):
+            frames = self.index['length'][bucket == i].astype(float)
+            if len(frames):
+                # Rows of a batch differ: few rows leave little to draw.
+                rest = max(len(frames) - rows, 0) / max(len(frames) - 1, 1)
+                tempo = (low + high) / 2
+                spread = (high - low) ** 2 / 12
+                variance = rest * tempo**2 * frames.var() + spread * (frames**2).mean()
                 room = samplers.packed_length(
-                    tempo * own.mean(), variance, rows, length, standard_errors=2.0
+                    tempo * frames.mean(), variance, rows, length, standard_errors=2.0
                 )
-                out |= {length: room} if room else {}
-        return out
+                packed |= {length: room} if room else {}
+        return packed
 
-    def of_features(self, features: np.ndarray) -> 'SignSequences':
-        """Returns a split of one row, whose words nobody knows, from [T, F] as files have them."""
-        other, length = copy.copy(self), len(features)
-        other._rows, other._records = np.zeros(1, int), [{'features': records.pack(features)}]
-        other._words, other._labels = [()], [np.zeros(0, np.int32)]
+    def with_features(self, features: np.ndarray) -> 'SignSequences':
+        """Returns a split of one row without words, from [T, F] as in the files."""
+        length = len(features)
         numbers = {'length': length, 'n_labels': 0, 'needed': 0, 'signer': 0}
-        other.index = {key: np.array([value], np.int32) for key, value in numbers.items()}
-        if length > max(self.lengths):
-            other.lengths = (*self.lengths, -(-length // 8) * 8)
-        return other
+        entry = {key: np.int32(value) for key, value in numbers.items()}
+        lengths = self.lengths
+        if length > max(lengths):
+            lengths = (*lengths, -(-length // 8) * 8)
+        return self.with_record(
+            {'features': records.pack(features)},
+            entry,
+            lengths=lengths,
+            _words=[()],
+            _labels=[np.zeros(0, np.int32)],
+        )
 
     def example(self, row: int, rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
         """Returns one sentence, normalised and then, when training, augmented.
@@ -161,8 +268,8 @@ class SignSequences(Dataset):
             needed = int(self.index['needed'][row])
             changes = self.normalization.changes
             features = self.augmentation(features, self.streams, needed, rng, changes)
-        labels, length = self._labels[row], np.int32(len(features))
-        return {'features': features, 'labels': labels, 'length': length}
+        labels = self._labels[self._rows[row]]
+        return {'features': features, 'labels': labels, 'length': np.int32(len(features))}
 
     def collate(self, examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:
         """Pads examples to a batch.
@@ -178,32 +285,29 @@ class SignSequences(Dataset):
         Raises:
           UserError: a sequence is longer than the bucket.
         """
-        bucket, length = bucket or self.lengths[-1], np.array([e['length'] for e in examples])
+        bucket = bucket or self.lengths[-1]
+        length = np.array([example['length'] for example in examples])
         if length.max() > bucket:
             raise UserError(f'a sequence of {length.max()} frames in a bucket of {bucket}')
         width = examples[0]['features'].shape[1]
         features = np.zeros((len(examples), bucket, width), np.float32)
-        labels = np.zeros((len(examples), self._most), np.int32)
-        for place, example in enumerate(examples):
-            features[place, : example['length']] = example['features']
-            labels[place, : len(example['labels'])] = example['labels']
+        labels = np.zeros((len(examples), self._max_labels), np.int32)
+        for row, example in enumerate(examples):
+            features[row, : example['length']] = example['features']
+            labels[row, : len(example['labels'])] = example['labels']
         n_labels = np.array([len(example['labels']) for example in examples])
         return {
             'features': features,
             'frames': np.arange(bucket) < length[:, None],
             'labels': labels,
-            'label_mask': np.arange(self._most) < n_labels[:, None],
+            'label_mask': np.arange(self._max_labels) < n_labels[:, None],
             'length': length.astype(np.int32),
         }
 
     def fingerprint(self) -> dict[str, str | int]:
-        statistics = (self.normalization.mean.tobytes(), self.normalization.deviation.tobytes())
-        return {
-            'name': self._name,
-            'version': VERSION,
-            'split': self.split,
-            'size': len(self),
-            'digest': self._digest,
-            'vocabulary': hashlib.sha256(' '.join(self.vocabulary.words).encode()).hexdigest(),
-            'normalization': hashlib.sha256(b''.join(statistics)).hexdigest(),
+        words = ' '.join(self.vocabulary.words).encode()
+        statistics = self.normalization.mean.tobytes() + self.normalization.std.tobytes()
+        return super().fingerprint() | {
+            'vocabulary': hashlib.sha256(words).hexdigest(),
+            'normalization': hashlib.sha256(statistics).hexdigest(),
         }

@@ -1,19 +1,18 @@
 """Reads a folder of signed sentences: tables and vocabulary, landmark files, the streams' columns.
 
-    annotations/<split>.corpus.csv  id|signer|annotation, or id|folder|signer|annotation as
-                                    PHOENIX-2014 has them; glosses apart by blanks, nothing quoted
+    annotations/<split>.corpus.csv  id|signer|annotation, or id|folder|signer|annotation as in
+                                    PHOENIX-2014; glosses separated by spaces, nothing quoted
     features/<split>/<id>.npz       `features`: float16, float32 or float64 [frames, F]
     streams.json                    {name: [start, end]} over the F columns; those in none are
                                     left out. [start, end, n]: landmarks of n numbers each
 
-Splits are train, dev (or val, and then called so) and, where there is one, test. Faults of the
-folder's structure raise UserError at once; faults of a row or its file raise RecordError, for the
-ledger to list and count. `features` or a split of it may be a link to elsewhere.
+Splits are train, dev (or val, and then called so) and test, if any. Faults of the folder's
+structure raise UserError at once; faults of a row or its file are counted and listed by the
+FaultReport. `features` or a split of it may be a link to elsewhere.
 """
 
 import dataclasses
 import functools
-import hashlib
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data import records
-from mmjax.data.faults import Ledger
-from mmjax.data.tables import file_stamp
+from mmjax.data import records, tables
+from mmjax.data.faults import FaultReport
 from mmjax.errors import RecordError, UserError
 from mmjax.recipes.sign import streams as sign_streams
 from mmjax.recipes.sign.streams import Columns
 
-BLANK, BLANK_ID = '<blank>', 0
-UNKNOWN, UNKNOWN_ID = '<unknown>', -1  # of a word that training lacks: no model can predict it
+BLANK = '<blank>'
+BLANK_ID = 0
+UNKNOWN = '<unknown>'  # a word that training lacks: no model can predict it
+UNKNOWN_ID = -1
 _COLUMNS = ('id', 'signer', 'annotation')  # and `folder`, which nothing needs
-_STAMPED = 50_000  # files whose size and time enter the digest; of more every n-th
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Vocabulary:
         path = pathlib.Path(path)
         if not path.is_file():
             raise UserError(f'{path} does not exist')
-        words, seen = path.read_text('utf-8').removesuffix('\n').split('\n'), set()
+        words = path.read_text('utf-8').removesuffix('\n').split('\n')
+        seen: set[str] = set()
         if words[0] != BLANK:
             raise UserError(f'{path}: line 1 is {words[0]!r:.60}, not {BLANK!r}')
         for line, word in enumerate(words, start=1):
@@ -72,7 +72,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
-        return {word: place for place, word in enumerate(self.words) if place != BLANK_ID}
+        return {word: i for i, word in enumerate(self.words) if i != BLANK_ID}
 
     def __len__(self) -> int:
         return len(self.words)
@@ -103,7 +103,7 @@ class Row:
 class SignFolder:
     """A folder whose structure has been checked.
 
-    rows: split → its sentences in order; malformed: split → (line, what is wrong); streams: name
+    rows: split → its sentences in order; malformed: split → (line, problem); streams: name
     → columns, from left to right; width: F of the files; digest: of the tables and the files'
     sizes and times.
     """
@@ -115,27 +115,30 @@ class SignFolder:
     width: int
     digest: str
 
-    def records(self, split: str, ledger: Ledger) -> Iterator[dict[str, Any]]:
-        """Yields {'id', 'signer', 'words', 'line', 'features'}, booking what is left out."""
-        rows, malformed = self.rows[split], self.malformed[split]
-        ledger.rows = len(rows) + len(malformed)
-        for line, what in malformed:
-            reason = 'no_glosses' if what == 'has no gloss' else 'malformed_row'
-            message = f'{_table(self.root, split)}: line {line} {what}'
-            ledger.fault(RecordError(reason, message), line)
-            ledger.tick()
+    def records(self, split: str, report: FaultReport) -> Iterator[dict[str, Any]]:
+        """Yields {'id', 'signer', 'words', 'line', 'features'}; what is left out is reported."""
+        rows = self.rows[split]
+        malformed = self.malformed[split]
+        report.rows = len(rows) + len(malformed)
+        for line, problem in malformed:
+            reason = 'no_glosses' if problem == 'has no gloss' else 'malformed_row'
+            message = f'{_table(self.root, split)}: line {line} {problem}'
+            report.fault(RecordError(reason, message), line)
         for row in rows:
-            path = self.root / 'features' / split / f'{row.id}.npz'
             try:
-                features = read_features(path, self.width)
-            except RecordError as error:
-                ledger.fault(error, row.line)
-            else:
-                if lost := int((~np.isfinite(features)).sum()):
-                    ledger.counts['values_not_finite'] += lost
-                fields = {'id': row.id, 'signer': row.signer, 'words': row.words, 'line': row.line}
-                yield {**fields, 'features': records.pack(features)}
-            ledger.tick()
+                features = read_features(_features(self.root, split, row), self.width)
+            except UserError as error:
+                report.fault(error, row.line)
+                continue
+            if not_finite := int((~np.isfinite(features)).sum()):
+                report.counts['values_not_finite'] += not_finite
+            yield {
+                'id': row.id,
+                'signer': row.signer,
+                'words': row.words,
+                'line': row.line,
+                'features': records.pack(features),
+            }
 
 
 def open_folder(
@@ -146,7 +149,7 @@ def open_folder(
     """Checks the structure of a folder, and of its files the first that can be read.
 
     Args:
-      splits: those needed; None for train, dev or val, and test where there is one.
+      splits: those needed; None for train, dev or val, and test, if any.
       streams: checked ones, instead of those of streams.json.
 
     Raises:
@@ -154,19 +157,19 @@ def open_folder(
         twice, an id that leads elsewhere, the gloss '<blank>'; streams that overlap, or go
         beyond the columns of the files.
     """
-    root = pathlib.Path(root).expanduser()
-    if not root.is_dir():
-        raise UserError(f'the data root {root} is not a folder')
+    root = tables.data_root(root)
     splits = tuple(splits) if splits is not None else _splits(root)
     streams = streams or sign_streams.read(root)
-    tables = {split: _read_table(_table(root, split)) for split in splits}
-    rows = {split: found for split, (found, _) in tables.items()}
+    read = {split: _read_table(_table(root, split)) for split in splits}
+    rows = {split: sentences for split, (sentences, _) in read.items()}
+    malformed = {split: problems for split, (_, problems) in read.items()}
     width, name = _width(root, rows)
     last, (_, end, _) = list(streams.items())[-1]
     if width < end:
         raise UserError(f'{root}: stream {last!r} ends at {end}, but {name} has {width}')
-    malformed = {split: wrong for split, (_, wrong) in tables.items()}
-    return SignFolder(root, rows, malformed, streams, width, _digest(root, rows))
+    files = [(_features(root, split, row),) for split in rows for row in rows[split]]
+    digest = tables.folder_digest([_table(root, split) for split in rows], files, len(files))
+    return SignFolder(root, rows, malformed, streams, width, digest)
 
 
 def read_features(path: pathlib.Path, width: int | None = None) -> np.ndarray:
@@ -195,9 +198,9 @@ def read_features(path: pathlib.Path, width: int | None = None) -> np.ndarray:
     if features.dtype.itemsize > 2:
         with np.errstate(over='ignore'):  # beyond float32 they count as not finite
             features = features.astype(np.float32)
-    share = float(np.mean(~np.isfinite(features)))
-    if share > 0.5:
-        raise RecordError('not_finite', f'{name}: {share:.0%} of the values are not finite')
+    fraction = float(np.mean(~np.isfinite(features)))
+    if fraction > 0.5:
+        raise RecordError('not_finite', f'{name}: {fraction:.0%} of the values are not finite')
     return features.astype(features.dtype.newbyteorder('='), order='C', copy=False)
 
 
@@ -205,18 +208,22 @@ def _table(root: pathlib.Path, split: str) -> pathlib.Path:
     return root / 'annotations' / f'{split}.corpus.csv'
 
 
+def _features(root: pathlib.Path, split: str, row: Row) -> pathlib.Path:
+    return root / 'features' / split / f'{row.id}.npz'
+
+
 def _splits(root: pathlib.Path) -> tuple[str, ...]:
-    found = [s for s in ('train', 'dev', 'val', 'test') if _table(root, s).is_file()]
-    if {'dev', 'val'} <= set(found):
+    splits = [s for s in ('train', 'dev', 'val', 'test') if _table(root, s).is_file()]
+    if {'dev', 'val'} <= set(splits):
         raise UserError(f'{root / "annotations"} has both dev.corpus.csv and val.corpus.csv')
     for needed, names in (('train', {'train'}), ('dev', {'dev', 'val'})):
-        if not names & set(found):
+        if not names & set(splits):
             raise UserError(f'{_table(root, needed)} does not exist')
-    return tuple(found)
+    return tuple(splits)
 
 
 def _read_table(path: pathlib.Path) -> tuple[list[Row], list[tuple[int, str]]]:
-    """Returns the rows of a table and (line, what is wrong) of those that are none."""
+    """Returns the rows of a table and (line, problem) of those that are none."""
     if not path.is_file():
         raise UserError(f'{path} does not exist')
     data = path.read_bytes()
@@ -233,7 +240,9 @@ def _read_table(path: pathlib.Path) -> tuple[list[Row], list[tuple[int, str]]]:
             f'{path}: the columns are {"|".join(columns) or "none"}, not id|signer|annotation or '
             'id|folder|signer|annotation'
         )
-    rows, malformed, seen = [], [], {}
+    rows: list[Row] = []
+    malformed: list[tuple[int, str]] = []
+    seen: dict[str, int] = {}
     for number, line in lines[1:]:
         fields = line.split('|')
         if len(fields) != len(columns):
@@ -262,21 +271,11 @@ def _read_table(path: pathlib.Path) -> tuple[list[Row], list[tuple[int, str]]]:
 def _width(root: pathlib.Path, rows: dict[str, list[Row]]) -> tuple[int, str]:
     """Returns F of the first file that can be read, and that file's name."""
     fault = None
-    for split, found in rows.items():
-        for row in found[:100]:
+    for split, sentences in rows.items():
+        for row in sentences[:100]:
+            path = _features(root, split, row)
             try:
-                path = root / 'features' / split / f'{row.id}.npz'
                 return read_features(path).shape[1], '/'.join(path.parts[-3:])
             except RecordError as error:
                 fault = fault or error
     raise UserError(f'{root}: of the first hundred files of a split none can be read: {fault}')
-
-
-def _digest(root: pathlib.Path, rows: dict[str, list[Row]]) -> str:
-    digest = hashlib.sha256()
-    for split in rows:
-        digest.update(_table(root, split).read_bytes())
-    files = [root / 'features' / split / f'{row.id}.npz' for split in rows for row in rows[split]]
-    for path in files[:: -(-len(files) // _STAMPED)]:
-        digest.update(repr(file_stamp(path)).encode())
-    return digest.hexdigest()

@@ -7,7 +7,6 @@ import jax
 from mmjax.data.prepare import cache_dir
 from mmjax.errors import UserError
 from mmjax.recipes.sign import data as sign
-from mmjax.recipes.sign import prepare
 from mmjax.recipes.sign import streams as sign_streams
 from mmjax.recipes.sign.augment import Augmentation, Normalization
 from mmjax.recipes.sign.folder import Vocabulary
@@ -23,11 +22,11 @@ class SignData:
 
     def __init__(self, config, assets=None):
         spec = config.data
-        prepared = prepare.prepare_sequences(
+        prepared = sign.prepare_sequences(
             spec.root,
             cache_dir(spec.cache),
             seed=spec.seed,
-            streams=sign_streams.told(spec.streams, 'data.streams'),
+            streams=sign_streams.from_tuples(spec.streams, 'data.streams'),
             synthetic_sizes=spec.built_in.to_dict(),
             max_fault_share=spec.max_fault_share,
             wait=jax.process_index() > 0,

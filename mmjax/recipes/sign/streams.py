@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mmjax.data.tables import read_json
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import UserError
 
 STREAMS = 'streams.json'
 
 
 class Columns(NamedTuple):
-    """Columns [start, end) of a frame; coordinates: numbers of a landmark, 0 for none."""
+    """Columns [start, end) of a frame; coordinates: numbers per landmark, 0 for none."""
 
     start: int
     end: int
@@ -23,14 +23,11 @@ def read(root: pathlib.Path) -> dict[str, Columns]:
     """Returns the streams of a folder's `streams.json`; raises UserError where it is none."""
     path = root / STREAMS
     if not path.is_file():
-        raise UserError(f'{path} does not exist: it says {{name: [start, end]}} of the columns')
-    try:
-        return check(read_json(path, str(path)), str(path))
-    except RecordError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f'{path} does not exist: it holds {{name: [start, end]}} of the columns')
+    return check(read_json(path, str(path)), str(path))
 
 
-def told(rows: Sequence[Any], where: str) -> dict[str, Columns]:
+def from_tuples(rows: Sequence[Any], where: str) -> dict[str, Columns]:
     """Returns the streams of (name, start, end) or (name, start, end, coordinates) tuples.
 
     Args:
@@ -80,7 +77,7 @@ def check(content: Any, where: str) -> dict[str, Columns]:
                 f'{coordinates} coordinates do not fill'
             )
     streams = dict(sorted(content.items(), key=lambda item: tuple(item[1])))
-    for (one, first), (two, second) in itertools.pairwise(streams.items()):
-        if second[0] < first[1]:
-            raise UserError(f'{where}: streams {one!r} {first} and {two!r} {second} overlap')
+    for (left, span), (right, next_span) in itertools.pairwise(streams.items()):
+        if next_span[0] < span[1]:
+            raise UserError(f'{where}: streams {left!r} {span} and {right!r} {next_span} overlap')
     return {name: Columns(*span) for name, span in streams.items()}

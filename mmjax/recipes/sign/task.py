@@ -62,7 +62,7 @@ class SignTask(Task):
         self.weights = {name: weight for name, weight in final_weights(weights).items() if weight}
         # Over several devices packed frames would be encoded by each, all of them.
         pack = spec.pack and jax.device_count() == 1
-        self.rooms = train.rooms(config.batch_size // config.accumulation) if pack else {}
+        self.rooms = train.packed_lengths(config.batch_size // config.accumulation) if pack else {}
         decode = config.decode
         self.beam, self.length_bonus = decode.beam, decode.length_bonus
         self.lm_weight, self.table = decode.language_model, None
@@ -230,7 +230,7 @@ class SignTask(Task):
         if not path.is_file():
             raise UserError(f'{inputs} does not exist')
         features = folder.read_features(path, self.data.normalization.width)
-        one = self.splits['train'].of_features(features)
+        one = self.splits['train'].with_features(features)
         ((scores, batch),) = apply('log_probs', one, 1)
         found = decoding.greedy(scores, batch['frames'])
         count = int(found.lengths[0])

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from mmjax.data.faults import Ledger
+from mmjax.data.faults import FaultReport
 from mmjax.errors import RecordError, UserError
 from mmjax.recipes.contrabin import folder as code_jsonl
-from mmjax.recipes.contrabin.c_projects import build, counts
+from mmjax.recipes.contrabin.c_projects import build
 from mmjax.recipes.contrabin.c_projects import prepare as code_prepare
 
 pytest.importorskip('tree_sitter_c')
@@ -73,8 +73,8 @@ def prepare(root, output, **options):
 
 
 def rows(output, split):
-    ledger = Ledger(split, output)
-    return list(code_jsonl.read(output / f'{split}.jsonl.gz', ledger))
+    report = FaultReport(split, output)
+    return list(code_jsonl.read(output / f'{split}.jsonl.gz', report))
 
 
 @pytest.fixture(scope='module')
@@ -154,7 +154,7 @@ def test_progress_counts_files(made):
 
 
 def test_table_names_projects_and_examples(made):
-    text = counts.table(made[1])
+    text = code_prepare.table(made[1])
     assert 'files     ' in text and 'does not compile 1' in text and 'epsilon' in text
     assert 'does not compile, for one: alpha/broken.c:1:10: fatal error' in text
 

@@ -69,7 +69,7 @@ def test_rows_of_a_folder_become_records_and_an_index(functions):
     assert len(functions) == 27 and functions.record(4)['opt_level'] == 'O0'
     assert functions.record(5)['source'] == row(1)['source']  # as it stands in the file
     identity, told, level, label = (
-        functions.index[k] for k in ('identity', 'told', 'level', 'label')
+        functions.index[k] for k in ('identity', 'comment_id', 'level', 'label')
     )
     # One function, whatever its level or its blanks, is one identity; so is a comment.
     expected = [n for n in range(6) for _ in LEVELS] + [3, 7, 8]
@@ -83,7 +83,7 @@ def test_rows_of_a_folder_become_records_and_an_index(functions):
 def test_places_say_the_same_as_the_index(functions):
     rng = np.random.default_rng(0)
     examples = [functions.example(r, rng, True) for r in range(len(functions))]
-    for key in ('identity', 'told'):
+    for key in ('identity', 'comment_id'):
         places, wanted = np.array([e[key] for e in examples]), functions.index[key]
         assert places.dtype == np.int32 and places.max() < len(functions)
         np.testing.assert_array_equal(places[:, None] == places, wanted[:, None] == wanted)
@@ -120,7 +120,7 @@ def test_a_row_without_comment_has_no_tokens_of_one(functions):
         assert other[text].shape == other[f'{text}_mask'].shape == (length,)
 
 
-def test_rooms_are_what_batches_of_a_size_need(functions):
+def test_packed_lengths_are_what_batches_of_a_size_need(functions):
     counts = {
         text: [
             functions.example(i, None, False)[f'{text}_mask'].sum() for i in range(len(functions))
@@ -128,13 +128,13 @@ def test_rooms_are_what_batches_of_a_size_need(functions):
         for text in code.TEXTS
     }
     for rows in (4, 64):
-        found = functions.rooms(rows)
+        found = functions.packed_lengths(rows)
         assert set(found) <= set(code.TEXTS) and found
         for text, room in found.items():
             expected = np.mean(counts[text]) + 4 * np.std(counts[text]) / rows**0.5
             assert room == pytest.approx(expected)
     # Fewer rows vary more.
-    small, large = functions.rooms(4), functions.rooms(64)
+    small, large = functions.packed_lengths(4), functions.packed_lengths(64)
     assert set(small) <= set(large) and all(small[text] >= large[text] for text in small)
 
 
@@ -144,8 +144,8 @@ def test_texts_that_are_always_empty_have_no_room(tmp_path):
     split = opened(tmp_path)
     lengths = dict.fromkeys(code.TEXTS, 64)
     tokenizer = tokenizers.train_tokenizer(['int f ( ) { return 1 ; }'] * 9, 300)
-    rooms = split.with_tokens(dict.fromkeys(code.TEXTS, tokenizer), lengths).rooms(4)
-    assert 'comment' not in rooms
+    packed = split.with_tokens(dict.fromkeys(code.TEXTS, tokenizer), lengths).packed_lengths(4)
+    assert 'comment' not in packed
 
 
 def test_indentation_takes_no_tokens_and_a_listing_keeps_its_lines(functions):

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from mmjax.data.faults import Ledger
+from mmjax.data.faults import FaultReport
 from mmjax.errors import UserError
 from mmjax.recipes.contrabin import folder
 
@@ -22,8 +22,8 @@ ROW = {'source': 'int f;', 'binary': 'ret', 'comment': 'Says “é”.', 'metada
 
 
 def read(path, share=1.0):
-    ledger = Ledger('train', path.parent, share)
-    return list(folder.read(path, ledger)), ledger
+    report = FaultReport('train', path.parent, share)
+    return list(folder.read(path, report)), report
 
 
 def line(**changes):
@@ -36,10 +36,10 @@ def test_rows_are_read_flat(tmp_path, name):
     text = f'\ufeff{line()}\r\n\n  \n{line(comment="", extra=3, metadata=dict(label="sort"))}'
     content = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith('gz') else content)
-    rows, ledger = read(tmp_path / name)
+    rows, report = read(tmp_path / name)
     first = {key: ROW[key] for key in ('source', 'binary', 'comment')} | METADATA
     assert rows == [{**first, 'line': 1}, {**first, 'comment': '', 'label': 'sort', 'line': 4}]
-    assert (ledger.rows, ledger.faults) == (2, 0)
+    assert (report.rows, report.faults) == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_a_faulty_row_is_counted_and_listed(tmp_path, text, reason, detail):
     path = tmp_path / 'a.jsonl'
     content = f'{line()}\n{text}\n{line()}'.encode()
     path.write_bytes(content.replace('\xff'.encode(), b'\xff'))
-    rows, ledger = read(path)
+    rows, report = read(path)
     assert [row['line'] for row in rows] == [1, 3]
-    assert dict(ledger.skipped) == {reason: 1}
-    (entry,) = map(json.loads, ledger.listing.read_text().splitlines())
+    assert dict(report.skipped) == {reason: 1}
+    (entry,) = map(json.loads, report.listing.read_text().splitlines())
     assert entry['row'] == 2 and detail in entry['detail']
     assert entry['detail'].startswith(f'{path} line 2')
 

@@ -70,7 +70,7 @@ def test_rows_without_comment_count_where_none_is_needed(bare):
     terms = jax.jit(lambda x: bare.task.terms({}, x, batch, stage))(outputs)
     counts = {n: int(t.count) for n, t in terms.items() if not n.startswith('lambda')}
     assert counts == {'source_binary': 16, **dict.fromkeys(late, int(has.sum()))}
-    told = np.asarray(batch['told'])[has]
+    told = np.asarray(batch['comment_id'])[has]
     assert len(set(told)) < len(told)  # a comment that two functions share
     commented = {name: x[has] for name, x in outputs.items()}
     expected = infonce(commented['source'], commented['comment'], told)
@@ -212,7 +212,7 @@ def test_losses_of_pools_are_those_of_both_interpolations_whatever_the_stage(
     outputs, weights, _ = encoded
     found = scorer.run(apply, final=False).metrics
     functions = bare.task.dataset('val')
-    told = functions.index['told'][functions.one_each()]
+    told = functions.index['comment_id'][functions.one_each()]
     commented = [pool[HAS[pool]] for pool in POOLS]
     assert any(len(set(told[pool])) < len(pool) for pool in commented)
     expected = {

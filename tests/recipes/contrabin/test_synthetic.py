@@ -270,7 +270,7 @@ def test_c_does_what_the_syntax_says(functions, tmp_path):
 def test_everything_is_the_same_in_another_process(catalogue, functions):
     code = (
         'import hashlib, sys\n'
-        'from mmjax.data import code_catalogue as catalogues, code_programs as programs\n'
+        'from mmjax.recipes.contrabin.synthetic import catalogue as catalogues, programs\n'
         'from mmjax.recipes.contrabin.synthetic.compiler import compile_function\n'
         'assert not {"jax", "tensorflow", "torch"} & set(sys.modules)\n'
         f'catalogue = catalogues.catalogue(7, {SIZES})\n'

@@ -151,13 +151,13 @@ def test_built_in_rows_share_the_picture_that_was_drawn(built_in, tokenizer):
             assert record['image'] == (b'' if row % 3 else file)
             drawn = np.asarray(images.open_image(file))
             np.testing.assert_array_equal(data.example(row, RNG, False)['images'], drawn)
-            np.testing.assert_array_equal(np.asarray(data.picture(row)), drawn)
+            np.testing.assert_array_equal(np.asarray(data.image(row)), drawn)
 
 
 def test_built_in_pictures_are_found_again_by_seed_size_side_and_code(built_in, monkeypatch):
-    cache = built_in.prepared.directory.parent
+    cache = built_in.directory.parent
     options = {'seed': 2, 'synthetic_sizes': SIZES, 'synthetic_side': 64}
-    assert receipts.prepare_receipts(None, cache, **options).prepared == built_in.prepared
+    assert receipts.prepare_receipts(None, cache, **options) == built_in
     for change in ({'seed': 3}, {'synthetic_sizes': SIZES | {'val': 1}}, {'synthetic_side': 80}):
         receipts.prepare_receipts(None, cache, **(options | change))
     monkeypatch.setattr(builders, 'source_digest', lambda *patterns: 'other code')

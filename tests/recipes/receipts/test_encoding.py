@@ -9,7 +9,6 @@ from PIL import Image
 from mmjax.data import tokenizers
 from mmjax.errors import UserError
 from mmjax.recipes.receipts import data as receipts
-from mmjax.recipes.receipts import encoding
 
 SIZES = {'train': 3, 'val': 2, 'test': 2}
 
@@ -32,7 +31,7 @@ def tokenizer():
 
 
 def kept(prepared):
-    return sorted(path.name for path in prepared.prepared.directory.glob('*tokens-*'))
+    return sorted(path.name for path in prepared.directory.glob('*tokens-*'))
 
 
 def same(a, b):
@@ -87,7 +86,7 @@ def test_a_folder_never_holds_half_of_the_tokens(prepared, tokenizer, monkeypatc
 
 
 def test_every_text_is_there_once(tokenizer):
-    found = encoding.encode(['see one', 'one', 'see one', ''], tokenizer, 3, None)
+    found = receipts.encode_texts(['see one', 'one', 'see one', ''], tokenizer, 3, None)
     assert found['rows'].tolist() == [0, 1, 0, 2] and found['ids'].shape == (3, 3)
     assert found['lengths'][2] == 0 < found['lengths'][1]
     assert found['ids'][2].tolist() == [tokenizer.pad_id] * 3

@@ -153,7 +153,6 @@ def spoil_images(folder):
         (outside('a/../../../p0.png'), r'line 3: the path .* leads outside'),
         (outside('/etc/passwd'), r"line 3: the path '/etc/passwd' leads outside"),
         (outside('~/p0.png'), r"line 3: the path '~/p0\.png' leads outside"),
-        (spoil_link, r"'train/images/p1\.png' leads outside the data root"),
         (spoil_all, r'val/metadata\.csv line 2 has an empty filename, and no row is well formed'),
         (lambda f: f.lines.update(val=[]), r'val/metadata\.csv line 1 is followed by nothing'),
         (lambda f: setattr(f, 'encoding', 'utf-16'), r'metadata\.csv is not a CSV table in UTF-8'),
@@ -166,6 +165,17 @@ def test_faults_of_structure_end_at_once(folder, tmp_path, spoil, message):
     with pytest.raises(UserError, match=message) as caught:
         folder.prepare(tmp_path / 'cache', max_fault_share=1.0)
     assert '\n' not in str(caught.value) and not (tmp_path / 'cache').exists()
+
+
+def test_every_row_of_an_image_outside_the_root_is_a_fault(folder, tmp_path):
+    spoil_link(folder)
+    folder.write()
+    with pytest.raises(UserError, match=r"'train/images/p1\.png' leads outside the data root"):
+        folder.prepare(tmp_path / 'cache')
+    data = questions(folder.prepare(tmp_path / 'cache', max_fault_share=1.0))
+    paths = {data.record(row)['image_path'] for row in range(len(data))}
+    assert data.skipped == {'invalid_record': 10 - len(data)} and len(data) < 10
+    assert 'train/images/p1.png' not in paths
 
 
 @pytest.mark.parametrize(
@@ -192,7 +202,7 @@ def test_malformed_rows_are_named_and_counted(folder, tmp_path, column, value, w
         folder.prepare(tmp_path / 'cache')
     prepared = folder.prepare(tmp_path / 'cache', max_fault_share=0.1)
     assert questions(prepared).skipped == {'malformed_row': 1} and len(questions(prepared)) == 9
-    listed = (prepared.prepared.directory / 'skipped.jsonl').read_text().splitlines()
+    listed = (prepared.directory / 'skipped.jsonl').read_text().splitlines()
     assert [json.loads(line)['row'] for line in listed] == [5]
 
 
@@ -214,10 +224,10 @@ def test_every_row_of_an_unreadable_picture_is_a_fault(folder, tmp_path, spoil):
 
 def test_prepared_rows_are_found_again_until_a_table_or_picture_changes(folder, tmp_path):
     first = folder.prepare(tmp_path / 'cache')
-    assert folder.prepare(tmp_path / 'cache').prepared == first.prepared
+    assert folder.prepare(tmp_path / 'cache') == first
     os.utime(folder.root / 'train/images/p0.png', ns=(1, 1))
     second = folder.prepare(tmp_path / 'cache')
     folder.lines['val'][0][3] = 'Some.'
     folder.write()
     third = folder.prepare(tmp_path / 'cache')
-    assert len({p.prepared.directory for p in (first, second, third)}) == 3
+    assert len({p.directory for p in (first, second, third)}) == 3

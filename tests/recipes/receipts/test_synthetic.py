@@ -42,7 +42,7 @@ def asked():
 def test_everything_is_the_same_in_another_process():
     code = (
         'import hashlib, json, sys\n'
-        'from mmjax.data import receipts_synthetic as synthetic\n'
+        'from mmjax.recipes.receipts.synthetic import pictures as synthetic\n'
         'files = [synthetic.picture(3, "val", i) for i in range(6)]\n'
         'assert not {"jax", "tensorflow", "torch"} & set(sys.modules)\n'
         'print(json.dumps([[hashlib.sha256(file).hexdigest() for file in files],\n'

@@ -42,7 +42,7 @@ def test_what_a_question_asks_and_an_answer_says(question, kind, same, other):
     assert text.content(kind, 'Hm, ...') == text.content(kind, 'hm') != text.content(kind, 'Well')
 
 
-def test_own_tokens_leave_out_what_the_tokenizer_adds():
+def test_plain_tokens_leave_out_what_the_tokenizer_adds():
     plain = tokenizers.train_tokenizer(['two receipts'] * 2, 270)
     model = json.loads(plain.__getstate__())
     opened = json.loads(json.dumps(model))
@@ -56,10 +56,10 @@ def test_own_tokens_leave_out_what_the_tokenizer_adds():
         (bare, 3, 3),
     ):
         tokenizer = tokenizers.Tokenizer(json.dumps(serialized))
-        found, closed = text.own_tokens(tokenizer, ['two receipts', '', 'two'], 40, own)
+        found, closed = text.plain_tokens(tokenizer, ['two receipts', '', 'two'], 40, own)
         assert closed == closing and len(found[1]) == 0 < len(found[2]) < len(found[0])
         assert tokenizer.decode(found[0]).strip() == 'two receipts'
         assert min(map(min, (found[0], found[2]))) > 3
-        assert len(text.own_tokens(tokenizer, ['two receipts'], 3)[0][0]) == 3
+        assert len(text.plain_tokens(tokenizer, ['two receipts'], 3)[0][0]) == 3
     with pytest.raises(UserError, match=r"token 40 cannot: it is the text '.'"):
-        text.own_tokens(tokenizer, ['two'], 8, 40)
+        text.plain_tokens(tokenizer, ['two'], 8, 40)

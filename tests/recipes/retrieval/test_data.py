@@ -85,7 +85,7 @@ def prepared(tmp_path_factory):
 
 
 def split_of(prepared, split='train', **options):
-    return retrieval.ItemPictures(prepared, split, **{'image_size': 12, **options})
+    return retrieval.ItemImages(prepared, split, **{'image_size': 12, **options})
 
 
 def prompts_of(data):
@@ -111,7 +111,7 @@ def test_paths_begin_at_the_root_or_at_its_images(tmp_path, tokenizer, base):
             assert record['item'] == f'item_{identity}'
             assert record['image_path'].startswith(f'images/{split}/item_{identity}_')
             assert data.example(row, RNG, False)['identity'] == identity
-            assert abs(np.asarray(data.picture(row)) - np.array(COLOURS[identity])).max() < 6
+            assert abs(np.asarray(data.image(row)) - np.array(COLOURS[identity])).max() < 6
 
 
 @pytest.mark.parametrize('base', ['', 'images'])
@@ -202,8 +202,6 @@ TWICE = './images//train/item_0_0.jpg'
         (entry('~/x.jpg'), r"the path '~/x\.jpg' leads outside"),
         (entry('a\0b.jpg'), r"the path 'a\\x00b\.jpg' leads outside"),
         (entry(''), r"the path '' leads outside"),
-        (spoil_link, r"'images/train/item_1_1\.jpg' leads outside the data root"),
-        (spoil_images, r"'images/train/item_0_0\.jpg' leads outside the data root"),
         (entry(TWICE, split='val'), r"entry 9 \('\./images//.*'\) names images/train/item_0_0"),
         (
             written(SPLITS, '{"val": ["images/train/item_0_0.jpg"]}'),
@@ -223,6 +221,20 @@ def test_faults_of_structure_end_at_once_and_change_nothing(folder, tmp_path, sp
         folder.prepare(tmp_path / 'cache' / 'deep', max_fault_share=1.0)
     assert '\n' not in str(caught.value)
     assert [path for path, _ in everything(tmp_path)] == [path for path, _ in before]
+
+
+@pytest.mark.parametrize(('spoil', 'path'), [(spoil_link, 'item_1_1'), (spoil_images, 'item_0_0')])
+def test_images_outside_the_root_are_faults_and_never_read(folder, tmp_path, spoil, path):
+    spoil(folder)
+    message = rf"'images/train/{path}\.jpg' leads outside the data root .*1 of the 6 rows"
+    with pytest.raises(UserError, match=message):
+        folder.prepare(tmp_path / 'cache')
+    if spoil is spoil_images:
+        with pytest.raises(UserError, match=r'no usable record .*invalid_record 6'):
+            folder.prepare(tmp_path / 'cache', max_fault_share=1.0)
+    else:
+        data = split_of(folder.prepare(tmp_path / 'cache', max_fault_share=1.0))
+        assert data.skipped == {'invalid_record': 1} and len(data) == 5
 
 
 @pytest.mark.parametrize(
@@ -298,7 +310,7 @@ def test_up_to_the_share_faults_are_skipped_listed_and_counted(tmp_path):
     data = split_of(prepared)
     assert len(data) == 297 and split_of(prepared, 'val').skipped == {}
     assert data.skipped == {'malformed_row': 1, 'unreadable_image': 1, 'missing_image': 1}
-    listing = (prepared.prepared.directory / 'skipped.jsonl').read_text().splitlines()
+    listing = (prepared.directory / 'skipped.jsonl').read_text().splitlines()
     listed = [json.loads(line) for line in listing]
     assert [fault['row'] for fault in listed] == [301, 299, 300]
     assert listed[0]['detail'] == "image_paths.json entry 301 ('bad.jpg') has no item_id"
@@ -315,7 +327,7 @@ def test_prepared_pictures_are_found_again_until_one_changes_or_moves(
     first = folder.prepare(tmp_path / 'cache')
     with monkeypatch.context() as patch:
         patch.setattr(images, 'check_image', None)
-        assert folder.prepare(tmp_path / 'cache').prepared == first.prepared
+        assert folder.prepare(tmp_path / 'cache') == first
     path = folder.root / 'images/train/item_0_1.jpg'
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match=r'item_0_1\.jpg cannot be read'):
@@ -415,7 +427,7 @@ def test_parts_keep_index_pictures_and_cache_together(prepared, tokenizer):
         prompts_of(split_of(prepared)), tokenizer, 16
     )
     for row in range(len(data)):
-        data.picture(row)
+        data.image(row)
     part = data.subset(np.array([17, 0, 10]), 'some')
     nested = part.subset(np.array([2, 0]), 'fewer')
     assert (part.split, nested.split, data.split) == ('some', 'fewer', 'train')
@@ -423,12 +435,12 @@ def test_parts_keep_index_pictures_and_cache_together(prepared, tokenizer):
         assert len(some) == len(rows) and list(some.index) == ['identity']
         for row, whole in enumerate(rows):
             assert some.record(row) == data.record(whole)
-            np.testing.assert_array_equal(some.picture(row), data.picture(whole))
+            np.testing.assert_array_equal(some.image(row), data.image(whole))
             a, b = some.example(row, RNG, False), data.example(whole, RNG, False)
             for key in b:
                 np.testing.assert_array_equal(a[key], b[key])
             assert some.index['identity'][row] == data.index['identity'][whole]
-    assert data.picture(3) is data.with_prompts(prompts_of(data), tokenizer, 8).picture(3)
+    assert data.image(3) is data.with_prompts(prompts_of(data), tokenizer, 8).image(3)
 
 
 def test_whole_items_are_held_out_the_same_each_time(prepared):
@@ -456,7 +468,7 @@ def test_pickled_it_gives_the_same_examples_and_leaves_its_cache(prepared, token
     data = data.with_prompts(prompts_of(data), tokenizer, 16)
     before = len(pickle.dumps(data))
     first = data.example(1, np.random.default_rng(5), True)
-    assert len(data._kept) == 1 and len(pickle.dumps(data)) == before < 50_000
+    assert len(data._cache) == 1 and len(pickle.dumps(data)) == before < 50_000
     copy = pickle.loads(pickle.dumps(data))
     example = copy.example(1, np.random.default_rng(5), True)
     for key in first:
@@ -481,7 +493,7 @@ def test_in_evaluation_it_is_the_centre_square_near_to_pils_own_resize(waves, to
     for size in (16, 48, 300):
         data = split_of(prepared, image_size=size, augmentation=augment.Augmentation())
         data = data.with_prompts({'item_0': 'a red thing'}, tokenizer, 16)
-        picture = data.picture(0)
+        picture = data.image(0)
         assert min(picture.size) == min(round(1.5 * size), 480)
         assert picture.width / picture.height == pytest.approx(1.5, rel=0.01)
         found = data.example(0, RNG, False)['images']
@@ -493,7 +505,7 @@ def test_in_evaluation_it_is_the_centre_square_near_to_pils_own_resize(waves, to
             plain = whole.resize((size, size), Image.Resampling.BILINEAR, box)
             errors.append(abs(found.astype(int) - np.asarray(plain)).mean())
         assert errors[1] < 3 and errors[1] < 0.7 * min(errors[0], errors[2])
-        assert data.picture(1).size == (24, 16)
+        assert data.image(1).size == (24, 16)
         assert data.example(1, RNG, False)['images'].shape == (size, size, 3)
 
 
@@ -571,7 +583,7 @@ def test_built_in_items_carry_their_pictures_and_descriptions(built_in, tokenize
             assert told.items[example['identity']] == record['item']
             assert example['images'].shape == (32, 32, 3) and example['images'].std() > 5
             assert record['image_path'].startswith(record['item'] + '/' + data.split)
-    shown = [splits[name].picture(0).tobytes() for name in ('query', 'gallery')]
+    shown = [splits[name].image(0).tobytes() for name in ('query', 'gallery')]
     assert shown[0] != shown[1]
 
 
@@ -582,7 +594,7 @@ def test_built_in_items_are_found_again_by_seed_size_and_code(built_in, tmp_path
         pathlib.Path, 'read_bytes', lambda self: (seen.add(self.as_posix()), read(self))[1]
     )
     again = retrieval.prepare_items(None, cache, seed=2, synthetic_sizes=SIZES)
-    assert again.prepared == prepared.prepared and again.items == prepared.items
+    assert again == prepared
     made_by = ('recipes/retrieval/synthetic/items.py', 'data/drawing.py')
     assert all(any(path.endswith(f'mmjax/{source}') for path in seen) for source in made_by)
     elsewhere = retrieval.prepare_items(

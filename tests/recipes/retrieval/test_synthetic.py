@@ -50,7 +50,7 @@ def products():
 def test_everything_is_the_same_in_another_process():
     code = (
         'import hashlib, json, sys\n'
-        'from mmjax.data import retrieval_synthetic as synthetic\n'
+        'from mmjax.recipes.retrieval.synthetic import items as synthetic\n'
         'files = [synthetic.photograph(3, "val", i, 1) for i in range(6)]\n'
         'assert not {"jax", "tensorflow", "torch"} & set(sys.modules)\n'
         'print(json.dumps([[hashlib.sha256(file).hexdigest() for file in files],\n'

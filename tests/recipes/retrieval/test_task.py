@@ -285,7 +285,7 @@ def test_prompts_that_the_tokenizer_cuts_are_counted_and_safe_ones_never_are(cac
 def test_predict_finds_a_gallery_picture_itself_first(model, tmp_path):
     built, apply = model
     gallery = built.task.dataset('gallery')
-    gallery.picture(3).save(tmp_path / 'asked.png')
+    gallery.image(3).save(tmp_path / 'asked.png')
     told = built.task.predict(apply, str(tmp_path / 'asked.png'), tmp_path / 'out')
     found = json.loads((tmp_path / 'out/nearest.json').read_text())['nearest']
     assert found[0]['path'] == gallery.record(3)['image_path'] and found[0]['cosine'] > 0.999

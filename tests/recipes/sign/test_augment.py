@@ -58,7 +58,7 @@ def test_statistics_and_sequences_against_numpy(differences):
     mean[changes], deviation[changes] = 0, np.sqrt(np.nanmean(frames[:, changes] ** 2, axis=0))
     deviation[constant] = 1
     np.testing.assert_allclose(normalization.mean, mean, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(normalization.deviation, deviation, rtol=1e-9)
+    np.testing.assert_allclose(normalization.std, deviation, rtol=1e-9)
     for features, wanted in zip(sequences(), by_hand(differences), strict=True):
         before = features.copy()
         found = normalization(features)
@@ -94,7 +94,7 @@ def test_what_was_never_there_or_is_far_off_stays_finite():
     features[:, 3:5] = 0
     features[:, 0] = [1, 1 + 1e-3, 1, 1]
     normalization = Normalization.measure([features], STREAMS)
-    assert normalization.mean[3] == 0 and normalization.deviation[3] == 1
+    assert normalization.mean[3] == 0 and normalization.std[3] == 1
     other = np.full((3, 8), 5.0)
     other[:, 0] = [3e38, -1e25, 1e300]  # the last is missing: it is not finite in float32
     found = normalization(other)

@@ -12,7 +12,6 @@ from mmjax.errors import UserError
 from mmjax.recipes.sign import augment
 from mmjax.recipes.sign import data as sign
 from mmjax.recipes.sign import folder as sign_folder
-from mmjax.recipes.sign import prepare as sign_prepare
 
 STREAMS = {'pose': [0, 2], 'left': [2, 5], 'right': [6, 9]}  # column 5 is in none
 F, USED = 9, [0, 1, 2, 3, 4, 6, 7, 8]
@@ -61,7 +60,7 @@ class Folder:
         np.savez(self.file(split, place), **arrays)
 
     def prepare(self, cache, **options):
-        return sign_prepare.prepare_sequences(self.root, cache, **options)
+        return sign.prepare_sequences(self.root, cache, **options)
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def test_features_belong_to_the_annotation_of_their_row(prepared):
             example, record = data.example(row, RNG, False), data.record(row)
             features = frames_of(split, row)
             np.testing.assert_array_equal(records.unpack(record['features']), features)
-            wanted = (features[:, USED] - normalization.mean) / normalization.deviation
+            wanted = (features[:, USED] - normalization.mean) / normalization.std
             np.testing.assert_allclose(example['features'], wanted, atol=1e-5)
             assert data.words(row) == tuple(text.split()) == tuple(record['words'])
             known = [w if w in vocabulary.words else sign_folder.UNKNOWN for w in text.split()]
@@ -138,7 +137,7 @@ def test_the_second_split_is_called_as_the_folder_does_and_test_may_be_there(tmp
         prepared = Folder(tmp_path / str(number), sentences).prepare(tmp_path / 'cache')
         assert prepared.splits == ('train', second, *third)
         assert split_of(prepared, second).split == second
-    only = sign_prepare.prepare_sequences(tmp_path / '1', tmp_path / 'cache', splits=('test',))
+    only = sign.prepare_sequences(tmp_path / '1', tmp_path / 'cache', splits=('test',))
     other = {'vocabulary': prepared.vocabulary(), 'normalization': prepared.normalization()}
     data = sign.SignSequences(only, 'test', **other)
     assert data.example(0, RNG, False)['labels'].tolist() == [1] and data.lengths == (16,)
@@ -261,7 +260,7 @@ def test_statistics_are_of_training_alone_and_travel_with_the_model(prepared, tm
     normalization = prepared.normalization()
     train = np.concatenate([frames_of('train', i) for i in range(5)]).astype(np.float64)[:, USED]
     np.testing.assert_allclose(normalization.mean, train.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(normalization.deviation, train.std(0), rtol=1e-10)
+    np.testing.assert_allclose(normalization.std, train.std(0), rtol=1e-10)
     cached = prepared.normalization()  # read back from beside the records
     normalization.save(tmp_path / 'normalization.npz')
     loaded = augment.Normalization.load(tmp_path / 'normalization.npz')
@@ -315,7 +314,7 @@ def test_few_bucket_lengths_hold_every_row_however_long_it_gets(prepared, tmp_pa
     assert data.lengths == (16, 56) and split_of(prepared, 'dev').lengths == (16, 24)
 
 
-def test_rooms_are_what_nearly_all_batches_need(tmp_path):
+def test_packed_lengths_are_what_nearly_all_batches_need(tmp_path):
     lengths = np.random.default_rng(3).integers(10, 61, 300)
     folder = Folder(tmp_path / 'root', {'train': ['GO'] * 300, 'dev': ['GO']})
     for place, length in enumerate(lengths):
@@ -325,21 +324,21 @@ def test_rooms_are_what_nearly_all_batches_need(tmp_path):
     assert len(data.lengths) == 2
     rng, longest = np.random.default_rng(0), np.ceil(lengths * 1.25 - 1e-6)
     for rows in (4, 16):
-        rooms = data.rooms(rows)
-        assert set(rooms) == set(data.lengths)
+        packed = data.packed_lengths(rows)
+        assert set(packed) == set(data.lengths)
         for below, length in zip((0, *data.lengths), data.lengths, strict=False):
             own = lengths[(longest > below) & (longest <= length)]
             drawn = [
                 rng.choice(own, rows, False) @ rng.uniform(*stretch, rows) for _ in range(2000)
             ]
             needed = np.array(drawn) / rows
-            assert 0.95 < (needed <= rooms[length]).mean() < 1
-            errors = (rooms[length] - needed.mean()) / needed.std()
-            assert 1.75 < errors < 2.25 and rooms[length] < 0.9 * length
-    assert all(data.rooms(4)[n] > data.rooms(16)[n] for n in data.lengths)
+            assert 0.95 < (needed <= packed[length]).mean() < 1
+            errors = (packed[length] - needed.mean()) / needed.std()
+            assert 1.75 < errors < 2.25 and packed[length] < 0.9 * length
+    assert all(data.packed_lengths(4)[n] > data.packed_lengths(16)[n] for n in data.lengths)
     # Where a batch is all there is, nothing is drawn but the tempo.
     plain = split_of(prepared, augmentation=augment.Augmentation((1.0, 1.0)), buckets=1)
-    assert plain.rooms(300) == {plain.lengths[0]: pytest.approx(lengths.mean())}
+    assert plain.packed_lengths(300) == {plain.lengths[0]: pytest.approx(lengths.mean())}
 
 
 def test_lengths_that_are_nearly_full_have_no_room():

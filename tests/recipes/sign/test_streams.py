@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from mmjax.errors import UserError
+from mmjax.recipes.sign import data as sign
 from mmjax.recipes.sign import (
     folder as sign_folder,
-)
-from mmjax.recipes.sign import (
-    prepare as sign_prepare,
 )
 from mmjax.recipes.sign import (
     streams as sign_streams,
@@ -66,24 +64,27 @@ def test_faults_of_streams_end_at_once(folder, tmp_path, spoil, message):
         ((('a', 0, 4, 3),), r"'a' has 4 columns, which landmarks of 3"),
     ],
 )
-def test_what_the_config_tells_is_a_tuple_a_stream(rows, message):
+def test_the_config_holds_one_tuple_per_stream(rows, message):
     with pytest.raises(UserError, match=r'data\.streams.*' + message):
-        sign_streams.told(rows, 'data.streams')
+        sign_streams.from_tuples(rows, 'data.streams')
 
 
-def test_streams_may_be_told_instead_of_those_of_the_folder(folder, tmp_path):
+def test_streams_of_the_config_replace_those_of_the_folder(folder, tmp_path):
     own = folder.prepare(tmp_path / 'cache')
     (folder.root / 'streams.json').unlink()
     rows = (('b', 6, 9, 3), ('a', 0, 6, 2))
-    told = folder.prepare(tmp_path / 'cache', streams=sign_streams.told(rows, 'data.streams'))
-    assert list(told.streams.items()) == [('a', (0, 6, 2)), ('b', (6, 9, 3))]
+    given = folder.prepare(
+        tmp_path / 'cache', streams=sign_streams.from_tuples(rows, 'data.streams')
+    )
+    assert list(given.streams.items()) == [('a', (0, 6, 2)), ('b', (6, 9, 3))]
     # The records hold all columns: they are those of any streams.
-    assert told.prepared == own.prepared and sign_streams.told((), 'data.streams') == {}
-    around, plain = (told.normalization(around=around) for around in (True, False))
+    assert given.directory == own.directory
+    assert sign_streams.from_tuples((), 'data.streams') == {}
+    around, plain = (given.normalization(around=around) for around in (True, False))
     assert around.output_streams == {'a': (0, 8), 'b': (8, 11)}
     assert plain.output_streams == {'a': (0, 6), 'b': (6, 9)}
     assert own.normalization().output_streams == {'pose': (0, 2), 'left': (2, 5), 'right': (5, 8)}
-    for prepared, wanted in ((told, around), (own, own.normalization())):  # from the caches
+    for prepared, wanted in ((given, around), (own, own.normalization())):  # from the caches
         np.testing.assert_array_equal(prepared.normalization().mean, wanted.mean)
         assert prepared.normalization().coordinates == wanted.coordinates
     moved = folder.prepare(tmp_path / 'cache', streams={'a': (0, 4, 2), 'b': (6, 9, 3)})
@@ -92,12 +93,12 @@ def test_streams_may_be_told_instead_of_those_of_the_folder(folder, tmp_path):
         with pytest.raises(UserError, match=r'data\.streams: stream'):
             folder.prepare(tmp_path / 'cache', streams=wrong)
     with pytest.raises(UserError, match=r"data\.streams: 'a' ends at 93, the built-in has 92"):
-        sign_prepare.prepare_sequences(None, tmp_path / 'cache', streams={'a': (0, 93)})
+        sign.prepare_sequences(None, tmp_path / 'cache', streams={'a': (0, 93)})
 
 
 def test_landmarks_of_the_built_in_signers_have_two_numbers(tmp_path):
     sizes = dict(train=2, dev=1, test=1, signers=1, held_out_signers=1)
-    prepared = sign_prepare.prepare_sequences(None, tmp_path, synthetic_sizes=sizes)
+    prepared = sign.prepare_sequences(None, tmp_path, synthetic_sizes=sizes)
     spans = {'pose': (0, 14), 'left': (14, 48), 'right': (48, 82), 'face': (82, 100)}
     assert prepared.normalization().output_streams == spans
 
@@ -105,7 +106,7 @@ def test_landmarks_of_the_built_in_signers_have_two_numbers(tmp_path):
 def test_records_are_shared_by_shares_of_faults_and_checked_for_each(folder, tmp_path):
     folder.file('train', 2).unlink()
     many = folder.prepare(tmp_path / 'cache', max_fault_share=0.5)
-    assert folder.prepare(tmp_path / 'cache', max_fault_share=0.2).prepared == many.prepared
+    assert folder.prepare(tmp_path / 'cache', max_fault_share=0.2).directory == many.directory
     with pytest.raises(UserError, match=r'1 of the 5 rows of split train .* share of 0\.1: see'):
         folder.prepare(tmp_path / 'cache', max_fault_share=0.1)
 
@@ -225,7 +226,7 @@ def test_some_rows_and_features_of_a_file_are_splits_of_their_own(wide):
     assert some.fingerprint()['digest'] != data.fingerprint()['digest']
     for frames in (5, 200):
         features = RNG.normal(size=(frames, 9)).astype(np.float32)
-        one = data.of_features(features)
+        one = data.with_features(features)
         example = one.example(0, RNG, False)
         np.testing.assert_array_equal(example['features'], data.normalization(features))
         assert len(one) == 1 and example['length'] == frames and not len(example['labels'])

@@ -13,7 +13,6 @@ import pytest
 
 from mmjax.errors import UserError
 from mmjax.recipes.sign import data as sign
-from mmjax.recipes.sign import prepare
 from mmjax.recipes.sign.augment import Normalization
 from mmjax.recipes.sign.synthetic import sentences as synthetic
 from mmjax.recipes.sign.synthetic import skeleton
@@ -39,7 +38,7 @@ def drawn():
 def test_everything_is_the_same_in_another_process():
     code = (
         'import hashlib, json, sys\n'
-        'from mmjax.data import sign_synthetic as synthetic\n'
+        'from mmjax.recipes.sign.synthetic import sentences as synthetic\n'
         'found = [synthetic.sentence(3, "dev", 1, i) for i in range(4)]\n'
         'assert not {"jax", "tensorflow", "torch"} & set(sys.modules)\n'
         'print(json.dumps([[hashlib.sha256(s.features).hexdigest(), s.glosses, s.spans]\n'
@@ -199,7 +198,7 @@ def test_neighbours_of_known_signers_miss_more_than_three_in_ten_signs(drawn):
 
 
 def test_built_in_sentences_are_found_again_by_seed_size_and_code(tmp_path, monkeypatch):
-    prepared = prepare.prepare_sequences(None, tmp_path, seed=2, synthetic_sizes=SIZES)
+    prepared = sign.prepare_sequences(None, tmp_path, seed=2, synthetic_sizes=SIZES)
     assert prepared.splits == ('train', 'dev', 'test')
     splits = {name: opened(prepared, name) for name in prepared.splits}
     assert [len(data) for data in splits.values()] == [6, 4, 4]
@@ -211,10 +210,10 @@ def test_built_in_sentences_are_found_again_by_seed_size_and_code(tmp_path, monk
         assert np.isfinite(example['features']).all() and example['features'].std() > 0.3
     read, seen = pathlib.Path.read_bytes, set()
     monkeypatch.setattr(pathlib.Path, 'read_bytes', lambda p: (seen.add(p.name), read(p))[1])
-    again = prepare.prepare_sequences(None, tmp_path, seed=2, synthetic_sizes=SIZES)
-    assert again == prepared and {'sign_synthetic.py', 'sign_skeleton.py'} <= seen
+    again = sign.prepare_sequences(None, tmp_path, seed=2, synthetic_sizes=SIZES)
+    assert again == prepared and {'sentences.py', 'skeleton.py'} <= seen
     for seed, change in ((3, {}), (2, {'dev': 3})):
-        prepare.prepare_sequences(None, tmp_path, seed=seed, synthetic_sizes=SIZES | change)
+        sign.prepare_sequences(None, tmp_path, seed=seed, synthetic_sizes=SIZES | change)
     assert len(os.listdir(tmp_path)) == 3
     with pytest.raises(UserError, match=r'data\.built_in\.train is missing'):
-        prepare.prepare_sequences(None, tmp_path)
+        sign.prepare_sequences(None, tmp_path)

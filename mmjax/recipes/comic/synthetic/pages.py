@@ -19,19 +19,25 @@ colours of props and marks. No font is used: pixels depend on pillow's polygons 
 """
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
+from mmjax.data import images, processes
 from mmjax.data.drawing import COLOURS, pick
+from mmjax.data.faults import FaultReport
+from mmjax.recipes.comic.folder import page_record
 from mmjax.recipes.comic.synthetic import drawing, figures, words
 
 NARRATIVE = ('narrative', 'story')  # page types that tell something; the others are sifted out
 
+_CHUNK = 32  # pages that a process draws at a time
 _PAGE_TYPES = ('narrative',) * 14 + ('story',) * 9 + ('cover', 'credits')
 
 # boxes as rows of panels: (chance, page width, page height, panels a row or None for irregular)
@@ -194,6 +200,35 @@ def page(seed: int, split: str, index: int, *, scale: float = 1.0) -> dict:
         'page_type': page_type,
         'page': description,
     }
+
+
+def records(
+    split: str,
+    report: FaultReport,
+    *,
+    seed: int,
+    sizes: Mapping[str, int],
+    page_types: Sequence[str],
+    max_panels: int,
+) -> Iterator[dict]:
+    """Yields the pages of a split as records, see `folder.page_record`, with their images."""
+    report.rows = sizes[split]
+    pages = processes.ordered(
+        functools.partial(page, seed, split), range(sizes[split]), chunk=_CHUNK
+    )
+    for line, drawn in enumerate(pages):
+        name, page_type = drawn['canonical_id'], drawn['page_type']
+        if page_type not in page_types:
+            report.skip(f'page_type:{page_type}')
+            continue
+        size = images.check_image(drawn['image'], name)
+        record, counts = page_record(drawn['page'], name, size, max_panels)
+        report.counts.update(counts)
+        if record['boxes']:
+            record |= {'canonical_id': name, 'image_path': '', 'line': line}
+            yield {**record, 'page_type': page_type, 'image': drawn['image']}
+        else:
+            report.skip('no_panels')
 
 
 def write_folder(root, splits: dict[str, int], seed: int, *, scale: float = 0.5) -> None:

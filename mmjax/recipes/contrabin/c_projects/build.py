@@ -1,13 +1,14 @@
-"""Compiles C files of unknown origin within limits, and returns what became of their functions.
+"""Compiles C files of unknown origin within limits, and returns the listings of their functions.
 
-Nothing is ever linked or run. The compiler works with a clean environment, in a folder of its own,
-within limits of time, memory and output. It may read the project and the system's headers, which is
-checked by its own list of what it read, and so is the assembler's. Precompiled headers, which would
-be loaded into the compiler unchecked, are never taken.
+Nothing is ever linked or run. The compiler has a clean environment, a folder of its own, and limits
+of time, memory and output. It and the assembler may read only the project and the system's headers,
+which is checked by their own lists of what they read. Precompiled headers, which would be loaded
+into the compiler unchecked, are never used.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -23,7 +24,8 @@ from mmjax.recipes.contrabin.c_projects import canonical
 
 LEVELS = ('O0', 'O1', 'O2', 'O3')
 _INPUT = 2_000_000  # bytes of a C file
-_MEMORY, _OUTPUT = 2 << 30, 64 << 20  # bytes, of a process and of a file that it writes
+_MEMORY = 2 << 30  # bytes of a process
+_OUTPUT = 64 << 20  # bytes of a file that it writes
 _HEADER_FOLDERS = 64
 
 # One machine's defaults are not another's, so that what changes the code is written out.
@@ -59,10 +61,10 @@ _TEXT = re.compile(
 
 @dataclasses.dataclass
 class Projects:
-    """What a folder holds, by top-level folder ('.' for files of the root itself).
+    """The content of a folder, by top-level folder ('.' for files of the root itself).
 
     files: its C files; headers: folders with headers, and those above them, whose headers are
-    included as "folder/name.h"; skipped: reason → files passed over.
+    included as "folder/name.h"; skipped: reason → files left out.
     """
 
     files: dict[str, list[pathlib.Path]]
@@ -78,31 +80,31 @@ def find_projects(root: pathlib.Path) -> Projects:
     """
     if not root.is_dir():
         raise UserError(f'the folder of C code {root} is not a folder')
-    found = Projects({}, {}, Counter())
-    for place, folders, names in os.walk(root):
+    projects = Projects({}, {}, Counter())
+    for directory, folders, names in os.walk(root):
         folders.sort()
-        here = pathlib.Path(place)
+        here = pathlib.Path(directory)
         project = '.' if here == root else here.relative_to(root).parts[0]
-        headers = found.headers.setdefault(project, {})
+        headers = projects.headers.setdefault(project, {})
         if any(name.endswith('.h') for name in names):
             above = (folder for folder in here.parents if folder.is_relative_to(root / project))
             headers |= dict.fromkeys((here, *above))
         for name in sorted([*names, *folders]):
             path = here / name
-            if path.is_symlink():  # one that stays inside leads to what is found by its own name
+            if path.is_symlink():  # one that stays inside leads to what is found anyway
                 if name.endswith('.c') or name in folders:
                     inside = pathlib.Path(os.path.realpath(path)).is_relative_to(root)
-                    found.skipped['link_inside' if inside else 'link_outside'] += 1
+                    projects.skipped['link_inside' if inside else 'link_outside'] += 1
             elif name.endswith('.c') and name not in folders:
                 if not path.is_file():
-                    found.skipped['no_file'] += 1
+                    projects.skipped['no_file'] += 1
                 elif path.stat().st_size > _INPUT:
-                    found.skipped['too_large'] += 1
+                    projects.skipped['too_large'] += 1
                 else:
-                    found.files.setdefault(project, []).append(path)
-    if not found.files:
+                    projects.files.setdefault(project, []).append(path)
+    if not projects.files:
         raise UserError(f'{root} holds no C file (*.c)')
-    return found
+    return projects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ def find_compiler(choice: str = 'auto') -> Compiler:
     path = shutil.which(kind)
     version = '-dumpfullversion' if kind == 'gcc' else '-dumpversion'
     try:
-        ask = functools.partial(
+        run = functools.partial(
             subprocess.run,
             env=_environment('/tmp'),
             stdin=subprocess.DEVNULL,
@@ -145,12 +147,12 @@ def find_compiler(choice: str = 'auto') -> Compiler:
             timeout=60,
             check=True,
         )
-        number = ask([path, version]).stdout.strip()
-        told = ask([path, '-E', '-v', '-x', 'c', os.devnull]).stderr
-        lines = [ask([program, '--version']).stdout.partition('\n')[0] for program in programs]
+        number = run([path, version]).stdout.strip()
+        verbose = run([path, '-E', '-v', '-x', 'c', os.devnull]).stderr
+        lines = [run([program, '--version']).stdout.partition('\n')[0] for program in programs]
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f'{path} does not answer: {error}') from error
-    listed = told.partition('#include <...>')[2].partition('End of search list')[0]
+    listed = verbose.partition('#include <...>')[2].partition('End of search list')[0]
     folders = [line.strip() for line in listed.splitlines()[1:]]
     return Compiler(kind, path, number, tuple(map(os.path.realpath, folders)), '; '.join(lines))
 
@@ -209,8 +211,10 @@ class Builder:
         """
         name = file.relative_to(self.base or self.root).as_posix()
         standard = () if any(f.startswith('-std=') for f in self.flags) else ('-std=gnu17',)
-        made, read, first = folder / 'out.s', folder / 'out.d', folder / 'first.h'
-        made.unlink(missing_ok=True)
+        assembly = folder / 'out.s'
+        dependencies = folder / 'out.d'
+        first = folder / 'first.h'
+        assembly.unlink(missing_ok=True)
         # A token before all else: gcc takes no precompiled header after the first one, and whoever
         # wrote NAME.h.gch beside NAME.h would otherwise write into the compiler's memory.
         first.write_text(';\n')
@@ -227,33 +231,40 @@ class Builder:
                 '-S',
                 '-MD',
                 '-MF',
-                str(read),
+                str(dependencies),
                 '-o',
-                str(made),
+                str(assembly),
                 str(file),
             ],
             folder,
             name,
         )
-        self._check_read(read, name)
-        text = made.read_text(errors='replace')
+        self._check_read(dependencies, name)
+        text = assembly.read_text(errors='replace')
         if self.compiler.kind == 'clang':
             return canonical.split_llvm(text)
         for line in text.splitlines():
             if (_READS.search(line) or '\\' in line) and not _TEXT.fullmatch(line):
                 raise RecordError('refused', f'{name}: its assembly has {line.strip():.60}')
-        assemble = [self.compiler.path, '-c', f'-Wa,--MD,{read.name}', '-o', 'out.o', str(made)]
+        assemble = [
+            self.compiler.path,
+            '-c',
+            f'-Wa,--MD,{dependencies.name}',
+            '-o',
+            'out.o',
+            str(assembly),
+        ]
         self._run(assemble, folder, name)
-        self._check_read(read, name)
+        self._check_read(dependencies, name)
         listed = self._run(['objdump', '-d', '-r', '--no-show-raw-insn', 'out.o'], folder, name)
         return canonical.split_assembly(listed)
 
     def _check_read(self, listing: pathlib.Path, name: str) -> None:
-        """Raises RecordError where a program's own list names a file it may not read."""
+        """Raises RecordError if a program's list names a file it may not read."""
         rule = listing.read_text(errors='replace').replace('\\\n', ' ')
-        own = [flag[2:] for flag in self.flags if flag.startswith('-I')]
-        ours = map(os.path.realpath, (self.root, listing.parent))
-        allowed = (*ours, *self.compiler.headers, *own)
+        included = [flag[2:] for flag in self.flags if flag.startswith('-I')]
+        local = map(os.path.realpath, (self.root, listing.parent))
+        allowed = (*local, *self.compiler.headers, *included)
         for escaped in re.findall(r'(?:\\.|\S)+', rule.partition(': ')[2]):
             path = re.sub(r'\\(.)', r'\1', escaped).replace('$$', '$')
             real = os.path.realpath(listing.parent / path)
@@ -262,13 +273,14 @@ class Builder:
 
     def _run(self, argv: list[str], folder: pathlib.Path, name: str) -> str:
         """Runs a program within the limits and returns what it wrote to standard output."""
-        # Set by the shell: code of ours between fork and exec may hang where there are threads.
+        # Set by the shell: Python code between fork and exec may hang if there are threads.
         limits = (
             f'ulimit -t {math.ceil(self.time_limit) + 1} && ulimit -v {_MEMORY >> 10} && '
             f'ulimit -f {_OUTPUT >> 9} && ulimit -c 0 && exec "$@"'
         )
-        said, told = folder / 'stdout', folder / 'stderr'
-        with said.open('wb') as out, told.open('wb') as err:
+        stdout = folder / 'stdout'
+        stderr = folder / 'stderr'
+        with stdout.open('wb') as out, stderr.open('wb') as err:
             process = subprocess.Popen(
                 ['/bin/sh', '-c', limits, 'sh', *argv],
                 cwd=folder,
@@ -288,26 +300,25 @@ class Builder:
                 late = f'{name}: {pathlib.Path(argv[0]).name} took over {self.time_limit:g} s'
                 raise RecordError('time_limit', late) from None
         if code:
-            with told.open(errors='replace') as file:
+            with stderr.open(errors='replace') as file:
                 lines = [line.strip() for line in file.read(1 << 16).splitlines() if line.strip()]
-            first = next((line for line in lines if 'error' in line), (lines or ['no word'])[0])
+            first = next((line for line in lines if 'error' in line), (lines or ['no message'])[0])
             first = first.replace(f'{self.base or self.root}/', '')
             text = first if first.startswith(name) else f'{name}: {first}'
             raise RecordError('does_not_compile', f'{text:.300}')
-        return said.read_text(errors='replace') if said.stat().st_size else ''
+        return stdout.read_text(errors='replace')
 
 
 @functools.lru_cache(maxsize=64)  # for all files of a folder, at all levels
 def _searched(
-    root: pathlib.Path, header_folders: tuple[pathlib.Path, ...], place: pathlib.Path
+    root: pathlib.Path, header_folders: tuple[pathlib.Path, ...], folder: pathlib.Path
 ) -> tuple[str, ...]:
-    """Returns where headers are sought: nearest folders first, the system's before `<…>`."""
-    distance = lambda folder: len(os.path.relpath(folder, place).split(os.sep))
-    nearest = sorted({root, *header_folders}, key=lambda f: (distance(f), f))
-    flags = []
-    for folder in nearest[:_HEADER_FOLDERS]:  # never -I: a string.h of theirs would be taken
-        flags += ['-iquote', str(folder), '-idirafter', str(folder)]
-    return tuple(flags)
+    """Returns flags that search headers nearest to `folder` first, after the system's for `<…>`."""
+    distance = lambda path: len(os.path.relpath(path, folder).split(os.sep))
+    nearest = sorted({root, *header_folders}, key=lambda path: (distance(path), path))
+    # Never -I: a string.h of the project would replace the system's.
+    pairs = [('-iquote', str(path), '-idirafter', str(path)) for path in nearest[:_HEADER_FOLDERS]]
+    return tuple(itertools.chain.from_iterable(pairs))
 
 
 def _environment(temporary: str) -> dict[str, str]:

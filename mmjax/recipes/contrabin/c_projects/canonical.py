@@ -1,7 +1,7 @@
 """Turns listings of objdump and LLVM IR into text in which only what a function does is left.
 
-Addresses, names and metadata go: places are numbered in order of appearance, so that two builds of
-one function differ only where their instructions do, and no text says what the function is called.
+Addresses, names and metadata go: targets are numbered in order of appearance, so that two builds of
+one function differ only where their instructions do, and no text holds the name of the function.
 """
 
 import bisect
@@ -65,7 +65,7 @@ def split_assembly(listing: str) -> dict[str, str]:
 def canonical_assembly(
     lines: str, name: str, *, symbols: bool = False, registers: Registers = 'keep'
 ) -> str:
-    """Returns one instruction a line, its operands after a blank, and labels on lines of their own.
+    """Returns one instruction per line, its operands after a space, and labels on separate lines.
 
     Jump targets are `L0:`, `L1:` in order of appearance; what the linker would fill in is `G0`,
     `G1`, or with `symbols` its name where it has one; the function itself is `self`. Padding is
@@ -95,8 +95,8 @@ def canonical_assembly(
             symbol = other(relocation)
             if branch:
                 text, branch = text[: branch.start()] + symbol, None
-            elif place := next(filter(None, (form.search(text) for form in _OPEN)), None):
-                text = text[: place.start()] + symbol + text[place.end() :]
+            elif position := next(filter(None, (form.search(text) for form in _OPEN)), None):
+                text = text[: position.start()] + symbol + text[position.end() :]
             else:
                 text += f' {{{symbol}}}'
         if branch and branch[2].split('+')[0] == name:
@@ -107,10 +107,10 @@ def canonical_assembly(
         elif resolved and resolved[2].split('+')[0] == name and not relocations:
             text = re.sub(r'-?0x[0-9a-f]+(?=\(%rip\))', lambda _: label(resolved[1]), text)
         written.append(text)
-    targets = {int(place) for place in re.findall('\0(\\d+)\0', '\n'.join(written))}
+    targets = {int(position) for position in re.findall('\0(\\d+)\0', '\n'.join(written))}
     marked = []
-    for place, text in enumerate([*written, '']):
-        marked += [f'\0{place}\0:'] * (place in targets) + [text] * bool(text)
+    for position, text in enumerate([*written, '']):
+        marked += [f'\0{position}\0:'] * (position in targets) + [text] * bool(text)
     number = _numbering('L')
     whole = re.sub('\0(\\d+)\0', lambda match: number(match[1]), '\n'.join(marked))
     if registers == 'class':
@@ -124,13 +124,13 @@ def split_llvm(module: str) -> dict[str, str]:
 
 
 def canonical_llvm(text: str, name: str, *, symbols: bool = False) -> str:
-    """Returns one instruction a line without metadata, attribute groups, comments and debug calls.
+    """Returns one instruction per line without metadata, attributes, comments and debug calls.
 
     Values are `%v0`, `%v1` in order of appearance, blocks `%L0`, named types `%T0`, globals `@G0`;
     with `symbols` types and globals keep their names. The function itself is `@self`; intrinsics
     (`@llvm.…`) are instructions and keep their names.
     """
-    labels = {found for match in _LABEL.findall(text) for found in match if found}
+    labels = {name for match in _LABEL.findall(text) for name in match if name}
     value, block, kind = _numbering('v'), _numbering('L'), _numbering('T')
     other = _naming(name, symbols)
 
@@ -166,18 +166,18 @@ def count_instructions(text: str) -> int:
 
 
 def _instructions(lines: str) -> list[tuple[int, str, list[str]]]:
-    """Returns (address, text with single blanks, symbols to be filled in) of each instruction."""
-    found: list[tuple[int, str, list[str]]] = []
+    """Returns (address, text with single spaces, symbols to be filled in) of each instruction."""
+    instructions: list[tuple[int, str, list[str]]] = []
     for line in lines.splitlines():
         if match := _INSTRUCTION.match(line):
             text = ' '.join(match[2].split())
             # Older objdumps write the width at these.
             text = re.sub(r'^((?:\w+ )*)(call|jmp|ret|leave)q\b', r'\1\2', text)
-            found.append((int(match[1], 16), text, []))
-        elif found and (match := _RELOCATION.match(line)):
+            instructions.append((int(match[1], 16), text, []))
+        elif instructions and (match := _RELOCATION.match(line)):
             symbol = re.sub(r'[+-]0x[0-9a-f]+$', '', match[1])
-            found[-1][2].append(_TEXT.sub('', symbol))
-    return found
+            instructions[-1][2].append(_TEXT.sub('', symbol))
+    return instructions
 
 
 def _naming(name: str, symbols: bool) -> Callable[[str], str]:

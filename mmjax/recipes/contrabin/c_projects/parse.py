@@ -1,7 +1,7 @@
 """Finds the functions of C text and the comments that describe them, by tree-sitter's grammar.
 
-The text is parsed as it stands, not preprocessed: functions of both branches of an `#if` are found,
-and which of them a compiler saw is for the object file to say.
+The text is parsed without preprocessing: functions of both branches of an `#if` are listed; the
+object file shows which of them was compiled.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from mmjax.errors import UserError
+from mmjax.errors import RecordError, UserError
 
 # What may hold functions of file level. A brace that `#if` leaves open makes an ERROR of the rest.
 _OUTER = {
@@ -41,7 +41,7 @@ class CFunction:
     """A function definition.
 
     source: its text, without a comment of the body that became `comment`; comment: cleaned, on one
-    line, '' where there is none; start, end: its bytes in the file; fault: '', 'parse_error' or
+    line, '' if none; start, end: its bytes in the file; fault: '', 'parse_error' or
     'defined_twice' (which of the definitions was compiled is not known).
     """
 
@@ -59,7 +59,7 @@ def functions(text: bytes, path: str) -> list[CFunction]:
     The comment is the block that ends directly above the definition, or one blank line higher:
     `/* */` or consecutive `//` lines. Legal texts, file descriptions, code and rules of signs are
     no such comment. Failing that, one on the first lines of the body serves if a blank line sets
-    it off. A definition in old style (K&R) counts; a lone word that the grammar cannot place
+    it off. A definition in old style (K&R) counts; a lone word that the grammar cannot parse
     before the name, as macros of calling conventions are, is no fault.
 
     Args:
@@ -67,40 +67,41 @@ def functions(text: bytes, path: str) -> list[CFunction]:
       path: what errors call the file.
 
     Raises:
-      UserError: tree-sitter is not installed, or gives the file up.
+      RecordError: 'parse_error' if tree-sitter gives up on the file.
+      UserError: tree-sitter is not installed.
     """
     tree = _parser().parse(text)
     if tree is None:
-        raise UserError(f'{path} cannot be parsed')
-    found = []
+        raise RecordError('parse_error', f'{path} cannot be parsed')
+    definitions = []
     pending = [tree.root_node]
     while pending:
         node = pending.pop()
         children = node.children
-        for place, child in enumerate(children):
+        for position, child in enumerate(children):
             if child.type == 'function_definition':
-                if (function := _function(text, children, place)) is not None:
-                    found.append(function)
+                if (function := _function(text, children, position)) is not None:
+                    definitions.append(function)
             elif child.type in _OUTER:
                 pending.append(child)
-    times = Counter(function.name for function in found)
+    times = Counter(function.name for function in definitions)
     return [
         dataclasses.replace(function, fault=function.fault or 'defined_twice')
         if times[function.name] > 1
         else function
-        for function in sorted(found, key=lambda function: function.start)
+        for function in sorted(definitions, key=lambda function: function.start)
     ]
 
 
 def content_key(source: str, name: str) -> bytes:
-    """Returns a hash of a function without comments, blanks and its name: twins have the same."""
-    kept = []
+    """Returns a hash of a function without comments, white space and its own name."""
+    tokens = []
     for match in _TOKEN.finditer(source.encode()):
         if match.lastgroup == 'word' and match[0] == name.encode():
-            kept.append(b'self')
+            tokens.append(b'self')
         elif match.lastgroup not in ('comment', 'blank'):
-            kept.append(match[0])
-    return hashlib.sha256(b' '.join(kept)).digest()
+            tokens.append(match[0])
+    return hashlib.sha256(b' '.join(tokens)).digest()
 
 
 def clean_comment(text: str) -> str:
@@ -135,8 +136,8 @@ def _parser() -> Any:
     return tree_sitter.Parser(language)  # one a call: a parser is not for several threads
 
 
-def _function(text: bytes, siblings: list[Any], place: int) -> CFunction | None:
-    node = siblings[place]
+def _function(text: bytes, siblings: list[Any], position: int) -> CFunction | None:
+    node = siblings[position]
     declarator = node.child_by_field_name('declarator')
     body = node.child_by_field_name('body')
     name = _name(declarator)
@@ -145,7 +146,7 @@ def _function(text: bytes, siblings: list[Any], place: int) -> CFunction | None:
     start, end = node.start_byte, node.end_byte
     sound = not any(c.has_error for c in node.children if not _is_macro(c, declarator))
     ifs = Counter(re.findall(rb'^\s*#\s*(if|endif)', text[start:end], re.M))
-    comment, source = _above(text, siblings, place), text[start:end]
+    comment, source = _above(text, siblings, position), text[start:end]
     if not comment:
         comment, (first, last) = _within(body)
         source = text[start:first] + text[last:end] if comment else source
@@ -177,15 +178,15 @@ def _name(declarator: Any) -> Any:
     return declarator if inside else None
 
 
-def _above(text: bytes, siblings: list[Any], place: int) -> str:
-    """Returns the cleaned comment that ends above siblings[place]."""
-    row = siblings[place].start_point[0]
-    place -= 1
-    while place >= 0 and siblings[place].type == 'comment':
-        last = place
-        while place > 0 and _joined(siblings[place - 1], siblings[place]):
-            place -= 1
-        block = siblings[place : last + 1]
+def _above(text: bytes, siblings: list[Any], position: int) -> str:
+    """Returns the cleaned comment that ends above siblings[position]."""
+    row = siblings[position].start_point[0]
+    position -= 1
+    while position >= 0 and siblings[position].type == 'comment':
+        last = position
+        while position > 0 and _joined(siblings[position - 1], siblings[position]):
+            position -= 1
+        block = siblings[position : last + 1]
         if row - block[-1].end_point[0] > 2 or _is_trailing(text, block[0]):
             return ''
         words = b'\n'.join(node.text for node in block).decode(errors='replace')
@@ -194,7 +195,7 @@ def _above(text: bytes, siblings: list[Any], place: int) -> str:
         if re.search(r'\w', clean_comment(words)):
             return ''  # a licence stands between: what is above it belongs elsewhere
         row = block[0].start_point[0]  # a rule of signs: the words may stand above it
-        place -= 1
+        position -= 1
     return ''
 
 

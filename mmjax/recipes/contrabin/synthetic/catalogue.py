@@ -5,17 +5,22 @@ import functools
 import hashlib
 import itertools
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 
 from mmjax.data import processes
+from mmjax.data.faults import FaultReport
 from mmjax.errors import UserError
-from mmjax.recipes.contrabin.synthetic import programs
+from mmjax.recipes.contrabin.data import LEVELS
+from mmjax.recipes.contrabin.synthetic import compiler, programs
 from mmjax.recipes.contrabin.synthetic.compiler import stream
 from mmjax.recipes.contrabin.synthetic.optimizer import interpreter
 
 TRIALS = 3  # sets of inputs; two functions of a catalogue differ on every one
 _FEW = 500  # functions that one process lists sooner than several begin
 _CHUNK = 128  # functions that a process runs at a time
+_COMPILED = 64  # functions that a process compiles at a time
+_REGISTER = re.compile(r'\bq\d+\b')  # of the toy machine
 
 
 @functools.lru_cache(maxsize=1024)
@@ -93,3 +98,38 @@ def _behaviours(seed: int, identity: int) -> list[bytes]:
             return []
         digests.append(digest)
     return digests
+
+
+def records(
+    split: str,
+    report: FaultReport,
+    *,
+    seed: int,
+    plan: Callable[[], Mapping[str, list[int]]],
+    registers: str,
+) -> Iterator[dict]:
+    """Yields the records of a split of `catalogue`: each function at every level."""
+    identities = plan()[split]
+    report.rows = len(identities) * len(LEVELS)
+    compile_one = functools.partial(_records, seed, registers)
+    for compiled in processes.ordered(compile_one, identities, chunk=_COMPILED):
+        yield from compiled
+
+
+def _records(seed: int, registers: str, identity: int) -> list[dict]:
+    function = programs.function(seed, identity)
+    shared = {
+        'source': function.source,
+        'comment': function.comment,
+        'name': function.name,
+        'label': function.label,
+        'path': f'plan_{identity // programs.SIBLINGS}.c',
+        'compiler': 'toy',
+        'language': 'c',
+    }
+    records = []
+    for level, name in enumerate(LEVELS):
+        binary = compiler.compile_function(function.syntax, level, seed=identity)
+        binary = _REGISTER.sub('q', binary) if registers == 'class' else binary
+        records.append({**shared, 'binary': binary, 'opt_level': name})
+    return records

@@ -24,7 +24,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from mmjax.data import processes
 from mmjax.data.drawing import COLOURS, pick
-from mmjax.data.faults import Ledger
+from mmjax.data.faults import FaultReport
 from mmjax.errors import UserError
 from mmjax.recipes.receipts import text
 from mmjax.recipes.receipts.synthetic import drawing
@@ -202,18 +202,20 @@ def picture(seed: int, split: str, index: int, *, side: int = 112) -> bytes:
     return encoded.getvalue()
 
 
-def records(seed: int, split: str, size: int, ledger: Ledger, *, side: int) -> Iterator[dict]:
-    """Yields the records of a split, a row a question; the first of a picture carries it."""
-    ledger.rows = size
+def records(
+    split: str, report: FaultReport, *, seed: int, sizes: Mapping[str, int], side: int
+) -> Iterator[dict]:
+    """Yields the records of a split, a row per question; the first of an image holds it."""
+    size = sizes[split]
+    report.rows = 3 * size
     draw = functools.partial(picture, seed, split, side=side)
     for number, image in enumerate(processes.ordered(draw, range(size), chunk=_CHUNK)):
         count = len(receipts(scene(seed, split, number)))
-        for pair, asked in enumerate(questions(seed, split, number)):
-            record = {'question': asked['question'], 'answer': asked['answer']}
+        for pair, entry in enumerate(questions(seed, split, number)):
+            record = {'question': entry['question'], 'answer': entry['answer']}
             record |= {'count': count, 'pair': pair, 'line': number, 'picture': number}
             record['image_path'] = f'{split}_{number:05d}.jpg'
             yield record | {'image': b'' if pair else image}
-        ledger.tick()
 
 
 def _light(rng: np.random.Generator, shown: Image.Image) -> Image.Image:

@@ -15,12 +15,14 @@ shape, where a pattern starts. Left and right are in no text, so pictures may be
 import functools
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from mmjax.data import processes
 from mmjax.data.drawing import jitter, pick
+from mmjax.data.faults import FaultReport
 from mmjax.errors import UserError
 from mmjax.recipes.retrieval.synthetic import drawing
 from mmjax.recipes.retrieval.synthetic.drawing import COLOURS, PARTS, PATTERNS, Product
@@ -55,6 +57,7 @@ _PART = ('It comes with {part}.', 'It has {part}.', 'Note {part}.')
 _TRIM = ('Its parts are {trim}.', 'The details are in {trim}.', 'Trimmed in {trim}.')
 _TALL = ('It is taller and slimmer than most.', 'Taller than usual.')
 _WIDE = ('It is lower and wider than most.', 'Wider than usual.')
+_CHUNK = 64  # images that a process draws at a time
 TALL = 0.2  # a stretch beyond ± this is worth a sentence
 
 
@@ -292,3 +295,23 @@ def photograph(seed: int, split: str, identity: int, shot: int, *, side: int = 1
     lit = _light(rng, picture).clip(0, 255).astype(np.uint8)
     Image.fromarray(lit).save(encoded, 'JPEG', quality=90)
     return encoded.getvalue()
+
+
+def records(
+    split: str, report: FaultReport, *, seed: int, plan: Mapping[str, list[tuple[int, int]]]
+) -> Iterator[dict]:
+    """Yields the records of a split of `catalogue`, with their images."""
+    rows = plan[split]
+    report.rows = len(rows)
+    draw = functools.partial(_photograph, seed, split)
+    photographs = processes.ordered(draw, rows, chunk=_CHUNK)
+    names: dict[int, str] = {}
+    for line, ((identity, shot), image) in enumerate(zip(rows, photographs, strict=True)):
+        if identity not in names:
+            names[identity] = item(seed, identity)['item']
+        path = f'{names[identity]}/{split}_{shot:03d}.jpg'
+        yield {'item': names[identity], 'image_path': path, 'line': line, 'image': image}
+
+
+def _photograph(seed: int, split: str, row: tuple[int, int]) -> bytes:
+    return photograph(seed, split, *row)

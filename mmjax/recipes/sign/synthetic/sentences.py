@@ -17,10 +17,13 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from mmjax.data import processes
+from mmjax.data.faults import FaultReport
+from mmjax.data.records import pack
 from mmjax.errors import UserError
 from mmjax.recipes.sign.synthetic import skeleton
 from mmjax.recipes.sign.synthetic.skeleton import (
@@ -55,6 +58,7 @@ PAIRS = {  # gloss → (the other of the pair, in what alone they differ)
     'NEW': ('OLD', 'direction'),
     'LOSE': ('FIND', 'direction'),
 }
+_CHUNK = 128  # sentences that a process makes at a time
 HANDS = ('one', 'mirror', 'alternate', 'base')
 
 
@@ -311,3 +315,25 @@ def catalogue(seed: int, sizes: Mapping[str, int]) -> dict[str, list[tuple[int, 
         split: [(first[split] + index % count[split], index) for index in range(sizes[split])]
         for split in ('train', 'dev', 'test')
     }
+
+
+def records(
+    split: str, report: FaultReport, *, seed: int, plan: Mapping[str, list[tuple[int, int]]]
+) -> Iterator[dict]:
+    """Yields the records of a split of `catalogue`."""
+    rows = plan[split]
+    report.rows = len(rows)
+    perform = functools.partial(_perform, seed, split)
+    performed = processes.ordered(perform, rows, chunk=_CHUNK)
+    for (number, index), signing in zip(rows, performed, strict=True):
+        yield {
+            'id': f'{split}_{index:05d}',
+            'signer': f'signer_{number:03d}',
+            'words': signing.glosses,
+            'line': index,
+            'features': pack(signing.features),
+        }
+
+
+def _perform(seed: int, split: str, row: tuple[int, int]) -> Signing:
+    return sentence(seed, split, *row)
