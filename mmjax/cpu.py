@@ -16,6 +16,15 @@ from jaxtyping import Bool, Float, Int, UInt16
 from mmjax.typing import Array, Keys
 
 
+def materialize(x: Array) -> Array:
+    """Returns x, which on CPU is written to memory before anything reads it.
+
+    XLA:CPU would compute new moments a second time for the weights that they change, from old ones
+    that it then had to copy before they are overwritten; and weights likewise for their average.
+    """
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
+
+
 def matmul(
     x: Float[Array, '*rows inputs'], kernel: Float[Array, 'inputs features'], *_, **options
 ) -> Float[Array, '*rows features']:

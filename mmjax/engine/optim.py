@@ -14,6 +14,7 @@ import optax
 import optax.contrib
 from flax import traverse_util
 
+from mmjax import cpu
 from mmjax.engine.config import Optimizer
 from mmjax.engine.stages import Stage
 from mmjax.errors import UserError
@@ -267,7 +268,7 @@ def _adam(spec: Optimizer) -> Rule:
             'mu': optax.tree.update_moment(gradients, state['mu'], spec.b1, 1),
             'nu': optax.tree.update_moment(gradients, state['nu'], spec.b2, 2),
         }
-        state = jax.tree.map(lambda new, old: materialize(jnp.where(ok, new, old)), new, state)
+        state = jax.tree.map(lambda new, old: cpu.materialize(jnp.where(ok, new, old)), new, state)
         count = state['count'].astype(jnp.float32)
         first = 1 - spec.b1**count
         second = 1 - spec.b2**count
@@ -373,22 +374,11 @@ def enter(old: Tree, fresh: Tree) -> tuple[dict, list[str]]:
     return {**fresh, **{name: old[name] for name in carried}}, carried
 
 
-def materialize(x: jax.Array) -> jax.Array:
-    """Returns x, which on CPU is written to memory before anything reads it.
-
-    XLA:CPU would compute new moments a second time for the weights that they change, from old
-    ones that it then had to copy before they are overwritten; and weights likewise for their
-    average. Benchmark: `benchmarks/update.py`.
-    """
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
-
-
 def norm(tree: Any) -> jax.Array:
     """Returns the Euclidean norm of all leaves together; float32 scalar, 0 of none.
 
-    Summed row by row first, on any backend: left to itself XLA:CPU may sum the squares of a large
-    matrix in windows on one core, which takes a third of the time of the product that made it.
-    Where the last axis is sharded, a number per row crosses devices instead of one.
+    Summed row by row first: left to itself XLA:CPU may sum the squares of a large matrix in windows
+    on one core. Where the last axis is sharded, a number per row crosses devices instead of one.
     """
     squares = [jnp.square(jnp.asarray(x, jnp.float32)) for x in jax.tree.leaves(tree)]
     rows = [x.sum(-1) if x.ndim else x for x in squares]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmjax import axis
+from mmjax import axis, cpu
 from mmjax.engine import optim
 from mmjax.engine.stages import Stage
 from mmjax.engine.task import Task, towers_training
@@ -249,7 +249,7 @@ def train_step(
     updates, moments = optim.update(
         grads, state['moments'], state['trainable'], rates, stage.optimizer, groups, norm, ok
     )
-    keep = lambda new, old: optim.materialize(jnp.where(ok, new, old))
+    keep = lambda new, old: cpu.materialize(jnp.where(ok, new, old))
     trained = optax.apply_updates(state['trainable'], updates)
     trained = jax.tree.map(keep, trained, state['trainable'])
     new = {'batch_stats': stats, 'ema': {}}

@@ -220,7 +220,7 @@ class SignSequences(prepare.PreparedDataset):
 
         Batches have one length each, their rows drawn and stretched at random: two standard errors
         above the mean, as few rows vary much, and one batch in 44 may take a third longer. Lengths
-        without rows, or for which packing saves nothing, are left out; see `samplers.packed_length`.
+        without rows, or for which packing saves nothing, are left out: `samplers.packed_length`.
         """
         low, high = self.augmentation.stretch if self.augmentation else (1.0, 1.0)
         longest = np.ceil(self.index['length'] * high - 1e-6)
