@@ -311,7 +311,7 @@ def _open_splits(spec: Data) -> dict[str, retrieval.ItemPictures]:
     elif 'val' not in names:
         folder.open_folder(spec.root, ('train',))  # its own faults come first
         raise UserError(
-            f"{spec.root} has no pictures of split 'val': data.val_items=.1 takes items of train"
+            f"{spec.root} has no images of split 'val': data.val_items=.1 takes items of train"
         )
     prepared = retrieval.prepare_items(
         spec.root,
