@@ -63,9 +63,13 @@ def model(trained):
 # Losses -------------------------------------------------------------------------------------
 
 
+def unit(x):
+    x = np.float64(x)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
 def supcon_oracle(z, labels, temperature):
-    z = np.asarray(z, np.float64)
-    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    z = unit(z)
     total, anchors = 0.0, 0
     for i in range(len(z)):
         others = [j for j in range(len(z)) if j != i]
@@ -78,8 +82,7 @@ def supcon_oracle(z, labels, temperature):
 
 
 def infonce_oracle(a, b, labels, temperature):
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-    logits = unit(np.float64(a)) @ unit(np.float64(b)).T / temperature
+    logits = unit(a) @ unit(b).T / temperature
     same = (labels[:, None] == labels) & ~np.eye(len(labels), dtype=bool)
     logits[same] = -np.inf
     both = [np.log(np.exp(x).sum(1)) - np.diag(x) for x in (logits, logits.T)]
@@ -137,11 +140,10 @@ def test_mask_same_item_decides_which_pairs_are_negatives(model, mask_same_item)
     terms = terms_of(model, *arguments, mask_same_item=mask_same_item, bias=-3.0)
     labels = LABELS if mask_same_item else np.arange(6)
     temperature = float(terms['temperature'])
-    pair = [np.asarray(arguments[0][name], np.float64) for name in ('image', 'text')]
+    pair = [arguments[0][name] for name in ('image', 'text')]
     expected = infonce_oracle(*pair, labels, temperature)
     assert float(terms['infonce'].mean()) == pytest.approx(expected, rel=1e-5)
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in pair)
-    logits = a @ b.T / temperature - 3
+    logits = unit(pair[0]) @ unit(pair[1]).T / temperature - 3
     kept = ~((labels[:, None] == labels) & ~np.eye(6, dtype=bool))
     losses = np.logaddexp(0, np.where(np.eye(6, dtype=bool), -logits, logits))
     assert float(terms['sigmoid'].mean()) == pytest.approx((losses * kept).sum() / 6, rel=1e-5)
@@ -212,7 +214,7 @@ def test_results_have_the_scores(trained):
         assert losses['supcon_floor'] < losses['supcon']
 
 
-def test_the_validation_loss_knows_identities(model):
+def test_validation_losses_and_scores_know_identities(model):
     """The original's took every image for an item of its own."""
     built, predictor = model
     parts = list(predictor('encode', built.task.dataset('val'), 16))
@@ -223,14 +225,28 @@ def test_the_validation_loss_knows_identities(model):
     expected = supcon_oracle(np.concatenate([image, text]), np.tile(labels, 2), temperature)
     stage = built.stages[-1]
     weights = evaluate.Weights.of(stage, stage.steps, built.final_weights)
-    val = {'val': built.evaluators['val']}
-    scores = evaluate.run(val, predictor, built.task, weights, final=False)['val'].metrics
-    assert scores['loss'] == pytest.approx(expected, rel=1e-5)
+    scores = evaluate.run(built.evaluators, predictor, built.task, weights, final=False)
+    assert not scores['query_gallery'].figures
+    val = scores['val'].metrics
+    assert val['loss'] == pytest.approx(expected, rel=1e-5)
     # Each image queries the others of the split, never itself.
     cosines = np.float64(image) @ np.float64(image).T
     np.fill_diagonal(cosines, -2)
     hits = labels[cosines.argmax(1)] == labels
-    assert scores['rank1'] == pytest.approx(hits.mean(), abs=1e-9)
+    assert val['rank1'] == pytest.approx(hits.mean(), abs=1e-9)
+    # Each image of `query`, and one prompt per item, queries the whole gallery.
+    rows = {}
+    for split in ('query', 'gallery'):
+        for outputs, batch in predictor('encode', built.task.dataset(split), 16):
+            rows[split] = outputs['image'], outputs['text'], batch['identity']
+    query, _, items = rows['query']
+    gallery, texts, truth = rows['gallery']
+    unseen = scores['query_gallery'].metrics
+    assert unseen['rank1'] == pytest.approx((truth[(query @ gallery.T).argmax(1)] == items).mean())
+    names, first = np.unique(truth, return_index=True)
+    hits = truth[(texts[first] @ gallery.T).argmax(1)] == names
+    assert unseen['text_to_image_r1'] == pytest.approx(hits.mean())
+    assert (unseen['queries'], unseen['gallery']) == (len(query), len(gallery))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +287,6 @@ OWN_RULES = (('backbones', '(vision|text)/.*'),)
     ('words', 'rules', 'group'),
     [
         ('vit', (), 'vision'),
-        ('vit', (), 'text'),
         ('rn50', (), 'vision'),
         ('rn50', (), 'text'),
         ('rn50', (), 'temperature'),
@@ -302,19 +317,23 @@ def test_frozen_parts_are_the_same_in_training_and_evaluation(cache, words, rule
         )
         state = step.create(variables, stage, built.groups, built.settings)
         rates = {name: np.float32(0.1) for name in built.groups.names if name != group}
-        call = jax.jit(call)
+        quick = {'xla_backend_optimization_level': 0}
+        call = jax.jit(call, compiler_options=quick)
         for _ in range(2):
             state, metrics = call(state, batch, rates, {'supcon': np.float32(1)})
             assert metrics['ok']
         forward = jax.jit(functools.partial(built.task.forward, stage=stage, train=train))
         first, second = (forward(variables, batch, key=jax.random.key(seed))[0] for seed in (0, 1))
-        evaluation = evaluate.forward(built.task, stage, variables, batch)
+        evaluate_forward = functools.partial(evaluate.forward, built.task, stage)
+        evaluation = jax.jit(evaluate_forward)(variables, batch)
+        embedded = jax.jit(built.task.encode)(variables, batch)
     after = step.variables(state)
     differs = lambda a, b: not np.array_equal(np.asarray(a), np.asarray(b))
     for tower, output in (('vision', 'image'), ('text', 'text')):
         moved = jax.tree.map(differs, variables['params'][tower], dict(after['params'][tower]))
         assert jax.tree.all(moved) if tower not in frozen else not any(jax.tree.leaves(moved))
         np.testing.assert_allclose(first[output], second[output], rtol=1e-6)
+        np.testing.assert_allclose(embedded[output], unit(evaluation[output]), atol=1e-5)
         if tower in frozen:
             np.testing.assert_allclose(first[output], evaluation[output], rtol=1e-5, atol=1e-6)
     assert differs(variables['params']['logit_scale'], after['params']['logit_scale']) == (
