@@ -8,7 +8,6 @@ gallery. Writes benchmarks/results/retrieval_versions.json.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -22,29 +21,30 @@ from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from mmjax.engine import build, logs, modes, train
+from mmjax.engine import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def scores(version: str, seed: int, steps: int) -> dict[str, float]:
     """Trains one version; returns its scores of query against gallery."""
-    spec = importlib.util.spec_from_file_location('config', ROOT / 'configs/clip_retrieval.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(version).unlock()
-    config.seed, config.best.metric, config.evaluate.every_epochs = seed, '', 0.0
-    config.stage.tune = dict(steps=steps, learning_rates=dict(temperature=0.0))
+    config = config_lib.load(f'{ROOT}/configs/clip_retrieval.py:{version}')
+    config.seed = seed
+    config.data.seed = seed
+    config.best.metric = ''
+    config.evaluate.every_epochs = 0.0
+    config.stage.tune.update(epochs=None, steps=steps)
     with tempfile.TemporaryDirectory() as folder:
         workdir = epath.Path(folder)
         built = build.run(config)
-        modes.claim_workdir(workdir, built, config.to_dict(), ['benchmark'], anew=False)
+        modes.claim_workdir(workdir, built, ['benchmark'], anew=False)
         log = logs.Logs(workdir, enabled=True, tensorboard=False)
         try:
-            found = train.train(built, workdir, log)['final']['query_gallery']
+            metrics = train.train(built, workdir, log)['final']['query_gallery']
         finally:
             log.close()
             jax.clear_caches()
-    return {name: round(found[name], 4) for name in ('rank1', 'map', 'text_to_image_r1')}
+    return {name: round(metrics[name], 4) for name in ('rank1', 'map', 'text_to_image_r1')}
 
 
 def main():

@@ -14,69 +14,33 @@ Result: Rank-1 .833, mAP .776 on 60 unseen built-in items (best floor .233, .153
 Versions compared, real products: docs/results/retrieval.md
 """
 
-from ml_collections import config_dict
-
-from mmjax.engine import config as mmjax_config
+from mmjax.engine import config as config_lib
+from mmjax.recipes.retrieval.config import Config
 
 VERSIONS = ('v1', 'v2', 'v3', 'v4')
 WORDS = ('vit', 'rn50', 'staged', 'few', 'smoke', 'published')
 
 
 def get_config(argument: str = ''):
-    words = mmjax_config.words(argument, (*VERSIONS, *WORDS))
-    version = mmjax_config.one_of(words, VERSIONS, 'v4')
-    config = mmjax_config.default()
-    config.task = 'retrieval'
+    words = config_lib.words(argument, (*VERSIONS, *WORDS))
+    version = config_lib.one_of(words, VERSIONS, 'v4')
+    vision = config_lib.one_of(words, ('vit', 'rn50'), 'vit' if 'smoke' in words else 'rn50')
+    config = config_lib.default(Config)
     config.batch_size = 64
-
-    config.data.image_size = 64
-    config.data.max_tokens = 77
-    config.data.vocabulary = 1500  # of the tokenizer trained on the prompts, without weights
-    config.data.tokenizer = config_dict.placeholder(str)  # a folder with CLIP's, without weights
-    config.data.prompts = config_dict.placeholder(str)  # JSON; none: of the root, or descriptions
-    config.data.noun = 'product'
-    config.data.template = 'A {noun} in {color}. {description}'
-    config.data.template_plain = 'A {noun}. {description}'
-    config.data.prompt_policy = 'safe' if version == 'v4' else 'raw'
-    config.data.val_items = 0.0  # share of train's items held out as val, in place of a split val
-    config.data.max_fault_share = 0.01
-    config.data.max_pixels = 50_000_000
-    config.data.augmentation = dict(
-        min_area=0.8,
-        ratio=1.1,
-        mirror=0.5,
-        rotation=0.0,
-        brightness=0.25,
-        contrast=0.15,
-        saturation=0.15,
-        hue=0.0,
-        tint=0.1,
-        grey=0.0,
-        erase=0.0,
-    )
-    config.data.built_in = dict(
-        train_items=480, val_items=40, test_items=60, shots=8, query_shots=2, gallery_shots=4
-    )
-
-    config.model = dict(
-        vision=mmjax_config.one_of(words, ('vit', 'rn50'), 'vit' if 'smoke' in words else 'rn50'),
-        features=128,
-        vit=dict(patch_size=8, width=128, depth=4, heads=4, mlp_width=512),
-        rn50=dict(stage_sizes=(1, 1, 1, 1), width=16, heads=8, pooling='statistics', share=1.0),
-        text=dict(width=96, depth=1, heads=3, mlp_width=384),
-        pretrained=config_dict.placeholder(str),  # CLIP in Hugging Face, open_clip, OpenAI form
-    )
-    # temperature 0 keeps the published one; the group `temperature` decides whether it learns.
-    config.losses = dict(temperature=0.1, chunk='auto', mask_same_item=True, bias=-10.0)
-    config.loss_weights = dict(infonce=1.0) if version == 'v1' else dict(supcon=1.0)
-
-    config.sampler = (
-        dict(name='shuffle') if version == 'v1' else dict(name='pk', by='identity', k=4)
-    )
-    config.optimizer.update(learning_rate=1.5e-3, weight_decay=0.01, clip=5.0)
-    config.optimizer.schedule = 'constant'
-    config.best = dict(metric='val/map', mode='max')
+    config.model.vision = vision
+    config.loss_weights = dict(supcon=1.0)
+    config.sampler = dict(name='pk', by='identity', k=4)
+    config.optimizer.update(learning_rate=1.5e-3, weight_decay=0.01, clip=5.0, schedule='constant')
+    config.best.update(metric='val/map', mode='max')
+    config.evaluate.every_epochs = 5.0
     epochs = 30.0
+    v3_rate = 3e-3
+    if version != 'v4':
+        config.data.prompt_policy = 'raw'
+    if version == 'v1':
+        config.loss_weights = dict(infonce=1.0)
+        config.sampler = dict(name='shuffle')
+
     if 'few' in words:
         config.model.rn50.update(stage_sizes=(1,), share=0.3)
         config.data.augmentation.update(
@@ -84,7 +48,8 @@ def get_config(argument: str = ''):
         )
         config.losses.temperature = 0.05 if version == 'v4' else 0.07
         config.optimizer.learning_rate = 3e-3
-        config.best.metric = ''  # val shows pictures of items that are learnt from
+        v3_rate = 6e-3
+        config.best.metric = ''  # val shows images of items that are learnt from
         epochs = 12.0
     if 'smoke' in words:
         config.quick_compile = True
@@ -103,29 +68,28 @@ def get_config(argument: str = ''):
     if 'published' in words:
         config.batch_size = 32
         config.precision = 'bfloat16'
-        config.data.update(image_size=224, vocabulary=49408)
-        config.data.noun = 'clothing item'
+        config.data.update(image_size=224, vocabulary=49408, noun='clothing item')
         config.data.augmentation.update(min_area=0.8, ratio=1.1)
-        config.model.features = 1024 if config.model.vision == 'rn50' else 512
+        config.model.features = 1024 if vision == 'rn50' else 512
         config.model.vit.update(patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)
         config.model.rn50.update(stage_sizes=(3, 4, 6, 3), width=64, heads=32, pooling='attention')
         config.model.text.update(width=512, depth=12, heads=8, mlp_width=2048)
         config.optimizer.learning_rate = 5e-5
+        v3_rate = 1e-4
         config.losses.temperature = 0.05 if version == 'v4' else 0.07
+        config.evaluate.every_epochs = 1.0
         epochs = {'v1': 10.0, 'v2': 20.0, 'v3': 20.0, 'v4': 50.0}[version]
         if version == 'v4':
-            config.early_stop = dict(metric='val/loss', mode='min', patience=10, min_delta=0.0)
-    config.evaluate.every_epochs = 1.0 if 'published' in words else 5.0
+            config.early_stop.update(metric='val/final_loss', patience=10)
 
     fixed = dict(temperature=0.0)  # learning rates: the temperature stays
     config.stages = ('tune',)
     config.stage.tune = dict(epochs=epochs, learning_rates=fixed)
     if version == 'v3':
-        rate = 2 * config.optimizer.learning_rate
-        config.stage.tune.optimizer = dict(learning_rate=rate)
+        config.stage.tune.optimizer = dict(learning_rate=v3_rate)
+    if version == 'v4':
+        config.optimizer.update(schedule='cosine', span='run', warmup_fraction=0.1)
     if 'smoke' in words or 'staged' in words:
         config.stages = ('first', 'tune')
         config.stage.first = dict(epochs=epochs, learning_rates=fixed)
-    if version == 'v4':
-        config.optimizer.update(schedule='cosine', span='run', warmup_fraction=0.1)
     return config.lock()

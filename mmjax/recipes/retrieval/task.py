@@ -1,73 +1,82 @@
-"""CLIP fine-tuned for retrieval: a picture, or a text, finds the pictures of its item."""
+"""CLIP fine-tuned for retrieval: an image, or a text, finds the images of its item."""
 
-import functools
+import dataclasses
 import json
 import math
+import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
+from etils import epath
 from safetensors.numpy import save
 
-from mmjax.data import augment, clip_tokenizer
-from mmjax.engine.task import Task, final_weights, gather
+from mmjax.data import augment, clip_tokenizer, prepare, tokenizers
+from mmjax.engine.outputs import EmbeddingWriter
+from mmjax.engine.task import Task, gather, tower_output
 from mmjax.errors import UserError
 from mmjax.losses import contrastive
 from mmjax.losses.term import Term
-from mmjax.models import clip
 from mmjax.pretrained import clip as clip_weights
 from mmjax.pretrained import files
-from mmjax.recipes.retrieval import folder as retrieval_folder
-from mmjax.recipes.retrieval import prompts
-from mmjax.recipes.retrieval import splits as retrieval_data
-from mmjax.recipes.retrieval.scores import ItemScores, QueryGallery, shown
+from mmjax.recipes.retrieval import data as retrieval
+from mmjax.recipes.retrieval import folder, model, prompts
+from mmjax.recipes.retrieval.config import Config, Data
+from mmjax.recipes.retrieval.scores import ItemScores, QueryGallery, write_nearest
 
-LOSSES = ('infonce', 'supcon', 'sigmoid')
+DESCRIPTIONS = 'descriptions.json'
+PROMPTS = 'prompts.json'
+IMAGES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
 
 class RetrievalTask(Task):
     """The task of `configs/clip_retrieval.py`.
 
-    Groups of parameters: `vision`, `text` (the towers) and `temperature` (the logit scale; the
-    bias too where the sigmoid loss is used). A tower whose group has rate 0 runs as in evaluation.
+    Groups of parameters: `vision` and `text` (the towers), `temperature` (the logit scale; with
+    the sigmoid loss, the logit bias too).
+
+    Losses: `infonce` (image ↔ text of a row), `supcon` (images and texts together, labels are
+    items), `sigmoid` (a yes-or-no question per pair of image and text).
     """
 
-    def __init__(self, config, assets=None):
-        self.prompts = retrieval_data.Prompts(config.data)
-        self.splits = retrieval_data.open_splits(config)
-        self.tokenizer = retrieval_data.choose_tokenizer(config, assets, self._texts())
-        limit = config.data.max_tokens
-        self.prompts.settle(self.tokenizer, limit)
-        longest = max(
-            map(clip_tokenizer.token_counter(self.tokenizer), self.prompts.final.values())
-        )
-        length = min(limit, math.ceil(longest / 8) * 8)
-        self.splits = {
-            name: split.with_prompts(self.prompts.final, self.tokenizer, length)
-            for name, split in self.splits.items()
-        }
-        self.splits['train'].skipped |= self.prompts.cut
-        self.model, self.folder = _model(config, self.tokenizer.size, limit)
-        losses = config.losses
-        self.chunk = losses.chunk if losses.chunk == 'auto' else int(losses.chunk)
-        self.mask_same_item, self.bias = losses.mask_same_item, losses.bias
-        self.temperature = losses.temperature
-        weights = config.loss_weights.to_dict()
-        for name in weights:
-            if name not in LOSSES:
-                raise UserError(f"loss_weights names '{name}'; there are {', '.join(LOSSES)}")
-        self.weights = final_weights(weights)
-        self.batch_size = config.batch_size
-        self.root = config.data.root
+    Config = Config
+    towers = model.TOWERS
 
-    def _texts(self):
-        if self.prompts.raw is None:  # built-in items describe themselves
-            prepared = self.splits['train'].prepared
-            self.prompts.write(prepared.descriptions)
-        used = {self.splits['train'].items[i] for i in self.splits['train'].index['identity']}
-        return [self.prompts.raw[item] for item in sorted(used) if item in self.prompts.raw]
+    def __init__(self, config: Config, assets: epath.Path | None = None):
+        self.config = config
+        spec = config.data
+        raw, self.source = _read_prompts(spec)
+        splits = _open_splits(spec)
+        train = splits['train']
+        if raw is None:  # built-in items come with descriptions
+            raw = _from_descriptions(train.prepared.descriptions, spec)
+        self.raw_prompts = raw
+        items = sorted({train.items[identity] for identity in train.index['identity']})
+        texts = [raw[item] for item in items if item in raw]
+        self.tokenizer = _tokenizer(config, assets, texts)
+        self.count_tokens = clip_tokenizer.token_counter(self.tokenizer)
+        if spec.prompt_policy == 'safe':
+            self.prompts, report = self._token_safe()
+            cut = {kind: n for kind, n in report.counts.items() if kind != 'kept'}
+        else:
+            self.prompts = raw
+            cut = {'truncated': sum(self.count_tokens(t) > spec.max_tokens for t in raw.values())}
+        longest = max(map(self.count_tokens, self.prompts.values()), default=2)
+        length = min(spec.max_tokens, math.ceil(longest / 8) * 8)
+        self.splits = {
+            name: split.with_prompts(self.prompts, self.tokenizer, length)
+            for name, split in splits.items()
+        }
+        self.splits['train'].skipped |= {f'prompts_{kind}': n for kind, n in cut.items() if n}
+        self.model = model.build(config, self.tokenizer.size)
+
+    def _token_safe(self):
+        spec = self.config.data
+        fallback = prompts.noun_alone(spec.noun, spec.template_plain)
+        return prompts.token_safe(
+            self.raw_prompts, self.count_tokens, spec.max_tokens, fallback=fallback
+        )
 
     def dataset(self, split):
         return self.splits[split]
@@ -77,232 +86,261 @@ class RetrievalTask(Task):
 
     def save_assets(self, workdir):
         self.tokenizer.save(workdir)
-        prompts.write(pathlib.Path(workdir) / retrieval_data.PROMPTS, self.prompts.final)
+        prompts.write(workdir / PROMPTS, self.prompts)
 
     # Model -----------------------------------------------------------------------------------
 
     def init(self, key, batch):
-        inputs = (batch['images'], batch['tokens'], batch['token_mask'])
-        variables = self.model.init({'params': key, 'dropout': key}, *inputs)
-        if 'sigmoid' in self.weights:  # CLIP itself has no bias
-            bias = {'logit_bias': jnp.float32(self.bias)}
+        variables = self.model.init(key, batch['images'], batch['tokens'], batch['token_mask'])
+        if any('sigmoid' in weights for _, weights in self.config.all_loss_weights()):
+            bias = {'logit_bias': jnp.float32(self.config.losses.bias)}  # CLIP itself has none
             variables = {**variables, 'params': {**variables['params'], **bias}}
         return variables
 
     def pretrained(self, variables):
-        if not self.folder:
+        source = self.config.model.pretrained
+        if not source:
             return variables
-        params, stats = clip_weights.load(self.folder, image_size=self.model.vision.image_size)
+        params, stats = clip_weights.load(source, image_size=self.config.data.image_size)
         fresh = dict(variables['params'])
-        own = {key: fresh.pop(key) for key in ('logit_bias',) if key in fresh}
-        params = files.graft(fresh, params, self.folder)
-        if self.temperature:  # else the published one holds
-            params['logit_scale'] = np.float32(-math.log(self.temperature))
-        out = {**variables, 'params': {**params, **own}}
+        bias = {key: fresh.pop(key) for key in ('logit_bias',) if key in fresh}
+        params = files.graft(fresh, params, source) | bias
+        if self.config.losses.temperature:  # else the published one stays
+            params['logit_scale'] = np.float32(-math.log(self.config.losses.temperature))
+        out = {**variables, 'params': params}
         if stats:
-            out['batch_stats'] = files.graft(variables['batch_stats'], stats, self.folder)
+            out['batch_stats'] = files.graft(variables['batch_stats'], stats, source)
         return out
 
     def forward(self, variables, batch, stage, *, train, key):
-        live = lambda group: train and stage.trains(group)
-        keep = lambda x, group: x if stage.trains(group) else checkpoint_name(x, 'frozen')
-        apply = functools.partial(self.model.apply, variables, rngs={'dropout': key})
-        image, changed = apply(
+        image, changed = self.model.apply(
+            variables,
             batch['images'],
             batch['mask'],
-            live('vision'),
+            train['vision'],
             method='encode_image',
             mutable=['batch_stats'],
         )
-        text = apply(batch['tokens'], batch['token_mask'], live('text'), method='encode_text')
-        outputs = {'image': keep(image, 'vision'), 'text': keep(text, 'text')}
+        text = self.model.apply(
+            variables, batch['tokens'], batch['token_mask'], train['text'], method='encode_text'
+        )
+        outputs = {
+            'image': tower_output(image, train['vision']),
+            'text': tower_output(text, train['text']),
+        }
         return outputs, changed.get('batch_stats', {})
 
     def terms(self, variables, outputs, batch, stage):
-        return self._terms(variables, outputs, batch['identity'], batch['mask'], stage.losses)
-
-    def _terms(self, variables, outputs, identity, mask, losses):
-        """Returns the losses named, their collapse values and floors, cosine and temperature."""
-        image, text = outputs['image'], outputs['text']
+        """Returns the losses of the stage with their values at collapse and floors, and more."""
+        image = outputs['image']
+        text = outputs['text']
+        identity = batch['identity']
+        mask = batch['mask']
+        options = self.config.losses
         scale = self.model.apply(variables, method='scale')
-        shared = {'temperature': 1 / scale, 'chunk': self.chunk}
-        labels = identity if self.mask_same_item else None
-        terms, n = {}, mask.sum()
-        wrong = mask * (n - _same(identity, mask)) if self.mask_same_item else mask * (n - 1)
-        if 'supcon' in losses:
-            both = jnp.concatenate([image, text])
-            twice = jnp.concatenate([identity, identity]), jnp.concatenate([mask, mask])
-            terms['supcon'], report = contrastive.supcon(both, *twice, **shared)
-            terms |= {f'supcon_{line}': report[line] for line in ('floor', 'collapse')}
-        if 'infonce' in losses:
+        shared = {'temperature': 1 / scale, 'chunk': options.chunk}
+        labels = identity if options.mask_same_item else None
+        count = mask.sum()
+        alike = _same(identity, mask) if options.mask_same_item else 1
+        negatives = mask * (count - alike)  # int [rows]
+        cosine = jnp.sum(_unit(image) * _unit(text), -1)
+        terms = {
+            'image_text_cosine': jnp.where(mask, cosine, 0).sum() / jnp.maximum(count, 1),
+            'temperature': 1 / scale,
+        }
+        if 'supcon' in stage.losses:
+            both = [jnp.concatenate(x) for x in ((image, text), (identity, identity), (mask, mask))]
+            terms['supcon'], report = contrastive.supcon(*both, **shared)
+            terms |= {f'supcon_{name}': report[name] for name in ('floor', 'collapse')}
+        if 'infonce' in stage.losses:
             terms['infonce'] = contrastive.infonce(image, text, mask, labels=labels, **shared)
-            terms['infonce_floor'] = 0.0
-            asked = jnp.maximum((wrong > 0).sum(), 1)
-            terms['infonce_collapse'] = jnp.log1p(wrong.astype(jnp.float32)).sum() / asked
-        if 'sigmoid' in losses:
-            if 'logit_bias' not in variables['params']:
-                raise ValueError(
-                    "a stage's loss_weights names 'sigmoid', config.loss_weights has not"
-                )
+            anchors = jnp.maximum((negatives > 0).sum(), 1)
+            collapse = jnp.log1p(negatives.astype(jnp.float32)).sum() / anchors
+            terms |= {'infonce_floor': 0.0, 'infonce_collapse': collapse}
+        if 'sigmoid' in stage.losses:
             bias = variables['params']['logit_bias']
             terms['sigmoid'] = contrastive.sigmoid(
-                image, text, mask, scale=scale, bias=bias, labels=labels, chunk=self.chunk
+                image, text, mask, scale=scale, bias=bias, labels=labels, chunk=options.chunk
             )
-            no = wrong.sum() / jnp.maximum(n, 1) * jax.nn.softplus(scale + bias)
-            terms |= {'sigmoid_floor': 0.0, 'sigmoid_collapse': no + jax.nn.softplus(-scale - bias)}
-        cosine = jnp.sum(_unit(image) * _unit(text), -1)
-        terms['image_text_cosine'] = jnp.where(mask, cosine, 0).sum() / jnp.maximum(n, 1)
-        terms['temperature'] = 1 / scale
-        still = jax.lax.stop_gradient
-        return {name: x if isinstance(x, Term) else still(x) for name, x in terms.items()}
+            collapse = negatives.sum() / jnp.maximum(count, 1) * jax.nn.softplus(scale + bias)
+            collapse += jax.nn.softplus(-scale - bias)
+            terms |= {'sigmoid_floor': 0.0, 'sigmoid_collapse': collapse}
+        fixed = jax.lax.stop_gradient
+        return {name: x if isinstance(x, Term) else fixed(x) for name, x in terms.items()}
 
     # Evaluation ------------------------------------------------------------------------------
 
     def encode(self, variables, batch):
-        """Embeds pictures and prompts: {'image', 'text'} float32 [batch, features], length 1."""
+        """Embeds images and prompts: {'image', 'text'} float32 [batch, features], length 1."""
         return {
             'image': self.embed_images(variables, batch),
             'text': self.embed_texts(variables, batch),
         }
 
     def embed_images(self, variables, batch):
-        """Embeds pictures only: float32 [batch, features], length 1."""
-        apply = functools.partial(self.model.apply, variables, method='encode_image')
-        return _unit(apply(batch['images'], None, False))
+        """Embeds images: float32 [batch, features], length 1."""
+        return _unit(
+            self.model.apply(variables, batch['images'], None, False, method='encode_image')
+        )
 
     def embed_texts(self, variables, batch):
-        """Embeds prompts only: float32 [batch, features], length 1."""
-        apply = functools.partial(self.model.apply, variables, method='encode_text')
-        return _unit(apply(batch['tokens'], batch['token_mask'], False))
+        """Embeds prompts: float32 [batch, features], length 1."""
+        tokens = batch['tokens'], batch['token_mask']
+        return _unit(self.model.apply(variables, *tokens, False, method='encode_text'))
 
     def evaluators(self):
-        out = {'val': ItemScores(self, self.splits['val'], self.batch_size, self.weights)}
+        batch_size = self.config.batch_size
+        out = {'val': ItemScores(self.splits['val'], batch_size)}
         if 'query' in self.splits and 'gallery' in self.splits:
             pair = self.splits['query'], self.splits['gallery']
-            out['query_gallery'] = QueryGallery(*pair, self.batch_size)
+            out['query_gallery'] = QueryGallery(*pair, batch_size)
         return out
 
-    def predict(self, apply, inputs, output):
-        """Names the ten gallery pictures nearest to a picture (a path) or to a text."""
+    def predict(self, predict, inputs, output, question=None):
+        """Names the ten gallery images nearest to an image (a path) or to a text."""
         gallery = self.splits.get('gallery', self.splits['val'])
-        path = pathlib.Path(inputs)
-        if path.is_file():
-            picture = gallery.open(path, inputs)
-            image = augment.centre_crop(picture, gallery.image_size)
-            found = jax.jit(self.embed_images)(apply.variables, {'images': image[None]})
-        elif path.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff'):
+        image = None
+        if os.path.isfile(inputs):  # never raises, unlike pathlib's, for a long text
+            image = gallery.open(pathlib.Path(inputs), inputs)
+            pixels = augment.centre_crop(image, gallery.image_size)
+            embedding = jax.jit(self.embed_images)(predict.variables, {'images': pixels[None]})
+        elif inputs.lower().endswith(IMAGES):
             raise UserError(f'{inputs} does not exist')
         else:
-            tokens, mask = self.tokenizer.encode([inputs], self.prompts.limit)
+            tokens, mask = self.tokenizer.encode([inputs], self.config.data.max_tokens)
             batch = {'tokens': tokens, 'token_mask': mask}
-            found, picture = jax.jit(self.embed_texts)(apply.variables, batch), None
-        encoded, _ = gather(apply, 'embed_images', gallery, self.batch_size)
-        return shown(np.asarray(found), picture, inputs, encoded, gallery, output)
+            embedding = jax.jit(self.embed_texts)(predict.variables, batch)
+        embeddings, _ = gather(predict, 'embed_images', gallery, self.config.batch_size)
+        return write_nearest(np.asarray(embedding), image, inputs, embeddings, gallery, output)
 
-    def embed(self, apply, output):
-        """Writes embeddings.npy [pictures, features] and index.jsonl, texts.npy and texts.jsonl."""
-        output.mkdir(parents=True, exist_ok=True)
-        splits = tuple(self.splits.values())
-        total, at, seen, told = sum(map(len, splits)), 0, set(), []
-        rows = None
-        with (output / 'index.jsonl').open('w') as index:
+    def embed(self, predict, output):
+        """Writes embeddings.npy [images, features] and index.jsonl, texts.npy and texts.jsonl."""
+        splits = self.splits.values()
+        items = {split.items[i] for split in splits for i in split.index['identity']}
+        seen = set()
+        with (
+            EmbeddingWriter(output, sum(map(len, splits))) as images,
+            EmbeddingWriter(output, len(items), name='texts', index='texts') as texts,
+        ):
             for split in splits:
-                for outputs, batch in apply('encode', split, self.batch_size):
-                    image = outputs['image']
-                    if rows is None:
-                        shape = (total, image.shape[1])
-                        rows = np.lib.format.open_memmap(
-                            output / 'embeddings.npy', 'w+', dtype=np.float32, shape=shape
-                        )
-                    rows[at : at + len(image)] = image
-                    for place, row in enumerate(batch['row']):
-                        record = split.record(int(row))
-                        entry = {'row': at, 'split': split.split, 'item_id': record['item']}
-                        index.write(json.dumps({**entry, 'path': record['image_path']}) + '\n')
-                        at += 1
+                for outputs, batch in predict('encode', split, self.config.batch_size):
+                    records = [split.record(int(row)) for row in batch['row']]
+                    entries = [
+                        {'split': split.split, 'item_id': r['item'], 'path': r['image_path']}
+                        for r in records
+                    ]
+                    images.add(outputs['image'], entries)
+                    for text, record in zip(outputs['text'], records, strict=True):
                         if record['item'] not in seen:
                             seen.add(record['item'])
-                            told.append((record['item'], outputs['text'][place]))
-        rows.flush()
-        np.save(output / 'texts.npy', np.stack([text for _, text in told]))
-        lines = [json.dumps({'row': i, 'item_id': item}) for i, (item, _) in enumerate(told)]
-        (output / 'texts.jsonl').write_text('\n'.join(lines) + '\n')
-        return f'{total} pictures, {len(told)} texts: {output / "embeddings.npy"}'
+                            texts.add(text[None], [{'item_id': record['item']}])
+        return f'{images.rows} images, {texts.rows} texts: {images.path}'
 
     def prepare(self, output):
-        """Writes prompts, the pictures of items with two or more, and reports on both."""
-        output = pathlib.Path(output)
+        """Writes prompts, the images of items with two or more, and reports on both."""
         output.mkdir(parents=True, exist_ok=True)
-        prompts.write(output / 'prompts_raw.json', self.prompts.raw)
-        safe, report = prompts.token_safe(
-            self.prompts.raw,
-            clip_tokenizer.token_counter(self.tokenizer),
-            self.prompts.limit,
-            fallback=self.prompts.fallback,
-        )
-        prompts.write(output / retrieval_data.PROMPTS, safe)
-        told = [report.table()]
-        (output / 'prompts_report.json').write_text(json.dumps(report.to_json(), indent=1))
-        if self.root:
-            root = pathlib.Path(self.root).expanduser()
-            table = retrieval_folder.read_table(root)
-            found = prompts.consistency(self.prompts.source, table, root)
+        to_json = lambda name, content: (output / name).write_text(json.dumps(content, indent=1))
+        prompts.write(output / 'prompts_raw.json', self.raw_prompts)
+        safe, report = self._token_safe()
+        prompts.write(output / PROMPTS, safe)
+        to_json('prompts_report.json', report.to_json())
+        tables = [report.table()]
+        if self.config.data.root:
+            root = pathlib.Path(self.config.data.root).expanduser()
+            table = folder.read_table(root)
+            consistency = prompts.consistency(self.source, table, root)
             kept, _ = prompts.keep_pairs(table, split='train')
-            (output / 'consistency.json').write_text(json.dumps(found.to_json(), indent=1))
-            (output / 'image_paths_clean.json').write_text(json.dumps(kept, indent=1))
-            told.insert(0, found.table())
-        return '\n\n'.join([*told, f'written: {output}'])
+            to_json('consistency.json', consistency.to_json())
+            to_json('image_paths_clean.json', kept)
+            tables.insert(0, consistency.table())
+        return '\n\n'.join([*tables, f'written: {output}'])
 
     def export(self, variables, output):
         """Writes the model in published form: Hugging Face's, or OpenAI's names for RN50."""
         if getattr(self.model.vision, 'pooling', 'attention') != 'attention':
             return "not CLIP's pooling: there is no published form of this model"
         params = {k: v for k, v in variables['params'].items() if k != 'logit_bias'}
-        fields = {'vision': _fields(self.model.vision), 'text': _fields(self.model.text)}
+        fields = {name: model.tower_fields(getattr(self.model, name)) for name in self.towers}
         tensors, described = clip_weights.export(params, variables.get('batch_stats', {}), fields)
-        folder = pathlib.Path(output) / 'clip'
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'model.safetensors').write_bytes(save(tensors))
+        target = output / 'clip'
+        target.mkdir(parents=True, exist_ok=True)
+        (target / 'model.safetensors').write_bytes(save(tensors))
         name = 'open_clip_config.json' if 'model_cfg' in described else 'config.json'
-        (folder / name).write_text(json.dumps(described, indent=1))
-        self.tokenizer.save(folder)
-        return f'CLIP in published form: {folder}'
+        (target / name).write_text(json.dumps(described, indent=1))
+        self.tokenizer.save(target)
+        return f'CLIP in published form: {target}'
 
 
-def _model(config, vocabulary, length):
-    """Builds the model and names the folder of its pretrained weights, if any."""
-    spec = config.model
-    towers = {'vit': spec.vit.to_dict(), 'rn50': spec.rn50.to_dict()}
-    if spec.vision not in towers:
-        raise UserError(f"model.vision '{spec.vision}' is not {' or '.join(towers)}")
-    fields = {
-        'vision': {**towers[spec.vision], 'features': spec.features},
-        'text': {
-            **spec.text.to_dict(),
-            'features': spec.features,
-            'vocabulary': vocabulary,
-            'max_length': length,
-        },
-    }
-    if spec.pretrained:
-        fields = clip_weights.fields(spec.pretrained)
-        for key, needed in (('vocabulary', vocabulary), ('max_length', length)):
-            if fields['text'][key] < needed:
-                raise UserError(
-                    f'{spec.pretrained}: the text tower has {key} {fields["text"][key]}, the '
-                    f'tokenizer and data.max_tokens need {needed}'
-                )
-    fields['vision']['image_size'] = config.data.image_size
-    model = clip.build(
-        **fields, temperature=config.losses.temperature or 0.07, dtype=jnp.dtype(config.precision)
+def _read_prompts(spec: Data):
+    """Reads the prompts that the config names, or else those of data.root.
+
+    Returns ({item: prompt}, what the file holds); (None, None) for built-in items.
+    """
+    path = spec.prompts
+    if path is None and spec.root:
+        root = pathlib.Path(spec.root).expanduser()
+        present = [root / name for name in (PROMPTS, DESCRIPTIONS) if (root / name).is_file()]
+        if not present and root.is_dir():
+            raise UserError(
+                f'{root} holds neither {PROMPTS} nor {DESCRIPTIONS}; data.prompts can name one'
+            )
+        path = present[0] if present else None
+    if path is None:
+        return None, None
+    path = pathlib.Path(path).expanduser()
+    start = path.read_text('utf-8-sig', errors='replace').lstrip()[:1] if path.is_file() else ''
+    if start == '[':
+        source = prompts.read_descriptions(path, unique=False)
+        return _from_descriptions(prompts.read_descriptions(path), spec), source
+    raw = prompts.read_prompts(path)
+    return raw, raw
+
+
+def _from_descriptions(descriptions, spec: Data) -> dict[str, str]:
+    return prompts.generate(descriptions, spec.template, spec.noun, spec.template_plain)
+
+
+def _open_splits(spec: Data) -> dict[str, retrieval.ItemImages]:
+    """Prepares the items and opens the splits that exist; val may be items of train."""
+    names = ['train', 'val', 'query', 'gallery']
+    if spec.root:
+        named = folder.named_splits(spec.root)
+        names = [name for name in names if name == 'train' or name in named]
+    if spec.val_items:
+        names = [name for name in names if name != 'val']
+    elif 'val' not in names:
+        folder.open_folder(spec.root, ('train',))  # its own faults come first
+        raise UserError(
+            f"{spec.root} has no images of split 'val': data.val_items=.1 takes items of train"
+        )
+    prepared = retrieval.prepare_items(
+        spec.root,
+        prepare.cache_dir(spec.cache),
+        splits=tuple(names),
+        seed=spec.seed,
+        synthetic_sizes=dataclasses.asdict(spec.built_in),
+        max_fault_share=spec.max_fault_share,
+        max_pixels=spec.max_pixels,
+        wait=jax.process_index() > 0,
     )
-    return model, spec.pretrained
+    options = {
+        'image_size': spec.image_size,
+        'augmentation': augment.Augmentation(**dataclasses.asdict(spec.augmentation)),
+    }
+    splits = {name: retrieval.ItemImages(prepared, name, **options) for name in names}
+    if spec.val_items:
+        splits |= splits['train'].hold_out(spec.val_items, spec.seed)
+    return splits
 
 
-def _fields(module):
-    """Returns the fields of a tower that decide what it computes."""
-    skip = ('dtype', 'implementation', 'parent', 'name', 'pooling', 'share')
-    return {key: getattr(module, key) for key in module.__dataclass_fields__ if key not in skip}
+def _tokenizer(config: Config, assets: epath.Path | None, texts: list[str]):
+    """Returns the tokenizer of `assets`, of a folder that the config names, or one of the texts."""
+    if assets is not None:
+        return tokenizers.load_tokenizer(assets)
+    named = config.data.tokenizer or config.model.pretrained
+    if named:
+        return clip_tokenizer.load_clip_tokenizer(named)
+    return clip_tokenizer.train_clip_tokenizer(texts, config.data.vocabulary)
 
 
 def _unit(x):

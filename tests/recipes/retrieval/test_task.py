@@ -1,29 +1,34 @@
-"""The retrieval recipe: its losses and lines, its versions' rates, and every mode on a tiny run."""
+"""The retrieval recipe: its losses, frozen towers and scores, and every mode on a tiny run."""
 
+import copy
+import dataclasses
+import functools
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 from safetensors.numpy import load_file
 
 from mmjax.data import clip_tokenizer
-from mmjax.engine import build, evaluate, modes, optim, stages
-from mmjax.engine.config import View
+from mmjax.engine import build, evaluate, modes, step
+from mmjax.engine import config as config_lib
+from mmjax.engine.task import towers_training
 from mmjax.engine.train import weights_from
 from mmjax.errors import UserError
 from mmjax.losses import contrastive
-from mmjax.models import clip
-from mmjax.recipes.retrieval import task as retrieval
-from tests import clip_presets, runs
+from tests import runs
 
 
 def tiny(words='', cache=None, **changes):
     """Returns the smoke config with towers that compile in seconds; changes as in runs.toy."""
-    config = runs.recipe('clip_retrieval', f'smoke,vit,{words}')
+    tower = '' if 'rn50' in words else 'vit'
+    config = runs.recipe('clip_retrieval', f'smoke,{tower},{words}')
     config.model.vit.update(width=16, depth=1, heads=2, mlp_width=32, patch_size=16)
     config.model.text.update(width=16, heads=2, mlp_width=32)
     config.model.features = 16
@@ -47,20 +52,24 @@ def trained(tmp_path_factory, cache):
 
 @pytest.fixture(scope='module')
 def model(trained):
-    """Returns (built run, apply) with the trained weights."""
+    """Returns (built run, predictor) with the trained weights."""
     workdir, config, _ = trained
     built = build.run(config, assets=workdir)
     with jax.set_mesh(built.mesh):
         variables, _ = weights_from(built, str(workdir))
-        yield built, evaluate.Apply(built.task, variables, built.mesh)
+        yield built, evaluate.Predictor(built.task, variables, built.mesh)
 
 
 # Losses -------------------------------------------------------------------------------------
 
 
+def unit(x):
+    x = np.float64(x)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
 def supcon_oracle(z, labels, temperature):
-    z = np.asarray(z, np.float64)
-    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    z = unit(z)
     total, anchors = 0.0, 0
     for i in range(len(z)):
         others = [j for j in range(len(z)) if j != i]
@@ -73,34 +82,48 @@ def supcon_oracle(z, labels, temperature):
 
 
 def infonce_oracle(a, b, labels, temperature):
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-    logits = unit(np.float64(a)) @ unit(np.float64(b)).T / temperature
+    logits = unit(a) @ unit(b).T / temperature
     same = (labels[:, None] == labels) & ~np.eye(len(labels), dtype=bool)
     logits[same] = -np.inf
     both = [np.log(np.exp(x).sum(1)) - np.diag(x) for x in (logits, logits.T)]
     return np.mean(both)
 
 
-def test_losses_agree_with_loops_and_see_identities(model, trained):
-    built, apply = model
-    config_temperature = trained[1].losses.temperature
-    rng = np.random.default_rng(0)
-    image, text = rng.normal(size=(2, 6, 5)).astype(np.float32)
-    labels = np.array([3, 3, 8, 8, 8, 1])
-    outputs = {'image': jnp.asarray(image), 'text': jnp.asarray(text)}
-    mask = jnp.ones(6, bool)
-    found = built.task._terms(apply.variables, outputs, labels, mask, ('supcon', 'infonce'))
-    temperature = float(found['temperature'])
-    assert temperature == pytest.approx(config_temperature, rel=1e-6)
-    both = np.concatenate([image, text])
-    expected = supcon_oracle(both, np.tile(labels, 2), temperature)
-    assert float(found['supcon'].mean()) == pytest.approx(expected, rel=1e-5)
-    expected = infonce_oracle(image, text, labels, temperature)
-    assert float(found['infonce'].mean()) == pytest.approx(expected, rel=1e-5)
-    # All equal: what InfoNCE then is, with the pictures of one item left out of the negatives.
+def terms_of(model, outputs, labels, mask, losses, **options):
+    """Returns the terms of the task for given embeddings; `options` of config.losses."""
+    built, predictor = model
+    task = copy.copy(built.task)
+    losses_config = dataclasses.replace(built.config.losses, **options)
+    task.config = dataclasses.replace(built.config, losses=losses_config)
+    batch = {'identity': jnp.asarray(labels), 'mask': jnp.asarray(mask)}
+    params = predictor.variables['params'] | {'logit_bias': jnp.float32(losses_config.bias)}
+    stage = types.SimpleNamespace(losses=losses)
+    return task.terms({**predictor.variables, 'params': params}, outputs, batch, stage)
+
+
+LABELS = np.array([3, 3, 8, 8, 8, 1])
+
+
+def embeddings(seed=0):
+    image, text = np.random.default_rng(seed).normal(size=(2, 6, 5)).astype(np.float32)
+    return {'image': jnp.asarray(image), 'text': jnp.asarray(text)}
+
+
+def test_losses_agree_with_loops_and_see_identities(model):
+    outputs = embeddings()
+    mask = np.ones(6, bool)
+    terms = terms_of(model, outputs, LABELS, mask, ('supcon', 'infonce'))
+    temperature = float(terms['temperature'])
+    assert temperature == pytest.approx(model[0].config.losses.temperature, rel=1e-6)
+    both = np.concatenate([outputs['image'], outputs['text']])
+    expected = supcon_oracle(both, np.tile(LABELS, 2), temperature)
+    assert float(terms['supcon'].mean()) == pytest.approx(expected, rel=1e-5)
+    expected = infonce_oracle(outputs['image'], outputs['text'], LABELS, temperature)
+    assert float(terms['infonce'].mean()) == pytest.approx(expected, rel=1e-5)
+    # All equal: what InfoNCE then is, with the images of one item left out of the negatives.
     flat = {name: jnp.ones((6, 5)) for name in outputs}
-    equal = built.task._terms(apply.variables, flat, labels, mask, ('supcon', 'infonce'))
-    for name in ('supcon', 'infonce'):
+    equal = terms_of(model, flat, LABELS, mask, ('supcon', 'infonce', 'sigmoid'))
+    for name in ('supcon', 'infonce', 'sigmoid'):
         collapse = float(equal[f'{name}_collapse'])
         assert float(equal[name].mean()) == pytest.approx(collapse, rel=1e-5)
     assert float(equal['infonce_collapse']) == pytest.approx(
@@ -109,32 +132,63 @@ def test_losses_agree_with_loops_and_see_identities(model, trained):
     assert float(equal['image_text_cosine']) == pytest.approx(1, rel=1e-6)
 
 
-def test_padding_rows_change_nothing(model):
-    built, apply = model
-    rng = np.random.default_rng(1)
-    image, text = rng.normal(size=(2, 6, 5)).astype(np.float32)
-    labels, names = np.array([1, 1, 2, 2, 3, 3]), ('supcon', 'infonce')
-    padded = {
-        'image': jnp.concatenate([image, jnp.full((2, 5), jnp.nan)]),
-        'text': jnp.concatenate([text, jnp.full((2, 5), jnp.inf)]),
-    }
-    mask = jnp.arange(8) < 6
-    less = built.task._terms(
-        apply.variables, {'image': image, 'text': text}, labels, jnp.ones(6, bool), names
+@pytest.mark.parametrize('mask_same_item', [True, False])
+def test_mask_same_item_decides_which_pairs_are_negatives(model, mask_same_item):
+    names = ('infonce', 'sigmoid', 'supcon')
+    mask = np.ones(6, bool)
+    arguments = embeddings(), LABELS, mask, names
+    terms = terms_of(model, *arguments, mask_same_item=mask_same_item, bias=-3.0)
+    labels = LABELS if mask_same_item else np.arange(6)
+    temperature = float(terms['temperature'])
+    pair = [arguments[0][name] for name in ('image', 'text')]
+    expected = infonce_oracle(*pair, labels, temperature)
+    assert float(terms['infonce'].mean()) == pytest.approx(expected, rel=1e-5)
+    logits = unit(pair[0]) @ unit(pair[1]).T / temperature - 3
+    kept = ~((labels[:, None] == labels) & ~np.eye(6, dtype=bool))
+    losses = np.logaddexp(0, np.where(np.eye(6, dtype=bool), -logits, logits))
+    assert float(terms['sigmoid'].mean()) == pytest.approx((losses * kept).sum() / 6, rel=1e-5)
+    negatives = kept.sum(1) - 1
+    collapse = np.log1p(negatives).sum() / (negatives > 0).sum()
+    assert float(terms['infonce_collapse']) == pytest.approx(collapse, rel=1e-6)
+    both = np.concatenate(pair)  # SupCon always has the images of an item as positives
+    expected = supcon_oracle(both, np.tile(LABELS, 2), temperature)
+    assert float(terms['supcon'].mean()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_size_of_tiles_changes_nothing(model):
+    names = ('infonce', 'sigmoid', 'supcon')
+    whole, tiled = (
+        terms_of(model, embeddings(), LABELS, np.ones(6, bool), names, chunk=chunk)
+        for chunk in ('auto', 2)
     )
-    more = built.task._terms(apply.variables, padded, np.append(labels, [1, 9]), mask, names)
+    for name in names:
+        assert float(tiled[name].mean()) == pytest.approx(float(whole[name].mean()), rel=1e-5)
+
+
+def test_padding_rows_change_nothing(model):
+    outputs = embeddings(1)
+    labels = np.array([1, 1, 2, 2, 3, 3])
+    names = ('supcon', 'infonce', 'sigmoid')
+    padded = {
+        'image': jnp.concatenate([outputs['image'], jnp.full((2, 5), jnp.nan)]),
+        'text': jnp.concatenate([outputs['text'], jnp.full((2, 5), jnp.inf)]),
+    }
+    less = terms_of(model, outputs, labels, np.ones(6, bool), names)
+    more = terms_of(model, padded, np.append(labels, [1, 9]), np.arange(8) < 6, names)
     for name in names:
         assert float(more[name].mean()) == pytest.approx(float(less[name].mean()), rel=1e-6)
         for line in ('collapse', 'floor'):
-            wanted = float(less[f'{name}_{line}'])
-            assert float(more[f'{name}_{line}']) == pytest.approx(wanted, rel=1e-6)
+            expected = float(less[f'{name}_{line}'])
+            assert float(more[f'{name}_{line}']) == pytest.approx(expected, rel=1e-6)
+    cosines = [float(terms['image_text_cosine']) for terms in (less, more)]
+    assert cosines[0] == pytest.approx(cosines[1], rel=1e-6)
 
 
 def test_the_log_carries_the_loss_its_floor_its_collapse_and_the_cosine(trained):
     workdir, config, _ = trained
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     steps = [line for line in lines if 'loss' in line]
-    rows, k = 2 * config.batch_size, config.sampler.k  # pictures and texts
+    rows, k = 2 * config.batch_size, config.sampler.k  # images and texts
     temperature = config.losses.temperature
     for line in steps:
         assert line['supcon_floor'] == pytest.approx(math.log(2 * k - 1), rel=1e-6)
@@ -155,25 +209,44 @@ def test_results_have_the_scores(trained):
     for name in ('rank1', 'rank5', 'rank10', 'map', 'minp', 'text_to_image_r1'):
         assert 0 <= scores[name] <= 1
     assert scores['rank1'] <= scores['rank5'] <= scores['rank10']
-    assert results['final']['val']['loss'] == results['final']['val']['supcon']
+    for losses in (scores, results['final']['val']):
+        assert losses['loss'] == losses['final_loss'] == losses['supcon']
+        assert losses['supcon_floor'] < losses['supcon']
 
 
-def test_the_validation_loss_knows_identities(model, trained):
-    """The original's took every picture for an item of its own."""
-    built, apply = model
-    parts = list(apply('encode', built.task.dataset('val'), 16))
+def test_validation_losses_and_scores_know_identities(model):
+    """The original's took every image for an item of its own."""
+    built, predictor = model
+    parts = list(predictor('encode', built.task.dataset('val'), 16))
     image, text = (np.concatenate([out[name] for out, _ in parts]) for name in ('image', 'text'))
     labels = np.concatenate([batch['identity'] for _, batch in parts])
     assert len(set(labels.tolist())) < len(labels)
-    temperature = trained[1].losses.temperature
+    temperature = built.config.losses.temperature
     expected = supcon_oracle(np.concatenate([image, text]), np.tile(labels, 2), temperature)
-    found = built.task.evaluators()['val'].run(apply, final=False).metrics
-    assert found['loss'] == pytest.approx(expected, rel=1e-5)
-    # Each picture asks the others of the split, never itself.
+    stage = built.stages[-1]
+    weights = evaluate.Weights.of(stage, stage.steps, built.final_weights)
+    scores = evaluate.run(built.evaluators, predictor, built.task, weights, final=False)
+    assert not scores['query_gallery'].figures
+    val = scores['val'].metrics
+    assert val['loss'] == pytest.approx(expected, rel=1e-5)
+    # Each image queries the others of the split, never itself.
     cosines = np.float64(image) @ np.float64(image).T
     np.fill_diagonal(cosines, -2)
     hits = labels[cosines.argmax(1)] == labels
-    assert found['rank1'] == pytest.approx(hits.mean(), abs=1e-9)
+    assert val['rank1'] == pytest.approx(hits.mean(), abs=1e-9)
+    # Each image of `query`, and one prompt per item, queries the whole gallery.
+    rows = {}
+    for split in ('query', 'gallery'):
+        for outputs, batch in predictor('encode', built.task.dataset(split), 16):
+            rows[split] = outputs['image'], outputs['text'], batch['identity']
+    query, _, items = rows['query']
+    gallery, texts, truth = rows['gallery']
+    unseen = scores['query_gallery'].metrics
+    assert unseen['rank1'] == pytest.approx((truth[(query @ gallery.T).argmax(1)] == items).mean())
+    names, first = np.unique(truth, return_index=True)
+    hits = truth[(texts[first] @ gallery.T).argmax(1)] == names
+    assert unseen['text_to_image_r1'] == pytest.approx(hits.mean())
+    assert (unseen['queries'], unseen['gallery']) == (len(query), len(gallery))
 
 
 @pytest.mark.parametrize(
@@ -196,69 +269,81 @@ def test_every_loss_trains_the_towers_and_a_thawed_temperature(cache, tmp_path, 
     assert moved.get('logit_bias', 'sigmoid' not in loss)
 
 
-def test_a_sigmoid_that_only_a_stage_names_is_refused(cache):
-    config = tiny('v2', cache)
-    config.stage.tune = dict(steps=2, loss_weights=dict(sigmoid=1.0))
-    with pytest.raises(UserError, match=r"stage\.tune: .*names 'sigmoid'"):
-        build.check_terms(build.run(config))
+def test_a_sigmoid_that_only_a_stage_names_gets_its_bias(cache):
+    config = tiny('v2', cache, losses__bias=-4.0)
+    config.stage.tune = dict(steps=2, loss_weights=dict(supcon=0.0, sigmoid=1.0))
+    built = build.run(config)
+    build.check(built)
+    with jax.set_mesh(built.mesh):
+        assert float(built.init_variables()['params']['logit_bias']) == -4.0
 
 
-# Versions -----------------------------------------------------------------------------------
+# Frozen parts -------------------------------------------------------------------------------
 
-
-def rates(words):
-    plan = stages.plan(stages.parse(View(tiny(words))), lambda stage: 20, 16)
-    return [
-        [optim.rates(stage, ('vision',), step)['vision'] for step in range(stage.steps)]
-        for stage in plan
-    ]
-
-
-def test_v4_warms_up_once_and_decays_once_over_the_run():
-    """The original promised a warm-up, and stepped a cosine of epochs with every batch."""
-    found = np.concatenate(rates('v4'))
-    top = int(np.argmax(found))
-    assert found[0] < 0.3 * found[top] and top == pytest.approx(0.1 * len(found), abs=1)
-    assert (np.diff(found[: top + 1]) > 0).all() and (np.diff(found[top:]) < 0).all()
-    assert found[-1] < 0.01 * found[top]
-
-
-def test_v1_and_v2_hold_their_rate_and_v3_doubles_it():
-    for words in ('v1', 'v2'):
-        assert len({float(rate) for stage in rates(words) for rate in stage}) == 1
-    first, second = rates('v3')
-    assert second[0] == pytest.approx(2 * first[0]) and len(set(second)) == 1
-
-
-def test_versions_differ_as_published():
-    chosen = {words: tiny(words) for words in ('v1', 'v2', 'v3', 'v4', '')}
-    losses = {words: list(config.loss_weights) for words, config in chosen.items()}
-    assert losses == {key: ['infonce' if key == 'v1' else 'supcon'] for key in chosen}
-    assert [c.sampler.name for c in chosen.values()] == ['shuffle', *['pk'] * 4]
-    published = [tiny(f'published,{words}') for words in chosen]
-    assert [c.losses.temperature for c in published] == [0.07, 0.07, 0.07, 0.05, 0.05]
-    assert [c.optimizer.learning_rate for c in published] == [5e-5] * 5
-    policies = [c.data.prompt_policy for c in chosen.values()]
-    assert policies == ['raw', 'raw', 'raw', 'safe', 'safe']
+OWN_RULES = (('backbones', '(vision|text)/.*'),)
 
 
 @pytest.mark.parametrize(
-    ('words', 'preset'), [('vit', clip_presets.vit_b_16), ('rn50', clip_presets.rn50)]
+    ('words', 'rules', 'group'),
+    [
+        ('vit', (), 'vision'),
+        ('rn50', (), 'vision'),
+        ('rn50', (), 'text'),
+        ('rn50', (), 'temperature'),
+        ('rn50', OWN_RULES, 'backbones'),
+    ],
 )
-def test_published_is_openais_model(words, preset):
-    config = View(runs.recipe('clip_retrieval', f'published,{words}'))
-    found, _ = retrieval._model(config, 49408, 77)
-    wanted = clip.build(**preset())
-    for tower in ('vision', 'text'):
-        mine, theirs = getattr(found, tower), getattr(wanted, tower)
-        assert type(mine) is type(theirs)
-        assert retrieval._fields(mine) == retrieval._fields(theirs)
-
-
-@pytest.mark.parametrize('words', ['v1,v2', 'vit,rn50'])
-def test_words_that_exclude_each_other(words):
-    with pytest.raises(UserError, match='exclude each other'):
-        tiny(words)
+def test_frozen_parts_are_the_same_in_training_and_evaluation(cache, words, rules, group):
+    config = tiny(f'v2,{words}', cache, rules=rules, stages=('tune',), optimizer__weight_decay=0.0)
+    config.stage.tune = dict(steps=2, learning_rates={group: 0.0})
+    built = build.run(config)
+    stage = built.stages[0].program
+    data = built.task.dataset('train')
+    rng = np.random.default_rng(0)
+    batch = data.collate([data.example(row, rng, True) for row in range(16)], 0)
+    batch |= {'row': np.arange(16, dtype=np.int32), 'mask': np.ones(16, bool)}
+    train = towers_training(built.task.towers, dict(built.groups.items), stage)
+    frozen = {'vision': ('vision',), 'text': ('text',), 'backbones': ('vision', 'text')}
+    frozen = frozen.get(group, ())
+    assert train == {name: name not in frozen for name in ('vision', 'text')}
+    with jax.set_mesh(built.mesh):
+        variables = jax.tree.map(np.asarray, built.init_variables())
+        call = functools.partial(
+            step.train_step,
+            task=built.task,
+            stage=stage,
+            groups=built.groups,
+            settings=built.settings,
+        )
+        state = step.create(variables, stage, built.groups, built.settings)
+        rates = {name: np.float32(0.1) for name in built.groups.names if name != group}
+        quick = {'xla_backend_optimization_level': 0}
+        call = jax.jit(call, compiler_options=quick)
+        for _ in range(2):
+            state, metrics = call(state, batch, rates, {'supcon': np.float32(1)})
+            assert metrics['ok']
+        forward = jax.jit(functools.partial(built.task.forward, stage=stage, train=train))
+        first, second = (forward(variables, batch, key=jax.random.key(seed))[0] for seed in (0, 1))
+        evaluate_forward = functools.partial(evaluate.forward, built.task, stage)
+        evaluation = jax.jit(evaluate_forward)(variables, batch)
+        embedded = jax.jit(built.task.encode)(variables, batch)
+    after = step.variables(state)
+    differs = lambda a, b: not np.array_equal(np.asarray(a), np.asarray(b))
+    for tower, output in (('vision', 'image'), ('text', 'text')):
+        moved = jax.tree.map(differs, variables['params'][tower], dict(after['params'][tower]))
+        assert jax.tree.all(moved) if tower not in frozen else not any(jax.tree.leaves(moved))
+        np.testing.assert_allclose(first[output], second[output], rtol=1e-6)
+        np.testing.assert_allclose(embedded[output], unit(evaluation[output]), atol=1e-5)
+        if tower in frozen:
+            np.testing.assert_allclose(first[output], evaluation[output], rtol=1e-5, atol=1e-6)
+    assert differs(variables['params']['logit_scale'], after['params']['logit_scale']) == (
+        group != 'temperature'
+    )
+    if words == 'rn50':  # whose batch statistics are live where it trains
+        stats = jax.tree.map(differs, variables['batch_stats'], dict(after['batch_stats']))
+        assert jax.tree.all(stats) if 'vision' not in frozen else not any(jax.tree.leaves(stats))
+        live = not np.allclose(first['image'], evaluation['image'], rtol=1e-3)
+        assert live == ('vision' not in frozen)
 
 
 # Prompts ------------------------------------------------------------------------------------
@@ -268,41 +353,135 @@ def test_prompts_that_the_tokenizer_cuts_are_counted_and_safe_ones_never_are(cac
     """58 % of the original's token-safe prompts were longer than the limit, and cut in silence."""
     raw = build.run(tiny('v2', cache, data__max_tokens=24)).task
     count = clip_tokenizer.token_counter(raw.tokenizer)
-    longer = sum(count(text) > 24 for text in raw.prompts.raw.values())
+    longer = sum(count(text) > 24 for text in raw.raw_prompts.values())
     assert longer > 0 and raw.dataset('train').skipped == {'prompts_truncated': longer}
     safe = build.run(tiny('v4', cache, data__max_tokens=24)).task
-    assert max(map(count, safe.prompts.final.values())) <= 24
+    assert max(map(count, safe.prompts.values())) <= 24
     assert sum(safe.dataset('train').skipped.values()) == longer
     example = safe.dataset('train').example(0, np.random.default_rng(0), True)
-    text = safe.prompts.final[safe.dataset('train').record(0)['item']]
+    text = safe.prompts[safe.dataset('train').record(0)['item']]
     ids = safe.tokenizer.encode([text], 24)[0][0]
     np.testing.assert_array_equal(example['tokens'], ids[: len(example['tokens'])])
+
+
+def test_prompts_are_written_from_descriptions_by_the_templates(cache):
+    config = tiny('v2', cache, data__noun='thing', data__template='{color}|{noun}|{description}')
+    task = build.run(config, data_only=True).task
+    described = task.dataset('train').prepared.descriptions
+    assert all(entry['color'] for entry in described)
+    for entry in described:
+        text = ' '.join(entry['description'])
+        assert task.raw_prompts[entry['item']] == f'{entry["color"]}|thing|{text}'
+
+
+def test_an_empty_file_of_prompts_is_one_sentence(cache, tmp_path):
+    (tmp_path / 'p.json').write_text('{}')
+    with pytest.raises(UserError, match='items of split train have no prompt'):
+        build.run(tiny('v2', cache, data__prompts=str(tmp_path / 'p.json')))
+
+
+# Splits -------------------------------------------------------------------------------------
+
+
+def test_val_items_are_drawn_from_train_by_the_seed_of_the_data(tmp_path):
+    """`seed` trains, `data.seed` draws."""
+    size = dict(train_items=6, val_items=1, test_items=1, shots=2, query_shots=1, gallery_shots=1)
+
+    def items(**changes):
+        config = tiny('v2', tmp_path, data__val_items=0.3, data__built_in=size, **changes)
+        task = build.run(config, data_only=True).task
+        parts = [task.dataset(split) for split in ('train', 'val')]
+        assert [len(part) for part in parts] == [8, 4]
+        return [sorted({part.record(i)['item'] for i in range(len(part))}) for part in parts]
+
+    train, val = items()
+    assert len(val) == 2 and not set(train) & set(val)
+    assert items(seed=1) == [train, val] != items(data__seed=1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Returns a user's folder: three items in train, one of them with a single image."""
+    table = {}
+    for index, item in enumerate('aabbc'):
+        path = f'images/{item}{index}.png'
+        (tmp_path / 'root/images').mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (40, 40), (40 * index, 90, 90)).save(tmp_path / 'root' / path)
+        table[path] = {'item_id': item, 'split': 'train'}
+    (tmp_path / 'root/image_paths.json').write_text(json.dumps(table))
+    return tmp_path / 'root'
+
+
+def test_a_folder_needs_prompts_and_images_to_validate_on(folder, cache):
+    config = tiny('v2', cache, data__root=str(folder))
+    with pytest.raises(UserError, match=r'holds neither prompts\.json nor descriptions\.json'):
+        build.run(config, data_only=True)
+    (folder / 'prompts.json').write_text(json.dumps({item: f'thing {item}' for item in 'abc'}))
+    with pytest.raises(UserError, match=r"no images of split 'val': data\.val_items=\.1 takes"):
+        build.run(config, data_only=True)
+    task = build.run(runs.change(config, data__val_items=0.3), data_only=True).task
+    assert (len(task.dataset('train')), len(task.dataset('val'))) == (3, 2)
+    assert list(task.evaluators()) == ['val']
+
+
+def test_prepare_reports_on_the_users_folder(folder, cache, tmp_path):
+    described = [{'item': item, 'color': '', 'description': ['One.', 'Two.']} for item in 'abd']
+    (folder / 'descriptions.json').write_text(json.dumps([*described, described[0]]))
+    config = tiny('v2', cache, data__root=str(folder), data__val_items=0.3)
+    with pytest.raises(UserError, match="the item 'a' is blank or stands twice"):
+        build.run(config, data_only=True)
+    described.append({'item': 'c', 'description': 'Three.'})
+    (folder / 'descriptions.json').write_text(json.dumps(described))
+    config.data.template_plain = '{noun}: {description}'
+    task = build.run(config, data_only=True).task
+    assert task.raw_prompts == {
+        **dict.fromkeys('abd', 'product: One. Two.'),
+        'c': 'product: Three.',
+    }
+    text = task.prepare(epath.Path(tmp_path / 'out'))
+    report = json.loads((tmp_path / 'out/consistency.json').read_text())
+    assert report['no_images'] == ['d'] and report['few_images'] == ['c'] and 'no images' in text
+    clean = json.loads((tmp_path / 'out/image_paths_clean.json').read_text())
+    assert {entry['item_id'] for entry in clean.values()} == {'a', 'b'}
 
 
 # Modes --------------------------------------------------------------------------------------
 
 
-def test_predict_finds_a_gallery_picture_itself_first(model, tmp_path):
-    built, apply = model
+@pytest.fixture(scope='module')
+def exported(model, tmp_path_factory):
+    """Returns the folder of the trained model in published form, at temperature .02."""
+    built, predictor = model
+    folder = tmp_path_factory.mktemp('export')
+    params = predictor.variables['params'] | {'logit_scale': jnp.log(jnp.float32(50))}
+    variables = {**predictor.variables, 'params': params}
+    modes.export(built.task, variables, epath.Path(folder), built.config)
+    return folder / 'clip'
+
+
+def test_predict_finds_a_gallery_image_itself_first(model, tmp_path):
+    built, predictor = model
     gallery = built.task.dataset('gallery')
-    gallery.image(3).save(tmp_path / 'asked.png')
-    told = built.task.predict(apply, str(tmp_path / 'asked.png'), tmp_path / 'out')
-    found = json.loads((tmp_path / 'out/nearest.json').read_text())['nearest']
-    assert found[0]['path'] == gallery.record(3)['image_path'] and found[0]['cosine'] > 0.999
-    assert found[0]['path'] in told and (tmp_path / 'out/nearest.png').stat().st_size > 1000
+    gallery.image(3).save(tmp_path / 'query.png')
+    text = built.task.predict(predictor, str(tmp_path / 'query.png'), tmp_path / 'out')
+    nearest = json.loads((tmp_path / 'out/nearest.json').read_text())['nearest']
+    assert nearest[0]['path'] == gallery.record(3)['image_path'] and nearest[0]['cosine'] > 0.999
+    assert nearest[0]['path'] in text and (tmp_path / 'out/nearest.png').stat().st_size > 1000
 
 
 def test_predict_takes_a_text_or_names_the_missing_file(model, tmp_path):
-    built, apply = model
-    told = built.task.predict(apply, 'a red mug', tmp_path / 'out')
-    assert len(told.splitlines()) == 2 + len(built.task.dataset('gallery'))
+    built, predictor = model
+    text = built.task.predict(predictor, 'a red mug', tmp_path / 'out')
+    assert len(text.splitlines()) == 2 + len(built.task.dataset('gallery'))
+    text = built.task.predict(predictor, 'a red mug ' * 60, tmp_path / 'long')
+    assert len(text.splitlines()) == 2 + len(built.task.dataset('gallery'))
     with pytest.raises(UserError, match=r'no/such\.jpg does not exist'):
-        built.task.predict(apply, 'no/such.jpg', tmp_path / 'out')
+        built.task.predict(predictor, 'no/such.jpg', tmp_path / 'out')
 
 
-def test_embed_writes_every_picture_once(model, tmp_path):
-    built, apply = model
-    built.task.embed(apply, tmp_path)
+def test_embed_writes_every_image_once(model, tmp_path):
+    built, predictor = model
+    built.task.embed(predictor, tmp_path)
     embeddings, texts = np.load(tmp_path / 'embeddings.npy'), np.load(tmp_path / 'texts.npy')
     index = [json.loads(line) for line in (tmp_path / 'index.jsonl').read_text().splitlines()]
     assert [entry['row'] for entry in index] == list(range(len(embeddings)))
@@ -316,25 +495,11 @@ def test_embed_writes_every_picture_once(model, tmp_path):
 
 
 def test_prepare_writes_safe_prompts_and_reports(cache, tmp_path):
-    config = tiny('v2', cache, data__max_tokens=24)
-    arguments = dict(
-        argv=['main'],
-        existing=False,
-        overwrite=False,
-        input=None,
-        question=None,
-        init_from=None,
-        allow_data_change=False,
-        processes=(None,) * 3,
+    config = config_lib.resolve(tiny('v2', cache, data__max_tokens=24))
+    command = modes.Command(
+        mode='prepare', workdir=epath.Path(tmp_path / 'run'), output=str(tmp_path / 'out')
     )
-    code = modes.run(
-        'prepare',
-        config,
-        config.to_dict(),
-        epath.Path(tmp_path / 'run'),
-        output=str(tmp_path / 'out'),
-        **arguments,
-    )
+    code = modes.run(config, command)
     assert code == 0
     safe = json.loads((tmp_path / 'out/prompts.json').read_text())
     raw = json.loads((tmp_path / 'out/prompts_raw.json').read_text())
@@ -342,27 +507,32 @@ def test_prepare_writes_safe_prompts_and_reports(cache, tmp_path):
     assert json.loads((tmp_path / 'out/prompts_report.json').read_text())['limit'] == 24
 
 
-def test_an_exported_model_loads_as_pretrained_weights(model, trained, cache, tmp_path):
-    built, apply = model
-    modes.export(built.task, apply.variables, epath.Path(tmp_path), {})
-    assert 'visual_projection.weight' in load_file(tmp_path / 'clip/model.safetensors')
-    config = tiny('v2', cache, model__pretrained=str(tmp_path / 'clip'))
+@pytest.mark.parametrize(('temperature', 'scale'), [(0.0, 50.0), (0.2, 5.0)])
+def test_an_exported_model_loads_as_pretrained_weights(model, exported, cache, temperature, scale):
+    """Temperature 0 keeps the published one."""
+    assert 'visual_projection.weight' in load_file(exported / 'model.safetensors')
+    config = tiny('v2', cache, model__pretrained=str(exported), losses__temperature=temperature)
+    config.model.text.width = 64  # of no account: sizes are those of the weights
     other = build.run(config)
     with jax.set_mesh(other.mesh):
-        variables = other.init_variables()
-    chex_equal = jax.tree.map(
-        lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)),
-        dict(variables['params']),
-        dict(apply.variables['params']),
-    )
-    assert jax.tree.all(chex_equal)
+        loaded = dict(other.init_variables()['params'])
+    assert math.exp(loaded.pop('logit_scale')) == pytest.approx(scale, rel=1e-5)
+    equal = lambda a, b: np.array_equal(np.asarray(a), np.asarray(b))
+    held = {name: model[1].variables['params'][name] for name in ('vision', 'text')}
+    assert jax.tree.all(jax.tree.map(equal, loaded, held))
 
 
-def test_a_text_tower_too_small_for_the_tokenizer_is_refused(model, cache, tmp_path):
+def test_without_weights_the_tokenizer_of_a_folder_can_be_used(model, exported, cache):
+    config = tiny('v2', cache, data__tokenizer=str(exported), data__vocabulary=600)
+    task = build.run(config, data_only=True).task
+    assert task.tokenizer.size == model[0].task.tokenizer.size > 600
+    trained = build.run(tiny('v2', cache, data__vocabulary=600), data_only=True).task
+    assert trained.tokenizer.size == 600
+
+
+def test_a_text_tower_too_small_for_the_tokenizer_is_refused(exported, cache):
     """Ids past its table would silently become its last one."""
-    built, apply = model
-    modes.export(built.task, apply.variables, epath.Path(tmp_path), {})
-    config = tiny('v2', cache, model__pretrained=str(tmp_path / 'clip'), data__max_tokens=78)
+    config = tiny('v2', cache, model__pretrained=str(exported), data__max_tokens=78)
     with pytest.raises(UserError, match=r'max_length 77, .* need 78'):
         build.run(config)
 
