@@ -67,17 +67,20 @@ def main():
     told = parser.parse_args()
     plain = json.loads((told.workdir / 'config.json').read_text())['config']
     built = build.run(ml_collections.ConfigDict(plain), assets=told.workdir)
-    task, seed, data = built.task, plain['seed'], plain['data']
+    task, data = built.task, plain['data']
+    seed = data['seed']
     with jax.set_mesh(built.mesh):
         variables, _ = weights_from(built, str(told.workdir))
     questions = [
         receipts_text.pair('count', wording, '', 0)[0] for wording in range(receipts_text.WORDINGS)
     ]
-    tokens, _ = receipts_text.plain_tokens(task.tokenizer, questions, task.most, task.opening)
-    words = np.full((len(tokens), task.most), task.tokenizer.pad_id, np.int32)
+    tokens, _ = receipts_text.plain_tokens(
+        task.tokenizer, questions, task.max_tokens, task.opening_id
+    )
+    words = np.full((len(tokens), task.max_tokens), task.tokenizer.pad_id, np.int32)
     for row, ids in enumerate(tokens):
         words[row, : len(ids)] = ids
-    asked = np.arange(task.most) < np.array([len(ids) for ids in tokens])[:, None]
+    asked = np.arange(task.max_tokens) < np.array([len(ids) for ids in tokens])[:, None]
 
     images, placed, number = [], [], 0
     while len(placed) < told.pictures:

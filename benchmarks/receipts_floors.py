@@ -16,6 +16,7 @@ Writes benchmarks/results/receipts_floors.json.
 
 import argparse
 import collections
+import dataclasses
 import json
 import pathlib
 import sys
@@ -27,9 +28,11 @@ from mmjax.data import prepare as builders
 from mmjax.evals import classification, generation
 from mmjax.recipes.receipts import data as receipts
 from mmjax.recipes.receipts import folder, text
+from mmjax.recipes.receipts.config import Data
 from mmjax.recipes.receipts.scores import contents
 
-SIZES, SIDE, CLASSES = {'train': 6000, 'val': 300, 'test': 600}, 112, 3
+DATA = Data()
+CLASSES = DATA.classes
 PENALTIES = (1e0, 1e1, 1e2, 1e3)
 
 
@@ -83,12 +86,14 @@ def main():
         builders.cache_dir(None),
         splits=names,
         seed=told.seed,
-        synthetic_sizes=SIZES,
-        synthetic_side=SIDE,
+        synthetic_sizes=dataclasses.asdict(DATA.built_in),
+        synthetic_side=DATA.built_in_side,
     )
     asked = 'test' if 'test' in names else 'val'
     train, test = (
-        receipts.ReceiptQuestions(prepared, name, image_size=SIDE, buckets=(64,), classes=CLASSES)
+        receipts.ReceiptQuestions(
+            prepared, name, image_size=DATA.image_size, buckets=(64,), classes=CLASSES
+        )
         for name in ('train', asked)
     )
     records = [train.record(row) for row in range(len(train))]

@@ -1,4 +1,4 @@
-"""The receipts model: the picture's tower and tokens, and answers that padding does not change."""
+"""The receipts model: the image's tower and tokens, and answers that padding does not change."""
 
 import functools
 
@@ -12,19 +12,19 @@ from mmjax.engine import optim
 from mmjax.losses import language
 from mmjax.models.decoder import Decoder
 from mmjax.models.internvit import InternViT, shuffle_pixels
-from mmjax.recipes.receipts.model import Classifier, CrossAttention, Receipts
+from mmjax.recipes.receipts.model import Classifier, CrossAttention, ReceiptsModel
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 VISION = InternViT(image_size=16, patch_size=4, width=8, depth=1, heads=2, mlp_width=12)
-MODEL = Receipts(
+MODEL = ReceiptsModel(
     vision=VISION,
     language=Decoder(
         vocabulary=19, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24, theta=100.0
     ),
     cross_heads=2,
 )
-PICTURE = 4  # tokens: a grid of 4, joined by 2
+IMAGE_TOKENS = 4  # a grid of 4, joined by 2
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -60,13 +60,13 @@ def said(lengths, width):
 
 @functools.cache
 def forced():
-    """Returns jitted (picture, question, its mask, answer, its mask) → logits, by teacher."""
+    """Returns jitted (images, question, its mask, answer, its mask) → logits, by teacher."""
 
-    def run(model, images, question, asked, answer, mask):
-        picture = model.see(images, train=False)
-        prefix, seen, _ = model.ask(picture, question, asked, train=False)
+    def run(model, images, question, question_mask, answer, mask):
+        image = model.encode(images, train=False)
+        prefix, prefix_mask, _ = model.prefix(image, question, question_mask, train=False)
         tokens = language.shift_right(answer, mask, 1)
-        return model.logits(model.answer(prefix, seen, *tokens, train=False))
+        return model.answer(prefix, prefix_mask, *tokens, train=False)
 
     return jax.jit(lambda *batch: MODEL.apply(variables(), *batch, method=run))
 
@@ -107,8 +107,8 @@ def test_the_published_tower_has_its_published_size():
     assert len([name for name in made if name.startswith('block_')]) == 24
 
 
-def test_the_published_model_joins_its_parts_to_256_picture_tokens():
-    model = Receipts(vision=InternViT(), language=Decoder())
+def test_the_published_model_joins_its_parts_to_256_image_tokens():
+    model = ReceiptsModel(vision=InternViT(), language=Decoder())
     images = jax.ShapeDtypeStruct((1, 448, 448, 3), jnp.uint8)
     words, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
     made = jax.eval_shape(model.init, jax.random.key(0), images, mask[0], words, mask, words, mask)
@@ -117,8 +117,8 @@ def test_the_published_model_joins_its_parts_to_256_picture_tokens():
     assert count(params['cross_attention']) == 4 * (896**2 + 896) + 4 * 896
     head = 896 * 512 + 512 + 2 * 512 + 512 * 256 + 256 + 2 * 256 + 256 * 3 + 3
     assert count(params['classifier']) == head
-    see = functools.partial(model.apply, train=False, method='see')
-    assert jax.eval_shape(see, made, images).shape == (1, 256, 896)
+    encode = functools.partial(model.apply, train=False, method='encode')
+    assert jax.eval_shape(encode, made, images).shape == (1, 256, 896)
 
 
 @pytest.mark.parametrize(('stem', 'norm'), [('patch', 'layer'), ('convolutions', 'rms')])
@@ -214,12 +214,12 @@ def test_rows_that_fill_a_batch_do_not_move_the_classifier():
     assert found.dtype == jnp.float32 and found.shape == (6, 3)
 
 
-def test_classes_are_read_off_the_mean_picture_token():
-    picture = MODEL.apply(variables(), IMAGES, train=False, method='see')
-    assert picture.shape == (3, PICTURE, 16)
+def test_classes_depend_on_the_mean_image_token():
+    image = MODEL.apply(variables(), IMAGES, train=False, method='encode')
+    assert image.shape == (3, IMAGE_TOKENS, 16)
     run = functools.partial(MODEL.apply, variables(), mask=None, train=False, method='classify')
-    mean = jnp.broadcast_to(picture.mean(1, keepdims=True), picture.shape)
-    np.testing.assert_allclose(run(picture), run(mean[:, ::-1]), atol=1e-5)
+    mean = jnp.broadcast_to(image.mean(1, keepdims=True), image.shape)
+    np.testing.assert_allclose(run(image), run(mean[:, ::-1]), atol=1e-5)
 
 
 # Answers ------------------------------------------------------------------------------------
@@ -255,10 +255,12 @@ def test_step_by_step_with_a_cache_is_what_the_teacher_forces():
     question, (answer, mask) = said([5, 2, 4], 5), said([4, 4, 4], 4)
     expected = forced()(IMAGES, *question, answer, mask)
 
-    def run(model, images, question, asked, answer):
-        prefix, seen, _ = model.ask(model.see(images, train=False), question, asked, train=False)
-        logits, cache = model.begin(prefix, seen, jnp.ones(3, jnp.int32))
-        found, suffix = [logits], model.suffix(3, 2, 3)
+    def run(model, images, question, question_mask, answer):
+        image = model.encode(images, train=False)
+        prefix, prefix_mask, _ = model.prefix(image, question, question_mask, train=False)
+        logits, cache = model.prefill(prefix, prefix_mask, jnp.ones(3, jnp.int32))
+        found = [logits]
+        suffix = MODEL.language.suffix(3, 2, 3)
         for index in range(3):
             tokens = jnp.stack([jnp.full(3, 7), answer[:, index]], 1)  # a beam, and the answer's
             logits, suffix = model.step(cache, suffix, tokens, jnp.int32(index))
@@ -273,16 +275,14 @@ def test_step_by_step_with_a_cache_is_what_the_teacher_forces():
 def test_the_answers_loss_trains_the_cross_attention():
     question, answer = said([5, 2, 4], 5), said([4, 1, 3], 4)
 
-    def loss(params):
-        bound = nn.apply(lambda model: _logits(model, question, answer), MODEL)
-        logits = bound({**variables(), 'params': params})
-        return language.token_rows(logits, *answer)[0].sum()
+    def logits(model):
+        image = model.encode(IMAGES, train=False)
+        prefix, prefix_mask, _ = model.prefix(image, *question, train=False)
+        return model.answer(prefix, prefix_mask, *language.shift_right(*answer, 1), train=False)
 
-    def _logits(model, question, answer):
-        prefix, seen, _ = model.ask(model.see(IMAGES, train=False), *question, train=False)
-        return model.logits(
-            model.answer(prefix, seen, *language.shift_right(*answer, 1), train=False)
-        )
+    def loss(params):
+        out = nn.apply(logits, MODEL)({**variables(), 'params': params})
+        return language.token_rows(out, *answer)[0].sum()
 
     gradients = jax.jit(jax.grad(loss))(variables()['params'])
     for part in ('cross_attention', 'vision', 'projector_up', 'language'):
@@ -296,10 +296,10 @@ def whole(model, made, **options):
     question, (answer, mask) = said([5, 2, 4], 5), said([4, 1, 3], 4)
 
     def run(model):
-        picture = model.see(IMAGES, **options)
-        asked = model.ask(picture, *question, **options)[:2]
-        hidden = model.answer(*asked, *language.shift_right(answer, mask, 1), **options)
-        return model.classify(picture, None, train=False), model.logits(hidden)
+        image = model.encode(IMAGES, **options)
+        prefix = model.prefix(image, *question, **options)[:2]
+        logits = model.answer(*prefix, *language.shift_right(answer, mask, 1), **options)
+        return model.classify(image, None, train=False), logits
 
     return nn.apply(run, model)(made, rngs={'dropout': jax.random.key(5)})
 

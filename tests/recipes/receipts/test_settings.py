@@ -1,4 +1,4 @@
-"""Settings of the receipts recipe: sizes that fit, words of the config, published weights."""
+"""Settings of the receipts recipe: words of the config, wrong input, published weights."""
 
 import functools
 import json
@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from mmjax.data import pipeline, tokenizers
-from mmjax.engine import build, step
+from mmjax.engine import build, stages, step
+from mmjax.engine import config as config_lib
 from mmjax.errors import UserError
 from mmjax.pretrained import decoder
 from tests import runs
@@ -47,7 +48,7 @@ def count(tree):
 
 def test_the_default_is_built_and_traced(cache):
     built = build.run(small('', cache))
-    build.check_terms(built)
+    build.check(built)
     assert [stage.name for stage in built.stages] == ['scratch', 'heads', 'top', 'all']
     assert set(built.groups.names) == {'vision', 'vision_top', 'language', 'heads'}
 
@@ -60,10 +61,18 @@ def test_published_has_its_sizes_and_can_stop_early(cache):
     assert count(tower) == 304_012_288 - 2 * 1024
     assert built.task.model.vision.remat and built.task.model.language.remat
     assert [stage.name for stage in built.stages] == ['heads', 'top', 'all']
-    assert built.notes == ['config.stage.scratch is not in config.stages']
+    assert built.warnings == ['stage.scratch is not in stages']
     for stage in built.stages:
-        scored = sum(built.cadence.evaluates(stage, at) for at in range(1, stage.steps + 1))
-        assert stage.early_stop.metric == 'val/loss' and scored > stage.early_stop.patience
+        evaluations = sum(built.evaluates(stage, step) for step in range(1, stage.steps + 1))
+        assert stage.early_stop.metric == 'val/final_loss'
+        assert evaluations > stage.early_stop.patience
+
+
+def test_the_shared_key_of_early_stop_acts_in_every_stage():
+    config = runs.recipe('receipts', 'published')
+    config_lib.override(config, [('early_stop.patience', '3')])
+    parsed = stages.parse(config_lib.resolve(config))
+    assert {stage.early_stop.patience for stage, _ in parsed} == {3}
 
 
 def test_smoke_wins_over_published(cache):
@@ -74,7 +83,7 @@ def test_smoke_wins_over_published(cache):
         assert config.data[key] == smoke.data[key]
     built = build.run(config)
     assert count(built.abstract['params']) < 200_000
-    build.check_terms(built)
+    build.check(built)
 
 
 # Stages -------------------------------------------------------------------------------------
@@ -179,15 +188,33 @@ def test_a_published_decoder_brings_weights_tokenizer_and_closing_token(cache, f
         variables = built.init_variables()
     loaded, _ = decoder.load(folder)
     jax.tree.map(np.testing.assert_array_equal, variables['params']['language'], loaded)
-    assert task.opening == 3  # </s>; padding is the id 0, for want of another
+    assert task.opening_id == 3  # </s>; padding is the id 0, for want of another
     example = task.dataset('val').example(0, None, False)
     assert example['answer'][example['answer_mask']][-1] == 3
     batch = {key: np.asarray(x)[None] for key, x in example.items()}
-    found = jax.jit(task.measure)(variables, batch | {'mask': np.ones(1, bool)})
+    found = jax.jit(task.classify)(variables, batch)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
     task.save_assets(tmp_path)
     again = build.run(config, assets=tmp_path).task
-    assert again.opening == 3 and again.tokenizer.__getstate__() == task.tokenizer.__getstate__()
+    assert again.opening_id == 3 and again.tokenizer.__getstate__() == task.tokenizer.__getstate__()
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'changes', 'message'),
+    [
+        ({'vocab_size': 100}, {}, r'decoder has vocabulary 100, its tokenizer \d+'),
+        ({'num_attention_heads': 8}, {}, r'decoder\.heads=8 gives heads of an odd size'),
+        (
+            {},
+            dict(model__cross_attention__heads=16),
+            r'model\.cross_attention\.heads=16 does not divide .*decoder\.width=8',
+        ),
+    ],
+)
+def test_a_published_decoder_that_does_not_fit_is_refused(cache, folder, sizes, changes, message):
+    (folder / 'config.json').write_text(json.dumps(SIZES | sizes))
+    with pytest.raises(UserError, match=message):
+        build.run(tiny(cache, model__pretrained__language=str(folder), **changes))
 
 
 @pytest.mark.parametrize(
@@ -221,50 +248,135 @@ def test_what_closes_texts_is_read_from_the_folder(folder, named, numbers, closi
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (dict(model__thaw_blocks=3), 'thaw_blocks is 3, the vision tower has 2 blocks'),
-        (dict(model__thaw_blocks=0), 'thaw_blocks is 0, .* leave the stage out of config.stages'),
+        (dict(model__thaw_blocks=3), r'thaw_blocks=3 is more than model\.vision\.depth=2'),
+        (dict(model__thaw_blocks=0), r'model\.thaw_blocks=0 is not an integer at least 1'),
         (
             dict(data__image_size=36, model__shuffle=2),
-            'data.image_size=36 is no multiple of 8, the product',
+            r'data\.image_size=36 is no multiple of 16, the product of model\.vision\.patch_size',
         ),
-        (dict(data__image_size=0), 'data.image_size=0 is no multiple'),
-        (dict(model__shuffle=0), 'model.shuffle=0 is less than 1'),
-        (dict(model__vision__heads=3), 'model.vision.heads=3 does not divide model.vision.width=8'),
-        (dict(model__vision__norm='batch'), "model.vision.norm 'batch' is not one of layer, rms"),
+        (dict(data__image_size=0), r'data\.image_size=0 .*at least 1'),
+        (dict(data__image_size='32'), r"data\.image_size='32' .*an integer"),
+        (dict(data__buckets=(1, 8)), r'data\.buckets=\(1, 8\) .*at least 2'),
+        (dict(data__classes=1), r'data\.classes=1 .*at least 2'),
+        (dict(data__vocabulary=200), r'data\.vocabulary=200 .*at least 260'),
+        (dict(data__augmentation=dict(shift=-0.1)), r'augmentation\.shift=-0\.1 .*at least 0'),
+        (dict(data__built_in=dict(dev=3)), r'unknown key data\.built_in\.dev=3'),
+        (dict(data__max_fault_share=2.0), r'data\.max_fault_share=2\.0 .*at most 1'),
+        (dict(data__max_pixels=0), r'data\.max_pixels=0 .*at least 1'),
+        (dict(data__built_in_side=4), r'data\.built_in_side=4 .*at least 16'),
+        (dict(model__shuffle=0), r'model\.shuffle=0 .*at least 1'),
+        (dict(model__towers=1), r'unknown key model\.towers=1'),
         (
-            dict(model__vision__stem='convolutions', model__vision__patch_size=6),
-            'model.vision.patch_size=6 is no power of 2',
+            dict(model__vision__heads=3),
+            r'model\.vision\.heads=3 does not divide model\.vision\.width=16',
         ),
-        (dict(model__vision__dropout=1.0), r'model.vision.dropout=1.0 is not in \[0, 1\)'),
+        (dict(model__vision__norm='batch'), r"model\.vision\.norm='batch' .*'layer'"),
+        (dict(model__vision__stem='none'), r"model\.vision\.stem='none' .*'patch'"),
+        (
+            dict(model__vision__patch_size=6, data__image_size=36),
+            r'model\.vision\.patch_size=6 is no power of 2',
+        ),
+        (dict(model__vision__dropout=1.0), r'model\.vision\.dropout=1\.0 .*below 1'),
+        (dict(model__vision__layer_scale=-1.0), r'model\.vision\.layer_scale=-1\.0 .*at least 0'),
         (
             dict(model__language__heads=3),
-            'model.language.heads=3 does not divide model.language.width=16',
+            r'model\.language\.heads=3 does not divide model\.language\.width=16',
         ),
         (
             dict(model__language__heads=4, model__language__kv_heads=3),
-            'model.language.kv_heads=3 does not divide model.language.heads=4',
+            r'model\.language\.kv_heads=3 does not divide model\.language\.heads=4',
         ),
-        (dict(model__language__heads=16), 'heads=16 makes heads of an odd size'),
-        (dict(model__language__depth=0), 'model.language.depth=0 is less than 1'),
+        (dict(model__language__heads=16), 'heads=16 gives heads of an odd size'),
+        (dict(model__language__depth=0), r'model\.language\.depth=0 .*at least 1'),
+        (dict(model__language__theta=0.0), r'model\.language\.theta=0\.0 .*above 0'),
+        (dict(model__language__epsilon=0.0), r'model\.language\.epsilon=0\.0 .*above 0'),
+        (dict(model__language__tied=1), r'model\.language\.tied=1 .*True or False'),
         (
             dict(model__cross_attention__heads=3),
-            'model.cross_attention.heads=3 does not divide model.language.width=16',
+            r'model\.cross_attention\.heads=3 does not divide model\.language\.width=16',
         ),
-        (dict(model__attention='flash'), "model.attention 'flash' is not one of xla, cudnn, auto"),
-        (dict(model__attention='cudnn'), "model.attention 'cudnn' needs a GPU, not cpu"),
-        (dict(data__vocabulary=200), 'data.vocabulary=200 is less than 260'),
-        (dict(losses__smoothing=1.5), r'losses.smoothing=1.5 is not in \[0, 1\)'),
-        (dict(decode__final__method='best'), "decode.final.method 'best' is not greedy"),
-        (dict(decode__final__beams=0), 'decode.final.beams=0'),
-        (dict(decode__running__top_p=0.0), 'decode.running.top_p=0.0'),
-        (dict(decode__running__temperature=0.0), 'decode.running.temperature=0.0'),
-        (dict(loss_weights=dict(answers=1.0)), "names 'answers'; there are classification"),
+        (dict(model__cross_attention=4), r'model\.cross_attention=4'),
+        (dict(model__attention='flash'), r"model\.attention='flash' .*'xla'.*'cudnn'.*'auto'"),
+        (dict(model__attention='cudnn'), r"model\.attention='cudnn' needs precision bfloat16"),
+        (dict(losses__smoothing=1.5), r'losses\.smoothing=1\.5 .*below 1'),
+        (dict(decode__final__method='best'), r"decode\.final\.method='best' .*'greedy'"),
+        (dict(decode__final__beams=0), r'decode\.final\.beams=0 .*at least 1'),
+        (dict(decode__final__length_penalty=-1.0), r'length_penalty=-1\.0 .*at least 0'),
+        (dict(decode__running__top_p=0.0), r'decode\.running\.top_p=0\.0 .*above 0'),
+        (dict(decode__running__top_k=-1), r'decode\.running\.top_k=-1 .*at least 0'),
+        (dict(decode__running__temperature=0.0), r'temperature=0\.0 .*above 0'),
+        (dict(decode__running__max_tokens=0), r'unknown key decode\.running\.max_tokens=0'),
+    ],
+)
+def test_wrong_input_is_refused_in_one_sentence(changes, message):
+    config = runs.change(runs.recipe('receipts', 'smoke'), **changes)
+    with pytest.raises(UserError, match=message) as error:
+        config_lib.resolve(config)
+    assert '\n' not in str(error.value)
+
+
+def test_a_dict_assigned_over_a_section_merges():
+    config = runs.recipe('receipts', 'smoke')
+    config.best = dict(metric='val/accuracy')
+    config.model = dict(thaw_blocks=2)
+    config.decode = dict(final=dict(beams=2))
+    resolved = config_lib.resolve(config)
+    assert resolved.best.mode == 'min' and resolved.best.metric == 'val/accuracy'
+    assert resolved.model.thaw_blocks == 2 and resolved.model.vision.depth == 4
+    assert (resolved.decode.final.method, resolved.decode.final.beams) == ('beam', 2)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            dict(model__attention='cudnn', precision='bfloat16'),
+            "model.attention='cudnn' needs a GPU, not cpu",
+        ),
+        (dict(loss_weights=dict(answers=1.0)), "names 'answers'; .* classification, language"),
+        (dict(best__metric='test/accuracy'), "best.metric 'test/accuracy' .*: val$"),
         (dict(data__root='no/such/folder'), 'no/such/folder'),
     ],
 )
-def test_wrong_settings_end_before_the_first_step(cache, changes, message):
+def test_what_fits_no_machine_loss_or_data_ends_before_the_first_step(cache, changes, message):
     with pytest.raises(UserError, match=message):
-        build.run(tiny(cache, **changes))
+        build.check(build.run(tiny(cache, **changes)))
+
+
+def test_sizes_and_options_reach_the_model(cache):
+    changes = {
+        'vision': dict(layer_scale=0.5, norm='rms', dropout=0.2, mlp_width=24),
+        'language': dict(
+            theta=50.0, qkv_bias=False, tied=False, epsilon=1e-3, dropout=0.3, mlp_width=20
+        ),
+    }
+    config = tiny(cache, data__classes=2, model__attention='xla', model__shuffle=2)
+    for part, values in changes.items():
+        config.model[part].update(values)
+    built = build.run(config)
+    model = built.task.model
+    for part, values in changes.items():
+        module = getattr(model, part)
+        assert {name: getattr(module, name) for name in values} == values
+        assert module.implementation == 'xla'
+    params = built.abstract['params']
+    assert params['classifier']['out']['kernel'].shape == (256, 2)
+    assert params['projector_up']['kernel'].shape == (4 * 8, 16)
+    assert set(built.data.index['label']) == {0, 1}
+
+
+def test_the_seed_of_the_data_draws_them_and_the_other_does_not(cache):
+    first, other, trained = (
+        build.run(tiny(cache, **changes)).fingerprint['digest']
+        for changes in ({}, dict(data__seed=1), dict(seed=1))
+    )
+    assert first == trained != other
+
+
+def test_images_larger_than_max_pixels_are_faults(cache, tmp_path):
+    root = Folder(tmp_path / 'root', {'train': 5, 'val': 2}).root
+    with pytest.raises(UserError, match='max_fault_share'):
+        build.run(tiny(cache, data__root=str(root), data__max_pixels=9))
 
 
 @pytest.mark.parametrize('gone', ['train', 'val', 'train val'])

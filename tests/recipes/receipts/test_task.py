@@ -1,4 +1,4 @@
-"""The receipts recipe: what its stages move and cost, scores of each split alone, every mode."""
+"""The receipts recipe: what its stages move and cost, scores of each split, every mode."""
 
 import functools
 import json
@@ -13,7 +13,9 @@ from PIL import Image
 from mmjax.data import pipeline
 from mmjax.decode import autoregressive
 from mmjax.engine import build, evaluate, modes, optim, parallel, step
+from mmjax.engine import config as config_lib
 from mmjax.engine.checkpoint import load_weights
+from mmjax.engine.task import SplitResults, towers_training
 from mmjax.engine.train import weights_from
 from mmjax.errors import UserError
 from mmjax.recipes.receipts import scores
@@ -60,18 +62,18 @@ def trained(tmp_path_factory, cache):
     """Returns (workdir, config, results) of a finished run."""
     workdir, config = tmp_path_factory.mktemp('run') / 'run', tiny(cache)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scores, 'SHOWN', 1)
+        patch.setattr(scores, 'EXAMPLES', 1)
         return workdir, config, runs.run(config, workdir)
 
 
 @pytest.fixture(scope='module')
 def model(trained):
-    """Returns (built run, apply) with the best weights."""
+    """Returns (built run, predictor) with the best weights."""
     workdir, config, _ = trained
     built = build.run(config, assets=workdir)
     with jax.set_mesh(built.mesh):
         variables, _ = weights_from(built, str(workdir))
-        yield built, evaluate.Apply(built.task, variables, built.mesh)
+        yield built, evaluate.Predictor(built.task, variables, built.mesh)
 
 
 def weights(tree):
@@ -95,10 +97,10 @@ def test_each_stage_moves_what_it_names(trained):
         for part in ('language', 'cross_attention', 'classifier', 'projector_up'):
             assert any(path.startswith(part) for path in moved), part
     for line in runs.lines(workdir, 'lr'):
-        shares = RATES[line['stage']]
+        rates = RATES[line['stage']]
         for name in ('language', 'vision_top'):
-            if shares[name]:
-                assert line[f'lr/{name}'] == pytest.approx(shares[name] * line['lr/heads'])
+            if rates[name]:
+                assert line[f'lr/{name}'] == pytest.approx(rates[name] * line['lr/heads'])
             else:
                 assert f'lr/{name}' not in line
         assert 'lr/vision' not in line
@@ -106,10 +108,95 @@ def test_each_stage_moves_what_it_names(trained):
 
 def program(built, stage):
     call = functools.partial(
-        step.train_step, task=built.task, stage=stage, groups=built.groups, settings=built.settings
+        step.train_step,
+        task=built.task,
+        stage=stage.program,
+        groups=built.groups,
+        settings=built.settings,
     )
     rates = optim.rates(stage, built.groups.names, 1)
     return jax.jit(call), rates, {name: np.float32(1) for name in stage.losses}
+
+
+# Rules of the user, groups at rate 0, the part with dropout, outputs that may not depend on it.
+FROZEN = {
+    'vision': ((), ('vision', 'vision_top'), ('vision',), ('language',)),
+    'language': ((), ('language',), ('language',), ('language',)),
+    'heads': ((), ('heads',), ('cross_attention',), ('language', 'classification', 'predicted')),
+    'backbones': (
+        (('backbones', '(vision|language)/.*'),),
+        ('backbones',),
+        ('vision', 'language'),
+        ('language',),
+    ),
+    'counting': (
+        (('counting', 'classifier/.*'),),
+        ('counting',),
+        (),  # the classifier always has dropout
+        ('classification', 'predicted'),
+    ),
+}
+
+
+def one_stage(cache, rules, frozen, dropout):
+    """Returns a built run of one stage, with dropout in some parts only."""
+    rates = dict(learning_rates=dict.fromkeys(frozen, 0.0), steps=1)
+    config = tiny(cache, rules=rules, stages=('one',))
+    config.stage.one = rates
+    for part in ('vision', 'language', 'cross_attention'):
+        config.model[part].dropout = 0.5 if part in dropout else 0.0
+    return build.run(config)
+
+
+def forward(built, variables, batch, seed):
+    """Returns (outputs, batch statistics) of a training step, or of an evaluation."""
+    task = built.task
+    stage = built.stages[0].program
+    if seed is None:
+        run = functools.partial(evaluate.forward, task, stage)
+        return jax.jit(run)(variables, batch), variables['batch_stats']
+    train = towers_training(task.towers, dict(built.groups.items), stage)
+    run = functools.partial(task.forward, stage=stage, train=train, key=jax.random.key(seed))
+    return jax.jit(run)(variables, batch)
+
+
+@pytest.mark.parametrize('name', FROZEN)
+def test_frozen_parts_run_as_in_evaluation(cache, model, name):
+    """Without dropout, and their batch statistics do not move."""
+    *changes, outputs = FROZEN[name]
+    built = one_stage(cache, *changes)
+    variables = model[1].variables
+    batch = rows_of(built.task.dataset('val'))
+    expected, _ = forward(built, variables, batch, None)
+    for seed in (1, 2):
+        found, stats = forward(built, variables, batch, seed)
+        for output in outputs:
+            np.testing.assert_allclose(found[output], expected[output], rtol=1e-5, err_msg=output)
+        if 'classification' in outputs:
+            jax.tree.map(np.testing.assert_array_equal, stats, variables['batch_stats'])
+        else:
+            assert np.abs(found['classification'] - expected['classification']).max() > 1e-3
+
+
+def test_a_tower_of_which_a_part_trains_has_dropout(cache, model):
+    built = one_stage(cache, (), ('vision', 'heads', 'language'), ('vision',))
+    batch = rows_of(built.task.dataset('val'))
+    one, two = (forward(built, model[1].variables, batch, seed)[0] for seed in (1, 2))
+    assert np.abs(one['language'] - two['language']).max() > 1e-4
+
+
+def test_smoothing_acts_in_training_only(cache, model):
+    """Against (1 − s)·(−log p[label]) + s·mean(−log p), by the probabilities of `classify`."""
+    built = build.run(
+        tiny(cache, losses__smoothing=0.3, stage__heads__learning_rates=dict(heads=0.0))
+    )
+    variables = model[1].variables
+    batch = rows_of(built.task.dataset('val'))
+    losses = -np.log(np.float64(jax.jit(built.task.classify)(variables, batch)))
+    plain = losses[np.arange(len(losses)), batch['label']]
+    for seed, expected in ((None, plain), (1, 0.7 * plain + 0.3 * losses.mean(1))):
+        found, _ = forward(built, variables, batch, seed)
+        np.testing.assert_allclose(found['classification'], expected, rtol=1e-4)
 
 
 def test_a_frozen_tower_costs_no_backward_pass(cache):
@@ -134,7 +221,7 @@ def test_accumulation_changes_no_loss_of_tokens(cache, model):
         state = step.create(variables, stage, built.groups, built.settings)
         call, *rest = program(built, stage)
         micro = call(state, batch, *rest)[1]
-    whole = jax.jit(built.task.measure)(variables, batch)
+    whole, _ = forward(built, variables, batch, None)
     tokens = batch['answer_mask'].sum()
     assert float(micro['count/language']) == tokens
     for name, part in (('loss/language', 'language'), ('token_accuracy', 'tokens_correct')):
@@ -145,7 +232,7 @@ def test_accumulation_changes_no_loss_of_tokens(cache, model):
 # Scores -------------------------------------------------------------------------------------
 
 
-def test_results_hold_every_score_of_each_split_alone(trained):
+def test_results_hold_every_score_of_each_split(trained):
     _, _, results = trained
     assert set(results['final']) == {'val', 'test'}
     for split, found in results['final'].items():
@@ -163,7 +250,8 @@ def test_results_hold_every_score_of_each_split_alone(trained):
         assert all(0 <= found[name] <= 1 for name in names)
         assert (found['pictures'], found['questions']) == (PICTURES[split], 3 * PICTURES[split])
         assert found['perplexity'] == pytest.approx(np.exp(found['language']))
-        assert found['loss'] == pytest.approx(found['classification'] + found['language'])
+        losses = found['classification'] + found['language']
+        assert found['final_loss'] == found['loss'] == pytest.approx(losses)
         assert found['decoding'] == 'beam'
     running = [
         line
@@ -171,6 +259,8 @@ def test_results_hold_every_score_of_each_split_alone(trained):
         if 'eval/val/decoding' in line
     ]
     assert running and running[0]['eval/val/decoding'] == 'greedy'
+    scored_early = [key for line in running for key in line if key.startswith('eval/test')]
+    assert not scored_early
 
 
 def rows_of(data):
@@ -179,66 +269,80 @@ def rows_of(data):
     return batch | {'row': np.arange(len(data)), 'mask': np.ones(len(data), bool)}
 
 
+def results_of(rows, **outputs):
+    """Returns the results of a split whose rows come in the order `rows`."""
+    return SplitResults(outputs, {'row': rows, 'mask': np.ones(len(rows), bool)}, {'language': 2.0})
+
+
 @pytest.mark.parametrize('final', [False, True])
 def test_scores_are_those_of_a_hand_count(model, monkeypatch, final):
-    """Rows come in any order; a picture counts once, a question's answer belongs to its row."""
-    task, asked = model[0].task, []
+    """Rows come in any order; an image counts once, a question's answer belongs to its row."""
+    task = model[0].task
     data = task.dataset('test')
     labels = data.index['label']
-    order, encode = np.random.default_rng(0).permutation(len(data)), task.tokenizer.encode
+    order = np.random.default_rng(0).permutation(len(data))
     answers = [data.record(row)['answer'] for row in range(len(data))]
-    said = [text if row % 3 else 'purple' for row, text in enumerate(answers)]
-    guess = np.where(data.index['picture'] == 1, (labels + 1) % 3, labels)
+    texts = [text if row % 3 else 'purple' for row, text in enumerate(answers)]
+    classes = np.where(data.index['picture'] == 1, (labels + 1) % 3, labels)
+    methods = []
 
-    def apply(method, dataset, batch_size):
+    def predict(method, dataset, batch_size):
         assert dataset is data
-        asked.append(method)
-        for part in (order[:5], order[5:]):
-            if method == 'measure':
-                yield (
-                    {
-                        'classes': np.eye(3)[guess[part]],
-                        'classification': 1.0 * part // 3,
-                        'language': 2.0 * part,
-                        'tokens': 1.0 + part,
-                        'tokens_correct': 0.5 * part,
-                    },
-                    {'row': part},
-                )
-            else:
-                ids, mask = encode([said[row] for row in part], 40)
-                yield (ids, mask.sum(1)), {'row': part}
+        methods.append(method)
+        for part in (order[5:], order[:5]):
+            ids, mask = task.tokenizer.encode([texts[row] for row in part], 40)
+            yield (ids, mask.sum(1)), {'row': part}
 
     monkeypatch.setattr(scores.ReceiptScores, '_examples', lambda *_: {})
-    found = task.evaluators()['test'].run(apply, final=final)
-    metrics, rows = found.metrics, np.arange(12)
-    assert asked == ['measure', 'answer_last' if final else 'answer_now']
+    results = results_of(order, predicted=classes[order])
+    found = task.evaluators()['test'].run(predict, final=final, results=results)
+    metrics = found.metrics
+    assert methods == ['answer_final' if final else 'answer_running']
     assert metrics['accuracy'] == 0.75 and metrics['exact_match'] == pytest.approx(8 / 12)
-    assert metrics['classification'] == np.mean([0, 1, 2, 3])
-    assert metrics['language'] == pytest.approx((2 * rows).sum() / (1 + rows).sum())
-    assert metrics['token_accuracy'] == pytest.approx((0.5 * rows).sum() / (1 + rows).sum())
     assert metrics['content_accuracy'] == pytest.approx(8 / 12)
+    assert metrics['perplexity'] == pytest.approx(np.exp(2.0))
     assert set(found.figures) == ({'confusion'} if final else set())
+
+
+def test_the_losses_of_a_split_are_means_over_its_questions_and_tokens(cache, model):
+    """Here by hand, from outputs that the engine joins from batches of another size."""
+    built, predictor = model
+    evaluator = built.task.evaluators()['val']
+    evaluator.batch_size = 4
+    weights = evaluate.Weights.of(built.stages[0], 0, built.final_weights)
+    results = evaluate.losses(predictor, built.task, evaluator, weights)
+    batch = rows_of(evaluator.dataset)
+    outputs, _ = forward(built, predictor.variables, batch, None)
+    tokens = batch['answer_mask'].sum()
+    expected = {
+        'classification': outputs['classification'].mean(),
+        'language': outputs['language'].sum() / tokens,
+        'accuracy': (outputs['predicted'] == batch['label']).mean(),
+        'token_accuracy': outputs['tokens_correct'].sum() / tokens,
+    }
+    expected['loss'] = expected['final_loss'] = expected['classification'] + expected['language']
+    assert results.losses == pytest.approx({k: float(x) for k, x in expected.items()}, rel=1e-5)
 
 
 def test_an_error_in_generation_is_an_error(model):
     """The original's was swallowed, and its BLEU was 0 for ever."""
 
-    def apply(method, dataset, batch_size):
-        if method == 'answer_now':
-            raise RuntimeError('no answer')
-        return model[1](method, dataset, batch_size)
+    def predict(method, dataset, batch_size):
+        raise RuntimeError('no answer')
 
+    results = results_of(np.arange(9), predicted=np.zeros(9, int))
     with pytest.raises(RuntimeError, match='no answer'):
-        model[0].task.evaluators()['val'].run(apply, final=False)
+        model[0].task.evaluators()['val'].run(predict, final=False, results=results)
 
 
-def test_texts_cut_and_rows_skipped_of_a_split_are_told(cache, model):
+def test_texts_cut_and_rows_skipped_of_a_split_are_counted(cache, model):
     task = build.run(tiny(cache, data__buckets=(8,))).task
     val = task.dataset('val')
     val.skipped = {'unreadable_image': 2, 'malformed_row': 1}
     found = task.evaluators()['val'].run(
-        lambda method, data, size: model[1](method, model[0].task.dataset('val'), size), final=False
+        lambda method, data, size: model[1](method, model[0].task.dataset('val'), size),
+        final=False,
+        results=results_of(np.arange(9), predicted=np.zeros(9, int)),
     )
     assert found.metrics['rows_skipped'] == 3
     assert found.metrics['texts_cut'] == val.texts_cut > 0
@@ -248,56 +352,52 @@ def test_texts_cut_and_rows_skipped_of_a_split_are_told(cache, model):
 
 
 def test_answers_are_decoded_as_configured(cache, model, monkeypatch):
-    asked = []
+    calls = []
 
     def generate(*arguments, **options):
-        asked.append(options)
+        calls.append(options)
         return autoregressive.Generated(jnp.zeros((9, 24), jnp.int32), jnp.zeros(9), None)
 
     config = tiny(cache, decode__running__method='sample', decode__running__top_k=7)
     task = build.run(config).task
     batch = rows_of(task.dataset('val'))
     monkeypatch.setattr(autoregressive, 'generate', generate)
-    for method in (task.answer_now, task.answer_last):
+    for method in (task.answer_running, task.answer_final):
         jax.eval_shape(method, model[1].variables, batch)
-    now, last = asked
-    assert (now['method'], now['beams'], now['top_k'], now['top_p']) == ('sample', 1, 7, 0.9)
-    assert now['temperature'] == 0.7 and now['keys'].shape == (9,)
-    assert (last['method'], last['beams'], last['length_penalty']) == ('beam', 4, 1.0)
-    for options in asked:
-        assert options['max_tokens'] == 24 and options['eos'] == task.opening
+    running, final = calls
+    assert (running['method'], running['top_k'], running['top_p']) == ('sample', 7, 0.9)
+    assert running['temperature'] == 0.7 and running['keys'].shape == (9,)
+    assert (final['method'], final['beams'], final['length_penalty']) == ('beam', 4, 1.0)
+    for options in calls:
+        assert options['max_tokens'] == 24 and options['eos'] == task.opening_id
 
 
 def test_greedy_answers_are_what_the_teacher_forced_model_finds_most_probable(model):
-    built, apply = model
+    built, predictor = model
     val = built.task.dataset('val')
-    ((tokens, lengths), batch), *rest = apply('answer_now', val, 16)
+    ((tokens, lengths), batch), *rest = predictor('answer_running', val, 16)
     assert not rest and tokens.shape == (9, 24) and lengths.min() >= 1
     mask = np.arange(24) < lengths[:, None]
     batch = {**batch, 'answer': tokens, 'answer_mask': mask}
-    found = jax.jit(built.task.measure)(apply.variables, batch)
+    found, _ = forward(built, predictor.variables, batch, None)
     assert found['tokens_correct'].tolist() == found['tokens'].tolist() == lengths.tolist()
+
+
+def test_every_method_of_an_evaluator_is_traced_before_the_first_step(model, monkeypatch):
+    built, _ = model
+    for name in ('answer_running', 'answer_final', 'attention'):
+        with monkeypatch.context() as patch:
+            patch.setattr(built.task, name, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                build.check(built)
 
 
 # Modes --------------------------------------------------------------------------------------
 
 
-def call(mode, config, workdir, **changes):
-    arguments = (
-        dict(
-            argv=['main'],
-            existing=True,
-            overwrite=False,
-            input=None,
-            question=None,
-            output=None,
-            init_from=None,
-            allow_data_change=False,
-            processes=(None, None, None),
-        )
-        | changes
-    )
-    return modes.run(mode, config, config.to_dict(), epath.Path(workdir), **arguments)
+def call(mode, config, workdir, **options):
+    command = modes.Command(mode, epath.Path(workdir), existing=True, **options)
+    return modes.run(config_lib.resolve(config), command)
 
 
 def test_predict_answers_the_question_about_the_picture(trained, tmp_path, capsys):
@@ -306,12 +406,12 @@ def test_predict_answers_the_question_about_the_picture(trained, tmp_path, capsy
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(path)
     options = dict(input=str(path), output=str(tmp_path / 'out'))
     call('predict', config, workdir, question='Is there a receipt?', **options)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     found = json.loads((tmp_path / 'out/answer.json').read_text())
     assert found['question'] == 'Is there a receipt?' and found['picture'] == str(path)
     assert found['class'] in ('0', '1', '2+') and 1 / 3 <= found['probability'] <= 1
-    assert f'{found["class"]} receipt(s), probability {found["probability"]:.3f}' in told
-    assert found['answer'] in told
+    assert f'{found["class"]} receipt(s), probability {found["probability"]:.3f}' in printed
+    assert found['answer'] in printed
     with Image.open(tmp_path / 'out/attention.png') as drawn:
         assert drawn.size[0] > 200
     with pytest.raises(UserError, match='the question is empty'):
@@ -327,7 +427,7 @@ def test_one_host_writes_what_all_compute(trained, tmp_path, monkeypatch, capsys
     assert bool(capsys.readouterr().out) is first
 
 
-def test_predict_names_a_missing_picture(model, tmp_path):
+def test_predict_names_a_missing_image(model, tmp_path):
     with pytest.raises(UserError, match=r'gone\.png does not exist'):
         model[0].task.predict(model[1], str(tmp_path / 'gone.png'), tmp_path / 'out')
     (tmp_path / 'no.png').write_text('no picture')
@@ -337,21 +437,21 @@ def test_predict_names_a_missing_picture(model, tmp_path):
 
 def test_a_task_that_answers_none_refuses_a_question(tmp_path, monkeypatch):
     monkeypatch.setattr(modes, 'weights_from', lambda *_: ({}, 0))
-    with pytest.raises(UserError, match=r"'tests\.toy_tasks:PK' takes no --question"):
+    with pytest.raises(UserError, match='PK takes no --question'):
         call('predict', runs.toy('PK'), tmp_path, input='x', question='What is it?')
 
 
-def test_embed_writes_the_mean_picture_token_of_every_row(model, tmp_path):
-    built, apply = model
-    assert '45 rows' in built.task.embed(apply, tmp_path)
+def test_embed_writes_the_mean_image_token_of_every_row(model, tmp_path):
+    built, predictor = model
+    assert '45 rows' in built.task.embed(predictor, tmp_path)
     found = np.load(tmp_path / 'embeddings.npy')
     index = [json.loads(line) for line in (tmp_path / 'index.jsonl').read_text().splitlines()]
     assert found.shape == (45, 16) and [entry['row'] for entry in index] == list(range(45))
     for split, pictures in PICTURES.items():
         assert sum(entry['split'] == split for entry in index) == 3 * pictures
     val = built.task.dataset('val')
-    see = functools.partial(built.task.model.apply, train=False, method='see')
-    pictures = jax.jit(see)(apply.variables, rows_of(val)['images']).mean(1)
+    encode = functools.partial(built.task.model.apply, train=False, method='encode')
+    images = jax.jit(encode)(predictor.variables, rows_of(val)['images']).mean(1)
     for row in range(9):
         entry = next(
             e
@@ -360,4 +460,4 @@ def test_embed_writes_the_mean_picture_token_of_every_row(model, tmp_path):
             and e['path'] == val.record(row)['image_path']
             and e['question'] == val.record(row)['question']
         )
-        np.testing.assert_allclose(found[entry['row']], pictures[row], atol=1e-5)
+        np.testing.assert_allclose(found[entry['row']], images[row], atol=1e-5)
