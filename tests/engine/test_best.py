@@ -27,19 +27,19 @@ class Scripted(Mean):
         super().__init__(task, 'error', 'mse')
         self.values = iter(CURVES[task.mode])
 
-    def run(self, apply, *, final):
-        scores = super().run(apply, final=final)
+    def run(self, predict, *, final, results=None):
+        scores = super().run(predict, final=final)
         if not final:
             scores.metrics['scripted'] = next(self.values)
         return Scores(scores.metrics)
 
 
 class ScriptedThaw(Thaw):
-    """The two-layer toy task; `config.model.mode` picks the curve of its scripted metric."""
+    """The two-layer toy task; `config.best.mode` picks the curve of its scripted metric."""
 
     def __init__(self, config, assets=None):
         super().__init__(config, assets)
-        self.mode = config.model.mode
+        self.mode = config.best.mode
 
     def evaluators(self):
         return {'val': Scripted(self)}
@@ -60,7 +60,6 @@ def test_the_best_checkpoint_is_the_evaluation_with_the_best_logged_value(tmp_pa
     count = len(CURVES[mode])
     config = runs.toy('Thaw', EVERY * count, evaluate__every_steps=EVERY)
     config.task = 'tests.engine.test_best:ScriptedThaw'
-    config.model.mode = mode
     config.best.update(metric='val/scripted', mode=mode)
     config.checkpoint.update(every_steps=EVERY, keep=count)
     results = runs.run(config, tmp_path)
