@@ -53,8 +53,8 @@ class Groups:
         """Splits a tree of parameters to (trainable, frozen) in `stage`; either may be {}."""
         flat, group = flatten(tree), dict(self.items)
         trains = {path: stage.trains(group[path]) for path in flat}
-        pick = lambda wanted: unflatten({p: v for p, v in flat.items() if trains[p] == wanted})
-        return pick(True), pick(False)
+        part = lambda which: unflatten({p: v for p, v in flat.items() if trains[p] == which})
+        return part(True), part(False)
 
 
 def join(*trees: Tree) -> dict:

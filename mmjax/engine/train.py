@@ -75,13 +75,13 @@ class Trainer:
 
     def start(self, init_from: str | None, allow_data_change: bool) -> step.State:
         """Returns the newest good checkpoint's state, or a fresh one."""
-        found = self.checkpoints.newest()
-        if found is None:
+        newest = self.checkpoints.newest()
+        if newest is None:
             if parallel.is_first():
                 logs.truncate(self.workdir / 'metrics.jsonl', -1)
             self.checkpoints.discard_after(-1)
             return self._fresh(init_from)
-        number, meta = found
+        number, meta = newest
         changed = differences(meta['data'], self.run.fingerprint)
         if changed and not allow_data_change:
             what = '; '.join(f'{key} was {old!r}, is {new!r}' for key, old, new in changed)
@@ -143,10 +143,10 @@ class Trainer:
         self.progress.stop_wait = 0
         self.progress.done = False
         self.progress.sums = {}
-        say = lambda names: ', '.join(sorted(names)) or 'nothing'
+        text = lambda names: ', '.join(sorted(names)) or 'nothing'
         self.log.message(
-            f'entering stage {stage.name}: thawed {say(after - before)}; '
-            f'froze {say(before - after)}; carried the moments of {say(after & before)}'
+            f'entering stage {stage.name}: thawed {text(after - before)}; '
+            f'froze {text(before - after)}; carried the moments of {text(after & before)}'
         )
         return state
 

@@ -1,4 +1,4 @@
-"""The comic model: one embedding a panel from its picture, its text and its place on the page."""
+"""The comic model: one embedding per panel from its image, its text and its place on the page."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Scores of the comic recipe: losses over the whole split, retrieval, collapse, two pictures."""
+"""Scores of the comic recipe: bounds of the losses, retrieval, collapse, two figures."""
 
 import math
 import textwrap
@@ -36,31 +36,31 @@ class PageScores(Evaluator):
             figures['similarity'] = _similarity(outputs['fused'], panels)
         return Scores(metrics, figures)
 
-    def _pages(self, outputs, batch, asked, count=6):
+    def _pages(self, outputs, batch, queries, count=6):
         """Draws pages whose panels carry the text that the model finds for them."""
-        rows = np.flatnonzero(asked.sum(1) > 1)[:count]
+        rows = np.flatnonzero(queries.sum(1) > 1)[:count]
         figure = Figure(figsize=(12, 2.3 * max(len(rows), 1)), layout='constrained')
-        widest = max([int(asked[row].sum()) for row in rows], default=1)
+        widest = max([int(queries[row].sum()) for row in rows], default=1)
         axes = figure.subplots(max(len(rows), 1), widest, squeeze=False)
         figure.set_label(
-            'Panels with the text of their page that their picture finds; green where it is theirs.'
+            'Panels with the text of their page that their image retrieves; green if it is theirs.'
         )
         for axis in axes.flat:
             axis.axis('off')
         for line, row in enumerate(rows):
-            shown = np.flatnonzero(asked[row])
+            panels = np.flatnonzero(queries[row])
             example = self.dataset.example(int(batch['row'][row]), np.random.default_rng(0), False)
             texts = self.dataset.record(int(batch['row'][row]))['texts']
-            v, t = (_unit(outputs[name][row][shown]) for name in ('vision', 'text'))
-            found = np.argmax(v @ t.T, 1)
-            for column, (panel, answer) in enumerate(zip(shown, found, strict=True)):
+            v, t = (_unit(outputs[name][row][panels]) for name in ('vision', 'text'))
+            matches = np.argmax(v @ t.T, 1)
+            for column, (panel, answer) in enumerate(zip(panels, matches, strict=True)):
                 axis, right = axes[line, column], answer == column
                 axis.imshow(example['images'][panel])
                 axis.axis('on')
                 axis.set(xticks=[], yticks=[])
                 for spine in axis.spines.values():
                     spine.set(color='tab:green' if right else 'tab:red', linewidth=3)
-                text = textwrap.fill(texts[shown[answer]], 26, max_lines=4)
+                text = textwrap.fill(texts[panels[answer]], 26, max_lines=4)
                 axis.set_title(text, fontsize=7, color='black' if right else 'tab:red')
         return figure
 
@@ -89,8 +89,8 @@ def within_and_across(outputs, panels, has) -> dict[str, float | str]:
     intra, inter = collapse.page_cosines(outputs['fused'][panels], page[panels])
     error = retrieval.bootstrap_by_group(forward.correct, forward.groups)
     out = {'image_to_text_chance': forward.chance[1], 'image_to_text_standard_error': error}
-    for name, found in (('image_to_text', forward), ('text_to_image', back)):
-        out |= {f'{name}_r{k}': value for k, value in found.recall.items()}
+    for name, result in (('image_to_text', forward), ('text_to_image', back)):
+        out |= {f'{name}_r{k}': value for k, value in result.recall.items()}
     for name, a, b in (('image_to_text', vision, text), ('text_to_image', text, vision)):
         out |= {f'{name}_global_r{k}': value for k, value in retrieval.paired(a, b).items()}
     out |= {'intra_page_cosine': intra, 'inter_page_cosine': inter}
@@ -112,7 +112,7 @@ def _similarity(fused, panels, pages=16):
     """Draws the cosines of the first pages' panels; a healthy model shows blocks."""
     rows = _unit(fused[:pages][panels[:pages]])
     figure = Figure(figsize=(6, 5), layout='constrained')
-    figure.set_label('Cosines of fused panel embeddings; lines part pages.')
+    figure.set_label('Cosines of fused panel embeddings; lines separate pages.')
     axis = figure.subplots()
     image = axis.imshow(rows @ rows.T, vmin=-1, vmax=1, cmap='RdBu_r')
     for edge in np.cumsum(panels[:pages].sum(1))[:-1] - 0.5:

@@ -1,4 +1,4 @@
-"""Comic panels: one embedding a panel from its picture, its text and its place on the page."""
+"""Comic panels: one embedding per panel from its image, its text and its place on the page."""
 
 import dataclasses
 import functools
@@ -167,32 +167,32 @@ class ComicTask(Task):
         return {'val': PageScores(self.dataset('val'), self.batch_size)}
 
     def predict(self, predict, inputs, output, question=None):
-        """Says which of its page's texts each panel of one page finds, and writes embeddings.
+        """Prints which of its page's texts each panel of one page retrieves; writes embeddings.
 
-        `inputs` is a picture with its JSON beside it (`page.jpg`, `page.json`).
+        `inputs` is an image with its JSON beside it (`page.jpg`, `page.json`).
         """
         page = self.splits['val'].with_page(inputs)
         example = page.collate([page.example(0, np.random.default_rng(0), False)], 0)
         batch = {**example, 'mask': np.ones(1, bool), 'row': np.zeros(1, np.int32)}
-        found = {
-            name: np.asarray(x[0])
-            for name, x in jax.jit(self.encode)(predict.variables, batch).items()
-        }
+        outputs = jax.jit(self.encode)(predict.variables, batch)
+        outputs = {name: np.asarray(x[0]) for name, x in outputs.items()}
         output.mkdir(parents=True, exist_ok=True)
-        count, texts = int(example['panels'].sum()), page.record(0)['texts']
-        np.save(output / 'embeddings.npy', found['fused'][:count])
-        told = [i for i in range(count) if example['modality'][0, i, 1]]
+        record = page.record(0)
+        count = int(example['panels'].sum())
+        np.save(output / 'embeddings.npy', outputs['fused'][:count])
+        with_text = [panel for panel in range(count) if example['modality'][0, panel, 1]]
+        lines = [f'{record["canonical_id"]}: {count} panels, {len(with_text)} with text']
         unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
-        logits = (
-            unit(found['vision'][:count]) @ unit(found['text'][told]).T / self.losses.temperature
-        )
-        odds = np.exp(logits - logits.max(-1, keepdims=True, initial=-np.inf))
-        odds /= np.maximum(odds.sum(-1, keepdims=True), 1e-30)
-        lines = [f'{page.record(0)["canonical_id"]}: {count} panels, {len(told)} with text']
-        for panel in range(count if told else 0):
-            best = told[int(np.argmax(odds[panel]))]
-            own = 'its own' if best == panel else f"panel {best + 1}'s"
-            lines.append(f'panel {panel + 1} finds {own} ({odds[panel].max():.2f}): {texts[best]}')
+        logits = unit(outputs['vision'][:count]) @ unit(outputs['text'][with_text]).T
+        probabilities = np.asarray(jax.nn.softmax(logits / self.losses.temperature))
+        for panel in range(count if with_text else 0):
+            best = int(np.argmax(probabilities[panel]))
+            match = with_text[best]
+            whose = 'its own text' if match == panel else f'the text of panel {match + 1}'
+            lines.append(
+                f'panel {panel + 1} retrieves {whose} ({probabilities[panel, best]:.2f}): '
+                f'{record["texts"][match]}'
+            )
         return '\n'.join([*lines, f'embeddings: {output / "embeddings.npy"}'])
 
     def embed(self, predict, output):
@@ -284,7 +284,7 @@ def _model(config: Config, vocabulary: int) -> tuple[ComicModel, dict[str, str]]
 
 
 def _cosine(outputs, pairs):
-    """Mean cosine of a panel's picture and its own text; collapse shows here first."""
+    """Returns the mean cosine of a panel's image and its own text; collapse shows here first."""
     unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
     cosine = jnp.sum(unit(outputs['vision']) * unit(outputs['text']), -1).reshape(-1)
     total = jnp.sum(jnp.where(pairs, cosine, 0.0))
