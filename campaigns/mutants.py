@@ -91,8 +91,11 @@ def mutants(seed: int) -> list[tuple[pathlib.Path, str, str]]:
     return out
 
 
-def caught(path: pathlib.Path, source: str, timeout: float) -> bool:
-    """Runs the tests of the recipe on a copy of the repository with the mutant in it."""
+def caught(path: pathlib.Path, source: str, timeout: float, only: str = 'test_') -> bool:
+    """Runs the tests of the recipe on a copy of the repository with the mutant in it.
+
+    only: what the names of the test files that run begin with.
+    """
     recipe = path.parent.name
     with tempfile.TemporaryDirectory() as folder:
         copied = pathlib.Path(folder) / 'repository'
@@ -100,7 +103,7 @@ def caught(path: pathlib.Path, source: str, timeout: float) -> bool:
             ROOT, copied, ignore=shutil.ignore_patterns('.git', '.venv*', 'runs', '__pycache__')
         )
         (copied / path.relative_to(ROOT)).write_text(source)
-        tests = sorted(str(p) for p in (copied / 'tests/recipes' / recipe).glob('test_*.py'))
+        tests = sorted(str(p) for p in (copied / 'tests/recipes' / recipe).glob(f'{only}*.py'))
         skip = ('test_data', 'test_folder', 'test_synthetic', 'test_augment', 'test_streams')
         skip += ('test_encoding', 'test_prompts', 'test_c_projects', 'test_text')
         tests = [test for test in tests if not pathlib.Path(test).name.startswith(skip)]
