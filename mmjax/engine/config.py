@@ -16,7 +16,7 @@ import traceback
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import ml_collections
 
@@ -227,19 +227,20 @@ class Config:
     data: Data = Data()
 
 
-class _Attention(Protocol):
-    @property
-    def width(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """The sizes that every transformer has; a recipe adds its own."""
 
+    width: int = field(128, 'of a token', least=1)
+    depth: int = field(2, 'blocks', least=1)
+    heads: int = field(4, 'of attention', least=1)
+    mlp_width: int = field(256, 'hidden width of a block', least=1)
 
-def check_heads(section: _Attention, where: str) -> None:
-    """Raises where the heads of attention do not divide its width."""
-    if section.width % section.heads:
-        raise UserError(
-            f'{where}.heads={section.heads} does not divide {where}.width={section.width}'
-        )
+    def check(self, where: str) -> None:
+        if self.width % self.heads:
+            raise UserError(
+                f'{where}.heads={self.heads} does not divide {where}.width={self.width}'
+            )
 
 
 # Config files ---------------------------------------------------------------------------------

@@ -3,22 +3,13 @@
 import dataclasses
 from typing import Literal
 
+from mmjax.data import images
 from mmjax.engine import config
 from mmjax.errors import UserError
 from mmjax.sections import field
 
 BACKBONES = {'siglip': ('siglip',), 'resnet': ('resnet',), 'both': ('siglip', 'resnet')}
 FUSIONS = ('attention', 'gate', 'concat')
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """Random changes of a panel in training."""
-
-    shift: float = field(0.04, 'of the box, fraction of its side', least=0, below=1)
-    scale: float = field(0.06, 'of the box, fraction of its side', least=0, below=1)
-    brightness: float = field(0.1, 'largest relative change', least=0, below=1)
-    contrast: float = field(0.15, 'largest relative change', least=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,23 +36,16 @@ class Data(config.Data):
     )
     use_composition: bool = field(True, 'give the model the place of a panel')
     max_pixels: int = field(50_000_000, 'larger images are faults', least=1)
-    augmentation: Augmentation = Augmentation()
+    augmentation: images.Augmentation = images.Augmentation()
     built_in: BuiltIn = BuiltIn()
 
 
 @dataclasses.dataclass(frozen=True)
-class SigLIP:
+class SigLIP(config.Transformer):
     """The vision transformer."""
 
     patch_size: int = field(8, 'pixels', least=1)
-    width: int = field(128, 'of a token', least=1)
-    depth: int = field(4, 'blocks', least=1)
-    heads: int = field(4, 'of attention', least=1)
-    mlp_width: int = field(512, 'hidden width of a block', least=1)
     dropout: float = field(0.0, 'in training', least=0, below=1)
-
-    def check(self, where: str) -> None:
-        config.check_heads(self, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +62,11 @@ class ResNet:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bert:
+class Bert(config.Transformer):
     """The text encoder."""
 
-    width: int = field(96, 'of a token', least=1)
-    depth: int = field(1, 'blocks', least=1)
-    heads: int = field(3, 'of attention', least=1)
-    mlp_width: int = field(192, 'hidden width of a block', least=1)
     max_length: int = field(128, 'tokens', least=2)
     dropout: float = field(0.1, 'in training', least=0, below=1)
-
-    def check(self, where: str) -> None:
-        config.check_heads(self, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +98,9 @@ class Model:
     visual_backbone: str = field('resnet', 'which tower sees', choices=tuple(BACKBONES))
     visual_fusion: str = field('attention', 'of both towers', choices=FUSIONS)
     pack: bool = field(True, 'run the towers on real panels only')
-    siglip: SigLIP = SigLIP()
+    siglip: SigLIP = SigLIP(width=128, depth=4, heads=4, mlp_width=512)
     resnet: ResNet = ResNet()
-    bert: Bert = Bert()
+    bert: Bert = Bert(width=96, depth=1, heads=3, mlp_width=192)
     heads: Heads = Heads()
     pretrained: Pretrained = Pretrained()
 

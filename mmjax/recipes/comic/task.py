@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mmjax.data import images, prepare, tokenizers
+from mmjax.data import prepare, tokenizers
 from mmjax.engine.outputs import EmbeddingWriter
 from mmjax.engine.task import Task
 from mmjax.losses import contrastive, reconstruction
@@ -249,7 +249,7 @@ def _pages(config: Config, assets: epath.Path | None):
     names = ('image_size', 'max_tokens', 'buckets', 'use_composition')
     names += ('hidden_tokens', 'hidden_texts', 'hidden_places')
     options = {name: getattr(spec, name) for name in names}
-    options['augmentation'] = images.Augmentation(**dataclasses.asdict(spec.augmentation))
+    options['augmentation'] = spec.augmentation
     splits = {name: comic.ComicPages(prepared, name, **options) for name in ('train', 'val')}
     folder = assets or config.model.pretrained.bert
     if folder:

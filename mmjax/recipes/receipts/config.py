@@ -2,19 +2,10 @@
 
 import dataclasses
 
+from mmjax.data import images
 from mmjax.engine import config
 from mmjax.errors import UserError
 from mmjax.sections import field
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """Random changes of an image in training."""
-
-    shift: float = field(0.04, 'of the image, fraction of its side', least=0, below=1)
-    scale: float = field(0.06, 'of the image, fraction of its side', least=0, below=1)
-    brightness: float = field(0.1, 'largest relative change', least=0, below=1)
-    contrast: float = field(0.1, 'largest relative change', least=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +28,16 @@ class Data(config.Data):
     )
     vocabulary: int = field(512, 'of the tokenizer trained on questions and answers', least=260)
     max_pixels: int = field(50_000_000, 'larger images are faults', least=1)
-    augmentation: Augmentation = Augmentation()
+    augmentation: images.Augmentation = images.Augmentation(contrast=0.1)
     built_in: BuiltIn = BuiltIn()
     built_in_side: int = field(112, 'side of a built-in image, pixels', least=16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Vision:
+class Vision(config.Transformer):
     """The vision tower, an InternViT."""
 
     patch_size: int = field(16, 'pixels', least=1)
-    width: int = field(128, 'of a token', least=1)
-    depth: int = field(4, 'blocks', least=1)
-    heads: int = field(4, 'of attention', least=1)
-    mlp_width: int = field(256, 'hidden width of a block', least=1)
     norm: str = field('layer', 'normalization in the blocks', choices=('layer', 'rms'))
     layer_scale: float = field(0.1, 'initial scale of what a block adds', least=0)
     stem: str = field(
@@ -59,7 +46,7 @@ class Vision:
     dropout: float = field(0.0, 'in training', least=0, below=1)
 
     def check(self, where: str) -> None:
-        config.check_heads(self, where)
+        super().check(where)
         if self.stem == 'convolutions' and self.patch_size & (self.patch_size - 1):
             raise UserError(
                 f'{where}.patch_size={self.patch_size} is no power of 2, which {where}.stem='
@@ -68,14 +55,10 @@ class Vision:
 
 
 @dataclasses.dataclass(frozen=True)
-class Language:
+class Language(config.Transformer):
     """The decoder."""
 
-    width: int = field(128, 'of a token', least=1)
-    depth: int = field(2, 'blocks', least=1)
-    heads: int = field(4, 'of queries', least=1)
     kv_heads: int = field(2, 'of keys and values', least=1)
-    mlp_width: int = field(256, 'hidden width of a block', least=1)
     theta: float = field(1e4, 'base of the rotary frequencies', above=0)
     qkv_bias: bool = field(True, 'biases of queries, keys and values')
     tied: bool = field(True, 'use the embeddings as the output layer')
@@ -83,7 +66,7 @@ class Language:
     epsilon: float = field(1e-6, 'of the norms', above=0)
 
     def check(self, where: str) -> None:
-        config.check_heads(self, where)
+        super().check(where)
         if self.heads % self.kv_heads:
             raise UserError(
                 f'{where}.kv_heads={self.kv_heads} does not divide {where}.heads={self.heads}'
@@ -114,9 +97,9 @@ class Pretrained:
 class Model:
     """Towers and heads."""
 
-    vision: Vision = Vision()
+    vision: Vision = Vision(width=128, depth=4, heads=4, mlp_width=256)
     shuffle: int = field(1, 'shuffle² image tokens become one of the decoder', least=1)
-    language: Language = Language()
+    language: Language = Language(width=128, depth=2, heads=4, mlp_width=256)
     cross_attention: CrossAttention = CrossAttention()
     thaw_blocks: int = field(1, 'last blocks of the tower, in the group vision_top', least=1)
     attention: str = field('auto', 'kernel of the towers', choices=('xla', 'cudnn', 'auto'))

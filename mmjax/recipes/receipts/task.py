@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from mmjax.data import images, prepare, tokenizers
+from mmjax.data import prepare, tokenizers
 from mmjax.decode import autoregressive
 from mmjax.engine.outputs import EmbeddingWriter, write_prediction
 from mmjax.engine.task import Task
@@ -259,7 +259,7 @@ def _splits(config: Config, assets: epath.Path | None):
         wait=jax.process_index() > 0,
     )
     options = {name: getattr(spec, name) for name in ('image_size', 'buckets', 'classes')}
-    options['augmentation'] = images.Augmentation(**dataclasses.asdict(spec.augmentation))
+    options['augmentation'] = spec.augmentation
     splits = {name: receipts.ReceiptQuestions(prepared, name, **options) for name in names}
     folder = config.model.pretrained.language
     if assets or folder:

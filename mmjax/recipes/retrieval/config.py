@@ -4,30 +4,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from mmjax.data import augment
 from mmjax.engine import config
 from mmjax.errors import UserError
 from mmjax.sections import did_you_mean, field
 
 LOSSES = ('infonce', 'supcon', 'sigmoid')
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """How far an image may vary in training."""
-
-    min_area: float = field(
-        0.8, "least area of the crop in the largest square's", least=0.01, most=1
-    )
-    ratio: float = field(1.1, 'largest ratio of the sides of the crop', least=1, most=10)
-    mirror: float = field(0.5, 'probability of a mirrored image', least=0, most=1)
-    rotation: float = field(0.0, 'largest angle, degrees', least=0, most=180)
-    brightness: float = field(0.25, 'largest relative change', least=0, most=1)
-    contrast: float = field(0.15, 'largest relative change', least=0, most=1)
-    saturation: float = field(0.15, 'largest relative change', least=0, most=1)
-    hue: float = field(0.0, 'largest shift, fraction of the colour circle', least=0, most=0.5)
-    tint: float = field(0.1, 'largest relative change of one channel', least=0, most=1)
-    grey: float = field(0.0, 'probability of an image without colour', least=0, most=1)
-    erase: float = field(0.0, 'probability that a part becomes noise', least=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +43,17 @@ class Data(config.Data):
     val_items: float = field(
         0.0, "fraction of train's items held out as val; 0: a split val", least=0, below=1
     )
-    augmentation: Augmentation = Augmentation()
+    augmentation: augment.Augmentation = augment.Augmentation(
+        min_area=0.8, ratio=1.1, brightness=0.25, contrast=0.15, saturation=0.15, tint=0.1
+    )
     built_in: BuiltIn = BuiltIn()
 
 
 @dataclasses.dataclass(frozen=True)
-class Vit:
+class Vit(config.Transformer):
     """The vision transformer."""
 
     patch_size: int = field(8, 'pixels', least=1)
-    width: int = field(128, 'of a token', least=1)
-    depth: int = field(4, 'blocks', least=1)
-    heads: int = field(4, 'of attention', least=1)
-    mlp_width: int = field(512, 'hidden width of a block', least=1)
-
-    def check(self, where: str) -> None:
-        config.check_heads(self, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,27 +80,14 @@ class Rn50:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """The text transformer."""
-
-    width: int = field(96, 'of a token', least=1)
-    depth: int = field(1, 'blocks', least=1)
-    heads: int = field(3, 'of attention', least=1)
-    mlp_width: int = field(384, 'hidden width of a block', least=1)
-
-    def check(self, where: str) -> None:
-        config.check_heads(self, where)
-
-
-@dataclasses.dataclass(frozen=True)
 class Model:
     """Both towers; `pretrained` replaces their sizes."""
 
     vision: str = field('rn50', 'the image tower', choices=('vit', 'rn50'))
     features: int = field(128, 'of an embedding', least=2)
-    vit: Vit = Vit()
+    vit: Vit = Vit(width=128, depth=4, heads=4, mlp_width=512)
     rn50: Rn50 = Rn50()
-    text: Text = Text()
+    text: config.Transformer = config.Transformer(width=96, depth=1, heads=3, mlp_width=384)
     pretrained: str | None = field(
         None, "folder with CLIP's weights as Hugging Face, open_clip or OpenAI write them"
     )

@@ -325,7 +325,7 @@ def _open_splits(spec: Data) -> dict[str, retrieval.ItemImages]:
     )
     options = {
         'image_size': spec.image_size,
-        'augmentation': augment.Augmentation(**dataclasses.asdict(spec.augmentation)),
+        'augmentation': spec.augmentation,
     }
     splits = {name: retrieval.ItemImages(prepared, name, **options) for name in names}
     if spec.val_items:
