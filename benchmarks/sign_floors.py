@@ -1,7 +1,7 @@
 """How far a nearest neighbour gets with signs cut out for it: floors of the sign-language recipe.
 
     python benchmarks/sign_floors.py [--seed=0]
-    python benchmarks/sign_floors.py --root=FOLDER [--streams=TUPLE]
+    python benchmarks/sign_floors.py --root=FOLDER [--streams=DICT]
 
 The built-in sentences as configs/sign_ctc.py draws them, each sign cut out by its true span and
 taken at ten times; the nearest training sign by squared distance names a test sign, whose signer is
@@ -25,7 +25,6 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from configs import sign_ctc
 from mmjax.engine import build
-from mmjax.engine.config import View
 from mmjax.evals import alignment
 from mmjax.recipes.sign.augment import resampled
 from mmjax.recipes.sign.synthetic import sentences, skeleton
@@ -69,11 +68,11 @@ def error(train, names, test, wanted) -> float:
     return float(np.mean(names[nearest] != wanted))
 
 
-def copied(root: str, streams: tuple) -> dict:
+def copied(root: str, streams: dict) -> dict:
     """Returns what copying training sentences gives on the sentences of dev."""
     config = sign_ctc.get_config().unlock()
     config.data.root, config.data.streams = root, streams
-    splits = build.make_task(View(config)).splits
+    splits = build.run(config, data_only=True).task.splits
 
     def read(split):
         rows = range(len(split))
@@ -113,7 +112,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--root')
-    parser.add_argument('--streams', type=ast.literal_eval, default=())
+    parser.add_argument('--streams', type=ast.literal_eval, default={})
     given = parser.parse_args()
     path = pathlib.Path(__file__).parent / 'results' / 'sign_floors.json'
     known = json.loads(path.read_text()) if path.is_file() else {}

@@ -13,80 +13,21 @@ Result: WER .075 (seed 0) and .123 (seed 2) on unseen signers (nearest neighbour
 Real signing, distillation, a teacher from another run: docs/results/sign.md
 """
 
-from mmjax.engine import config as mmjax_config
+from mmjax.engine import config as config_lib
+from mmjax.recipes.sign.config import Config
 
 
 def get_config(argument: str = ''):
-    words = mmjax_config.words(argument, ('smoke', 'distill', 'published'))
-    config = mmjax_config.default()
-    config.task = 'sign'
+    words = config_lib.words(argument, ('smoke', 'distill', 'published'))
+    config = config_lib.default(Config)
     config.batch_size = 16  # sentences
-
-    config.data.seed = 0  # of the built-in signing; `seed` is training's
-    # (name, start, end) columns or (name, start, end, numbers of a landmark); (): streams.json
-    config.data.streams = ()
-    config.data.missing = 'zero'  # 'zero': a stream that is all zeros in a frame was not seen
-    config.data.differences = True  # adds each feature's change since the frame before
-    config.data.around = True  # tells the landmarks of a stream around their mean point
-    config.data.buckets = 3  # lengths that batches are padded to, at most
-    config.data.frame_rate = 25.0  # frames a second, for the times that predict prints
-    config.data.max_fault_share = 0.01
-    # A time mask may hide a sign whole, which CTC then has to read from nothing: off.
-    config.data.augmentation = dict(
-        stretch=(0.9, 1.1),
-        noise=0.03,
-        gain=0.0,
-        offset=0.0,
-        stream_dropout=0.05,
-        feature_dropout=0.0,
-        time_masks=0,
-        time_mask_share=0.1,
-    )
-    config.data.built_in = dict(train=3000, dev=100, test=200, signers=64, held_out_signers=4)
-
-    model = dict(
-        stream_width=64,
-        # (name, width) pairs that differ; names that the data lack are left out, but not all names
-        stream_widths=(),
-        stem=16,
-        width=128,
-        lstm_features=128,  # a direction
-        lstm_layers=1,
-        dropout=0.1,
-        cross_attention=False,
-        attention_width=64,
-        attention_heads=4,
-    )
-    config.model = dict(
-        student=model,
-        teacher=dict(model, lstm_layers=2),
-        distill=False,
-        # On one device: encode the frames that are there, with other dropout than on several.
-        pack=True,
-    )
-    config.losses = dict(
-        distillation_temperature=3.0,
-        distillation_blank_weight=1.0,  # of frames where the teacher is sure of the blank
-        blank_penalty=0.0,
-    )
     config.loss_weights = dict(ctc=1.0, smoothing=0.0)
-    config.decode = dict(
-        beam=16,
-        language_model=0.0,  # weight of a bigram model of the glosses; 0 is none
-        length_bonus=0.0,
-    )
-
     config.sampler = dict(name='bucketed', by='length', stretch=1.1)
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.weight_decay = 1e-4
-    config.optimizer.clip = 1.0
-    config.optimizer.warmup_epochs = 1.0
-    config.optimizer.warmup_init = 0.1
-    config.stages = ('train',)
-    config.stage.train = dict(epochs=13.0)
+    config.optimizer.update(
+        learning_rate=2e-3, weight_decay=1e-4, warmup_epochs=1.0, warmup_init=0.1
+    )
     config.evaluate.every_epochs = 6.5
-    config.best = dict(metric='dev/wer', mode='min')
-
+    config.best.metric = 'dev/wer'
     if 'distill' in words:
         config.model.distill = True
         config.losses.distillation_blank_weight = 0.05
@@ -98,27 +39,31 @@ def get_config(argument: str = ''):
             loss_weights=dict(ctc=0.0, distillation=0.0, teacher_ctc=1.0, smoothing=0.0),
         )
         config.stage.student = dict(epochs=8.0, learning_rates=dict(teacher=0.0))
-        del config.stage.train
+    else:
+        config.stages = ('train',)
+        config.stage.train = dict(epochs=13.0)
+
     if 'published' in words:
         config.batch_size = 4
-        config.data.differences = False
-        config.data.around = False
+        config.data.update(differences=False, around=False)
         config.data.augmentation.update(feature_dropout=0.05, time_masks=2)
         config.losses.distillation_blank_weight = 1.0
         for model in (config.model.student, config.model.teacher):
-            model.stream_width = 64
             model.dropout = 0.3
             # Hands are one stream in the original's data and two in the built-in ones.
-            model.stream_widths = (('hands', 128), ('left', 128), ('right', 128), ('temporal', 128))
-        config.optimizer.learning_rate = 3e-4
-        config.optimizer.schedule = 'cosine_restarts'
-        config.optimizer.period_epochs = 10.0
-        config.optimizer.period_factor = 2.0
-        config.optimizer.warmup_epochs = 5.0
+            model.stream_widths = dict(hands=128, left=128, right=128, temporal=128)
+        config.optimizer.update(
+            learning_rate=3e-4,
+            schedule='cosine_restarts',
+            period_epochs=10.0,
+            period_factor=2.0,
+            warmup_epochs=5.0,
+        )
+        config.early_stop.update(metric='dev/wer', patience=15)
         for name in config.stages:
             config.stage[name].epochs = 100.0
-            metric = 'dev/teacher_wer' if name == 'teacher' else 'dev/wer'
-            config.stage[name].early_stop = dict(metric=metric, mode='min', patience=15)
+        if 'distill' in words:
+            config.stage.teacher.early_stop = dict(metric='dev/teacher_wer')
         config.evaluate.every_epochs = 1.0
     if 'smoke' in words:  # after the others: its sizes win
         config.quick_compile = True
@@ -126,7 +71,8 @@ def get_config(argument: str = ''):
         config.data.buckets = 1
         config.data.built_in = dict(train=16, dev=4, test=4, signers=4, held_out_signers=2)
         for model in (config.model.student, config.model.teacher):
-            model.update(stream_width=16, stream_widths=(), width=16, lstm_features=16)
+            model.update(stream_width=16, width=16, lstm_features=16)
+            model.stream_widths = {}
         config.decode.beam = 4
         for name in config.stages:
             del config.stage[name].epochs

@@ -1,5 +1,6 @@
 """The sign-language model: streams of landmarks → MobileNet over time → BiLSTM → gloss logits."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -22,6 +23,14 @@ class Stream(NamedTuple):
     width: int
 
 
+# The parts that train or are frozen as a whole, and the paths of their parameters.
+PARTS = {
+    'encoder': '(encoder_[^/]+|attention)/.*',
+    'mobilenet': 'mobilenet/.*',
+    'top': '(upsample|upsample_norm|refine|refine_norm|lstm_[0-9]+|head)/.*',
+}
+STRIDE = MobileNet1d().stride  # frames per frame of the MobileNet's output
+EVALUATION = dict.fromkeys(PARTS, False)
 PHOENIX = (
     Stream('pose', 0, 99, 64),
     Stream('hands', 99, 225, 128),
@@ -31,7 +40,7 @@ PHOENIX = (
 
 
 class StreamEncoder(nn.Module):
-    """Two linear layers a frame, of (inputs + width) // 2 and `width`, each layer-normalised."""
+    """Two linear layers per frame, of (inputs + width) // 2 and `width`, each with a LayerNorm."""
 
     width: int
     dropout: float
@@ -52,8 +61,8 @@ class StreamEncoder(nn.Module):
 class CrossAttention(nn.Module):
     """Lets the streams of one frame attend to each other; frames do not meet.
 
-    Each stream is projected to `width`, marked with its own vector, and what attention finds among
-    the streams is projected back and added to it.
+    Each stream is projected to `width` and gets a learnt vector of its own; the output of attention
+    over the streams is projected back and added to the stream.
     """
 
     width: int
@@ -62,7 +71,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, streams: list[jax.Array]) -> list[jax.Array]:
-        """Maps […, any width] each to the same shapes, as many frames as the other axes hold."""
+        """Maps streams […, any width] to the same shapes; the other axes are frames."""
         dense = lambda name, features: Dense(
             features, dtype=self.dtype, kernel_init=kernel_init, name=name
         )
@@ -71,23 +80,20 @@ class CrossAttention(nn.Module):
         tokens = jnp.stack(tokens, -2).reshape(-1, len(streams), self.width)
         marks = self.param('marks', nn.initializers.normal(0.02), tokens.shape[1:])
         tokens = nn.LayerNorm(dtype=self.dtype, name='norm')(tokens + marks.astype(self.dtype))
-        found = Attention(self.heads, self.dtype, name='attention')(tokens)
-        found = found.reshape(*frames, len(streams), self.width)
-        return [x + dense(f'out_{k}', x.shape[-1])(found[..., k, :]) for k, x in enumerate(streams)]
+        tokens = Attention(self.heads, self.dtype, name='attention')(tokens)
+        mixed = tokens.reshape(*frames, len(streams), self.width)
+        return [x + dense(f'out_{k}', x.shape[-1])(mixed[..., k, :]) for k, x in enumerate(streams)]
 
 
 class Sign(nn.Module):
     """Landmarks of each frame → logits of each frame over glosses, blank included.
 
     Time is shortened by the MobileNet and restored by a transposed convolution of the same stride,
-    never pooled away. The defaults are the published sizes: with a vocabulary of 101 the original
-    layout in PyTorch has 14,180,464 parameters, this one 1,024 fewer: its LSTM has one bias a gate
-    where PyTorch's has two. That number settles what a table of blocks leaves open: of the
-    convolutions only the transposed one and the one after it have a bias, squeeze-excitations have
-    biases and expanded // 4 hidden units, and a block of the input's width has no expansion.
+    never pooled away. The defaults are the published sizes. The LSTM has one bias per gate where
+    PyTorch's has two; of the convolutions only the transposed one and the one after it have a bias.
 
-    A frame's logits depend on its own row's valid frames only, whatever the row is padded to;
-    with `train` also on the batch statistics, which are those of valid frames.
+    A frame's logits depend on the valid frames of its own row only, whatever the row is padded to;
+    in training also on the batch statistics, which are those of valid frames.
     """
 
     vocabulary: int
@@ -118,61 +124,84 @@ class Sign(nn.Module):
         self.head = Dense(self.vocabulary, kernel_init=kernel_init)
 
     def __call__(
-        self, features: jax.Array, mask: jax.Array, *, train: bool, room: float | None = None
+        self,
+        features: jax.Array,
+        mask: jax.Array,
+        *,
+        train: Mapping[str, bool] = EVALUATION,
+        packed_length: float | None = None,
     ) -> jax.Array:
         """Maps features [batch, time, columns] to logits [batch, time, vocabulary], float32.
 
         Args:
           features: float32, finite on valid frames; what stands on the others is not read.
           mask: bool [batch, time], True on a prefix of each row, which may be empty.
-          train: with dropout (rng 'dropout') and batch statistics (collection 'batch_stats').
-          room: frames a row, on average over a batch, that the encoders have room for. Batches that
-            need no more are encoded without their padding, and drop out other values than with it;
-            others as they are; features then have no gradient. None for all.
+          train: part → whether it trains, with dropout (rng 'dropout') and batch statistics
+            (collection 'batch_stats'); the others run as in evaluation.
+          packed_length: frames per row, on average over a batch, that are encoded without their
+            padding. A batch that has more is encoded with it, and has other dropout; features then
+            have no gradient. None: all batches are.
         """
-        return self.head(self.hidden(features, mask, train=train, room=room))
+        return self.head(self.hidden(features, mask, train=train, packed_length=packed_length))
 
     def hidden(
-        self, features: jax.Array, mask: jax.Array, *, train: bool, room: float | None = None
+        self,
+        features: jax.Array,
+        mask: jax.Array,
+        *,
+        train: Mapping[str, bool] = EVALUATION,
+        packed_length: float | None = None,
     ) -> jax.Array:
-        """Maps features as above to what the head reads, [batch, time, 2·lstm_features] float32.
+        """Maps features as above to the head's inputs, [batch, time, 2·lstm_features] float32.
 
         0 beyond the end of a row.
         """
+        x = self._lstm_inputs(features, mask, train, packed_length)
+        return self._recurrent(x, mask, train)
+
+    def with_lstm_inputs(self, features: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits of evaluation and the LSTM's inputs, [batch, time, width]."""
+        x = self._lstm_inputs(features, mask, EVALUATION, None)
+        return self.head(self._recurrent(x, mask, EVALUATION)), x
+
+    def _lstm_inputs(self, features, mask, train, packed_length):
         columns = max(stream.end for stream in self.streams)
         if features.ndim != 3 or features.shape[-1] < columns:
             raise ValueError(f'features {features.shape} are not [batch, time, ≥{columns}]')
-        x = self.mobilenet(self._encode(features, mask, train, room), mask, train=train)
+        x = self._encode(features, mask, train['encoder'], packed_length)
+        x = self.mobilenet(x, mask, train=train['mobilenet'])
         x = self.upsample(x, mask[:, :: self.mobilenet.stride])[:, : mask.shape[1]]
-        x = nn.relu(self.upsample_norm(x, mask, train=train))
-        x = nn.relu(self.refine_norm(self.refine(x, mask), mask, train=train))
-        x = self.drop(x, deterministic=not train)
+        x = nn.relu(self.upsample_norm(x, mask, train=train['top']))
+        x = nn.relu(self.refine_norm(self.refine(x, mask), mask, train=train['top']))
+        return self.drop(x, deterministic=not train['top'])
+
+    def _recurrent(self, x, mask, train):
         for index, layer in enumerate(self.lstm):
-            x = self.drop(x, deterministic=not train) if index else x
+            x = self.drop(x, deterministic=not train['top']) if index else x
             x = layer(x, mask)
         return x
 
-    def _encode(self, features, mask, train, room):
+    def _encode(self, features, mask, train, packed_length):
         """Encodes the streams of each frame, side by side: [batch, time, their widths]."""
-        rows = packing.packed_rows(mask, room)
+        rows = packing.packed_rows(mask, packed_length)
 
         def encode(call, take):
-            found = [
+            streams = [
                 call(self.encoder[name], take(start, end), train=train)
                 for name, start, end, _ in self.streams
             ]
-            found = call(self.attention, found) if self.cross_attention else found
-            return jnp.concatenate(found, -1)
+            streams = call(self.attention, streams) if self.cross_attention else streams
+            return jnp.concatenate(streams, -1)
 
-        # Cleared, so that nothing beyond a row's end overflows on the way.
+        # Cleared, so that nothing beyond the end of a row overflows.
         cleared = lambda x, mask: lambda start, end: clear(x[:, :, start:end], mask)
         if rows == mask.size or self.is_initializing():
             return encode(lambda part, x, **how: part(x, **how), cleared(features, mask))
         parts = [*self.encoder.values(), *([self.attention] if self.cross_attention else [])]
         keys = {}
         if train and self.dropout:
-            drawn = jax.random.split(self.make_rng('dropout'), len(parts))
-            keys = {part.name: {'dropout': key} for part, key in zip(parts, drawn, strict=True)}
+            split = jax.random.split(self.make_rng('dropout'), len(parts))
+            keys = {part.name: {'dropout': key} for part, key in zip(parts, split, strict=True)}
 
         def caller(params, keys):
             return lambda part, x, **how: part.clone(parent=None).apply(
@@ -192,3 +221,27 @@ class Sign(nn.Module):
         params = {part.name: part.variables['params'] for part in parts}
         data = features, mask, keys
         return packing.cond(mask.sum() <= rows, packed, padded, params, *data)
+
+
+def temporal_squares(x: jax.Array, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Measures how much x [batch, time, width] varies with time; 0 is a temporal collapse.
+
+    The variance of each feature is taken over frames a stride apart, which are made by the same
+    taps of the transposed convolution: over all frames, and behind the LSTM, features vary even if
+    the inputs are equal. The first and the last frame of a row are left out: they see its ends.
+
+    Returns:
+      float32 [batch] sums of squares about the means, and [batch] how many.
+    """
+    ends = jnp.pad(frames, ((0, 0), (1, 1)))
+    inner = frames & ends[:, :-2] & ends[:, 2:]
+    time = -(-x.shape[1] // STRIDE) * STRIDE
+    apart = lambda a: jnp.pad(a, ((0, 0), (0, time - a.shape[1]), (0, 0))).reshape(
+        len(a), -1, STRIDE, a.shape[2]
+    )
+    x = apart(x.astype(jnp.float32))
+    inner = apart(inner[..., None])
+    count = jnp.maximum(inner.sum(1, keepdims=True), 1)
+    mean = jnp.where(inner, x, 0).sum(1, keepdims=True) / count
+    squares = jnp.where(inner, (x - mean) ** 2, 0).sum((1, 2, 3))
+    return squares, inner.sum((1, 2, 3)) * x.shape[3]

@@ -1,121 +1,90 @@
-"""Scores of the sign-language recipe: word error rates, losses, and pictures of what was read."""
+"""Scores of the sign-language recipe: word error rates, and figures of decoded sentences."""
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 from mmjax.decode import ctc as decoding
-from mmjax.engine.task import Evaluator, Scores
+from mmjax.engine.task import Evaluator, Scores, gather
 from mmjax.evals import alignment, posteriorgram
 
-SHOWN = 4  # sentences drawn
+DRAWN = 4  # sentences
+COUNTS = ('substitutions', 'deletions', 'insertions', 'sentences', 'words')
 
 
 class SignScores(Evaluator):
-    """Decodes a split, greedily and by beam search, and compares with what was signed.
+    """Decodes a split, greedily and by beam search, and compares with the references.
 
     References keep the words that training lacks: they cannot be right, and are counted as
     `unknown_words`.
     """
 
-    def __init__(self, task, sequences, batch_size: int):
-        self.task, self.sequences, self.batch_size = task, sequences, batch_size
+    methods = ('decode', 'log_probs')
 
-    def run(self, apply, *, final):
-        decoded, parts, masks, spread, rows = {}, [], [], [], []
-        for outputs, batch in apply('decode', self.sequences, self.batch_size):
-            for name in ('greedy', 'beam', 'teacher'):
-                if name in outputs:
-                    ids, lengths = outputs.pop(name)
-                    decoded.setdefault(name, []).extend(
-                        row[:length].tolist() for row, length in zip(ids, lengths, strict=True)
-                    )
-            spread.append(outputs.pop('spread'))
-            parts.append(outputs['rows'])
-            masks.append(batch['label_mask'])
-            rows.extend(batch['row'].tolist())
-        words = self.sequences.vocabulary.decode
-        references = [self.sequences.words(row) for row in rows]
-        read = {name: [words(ids) for ids in found] for name, found in decoded.items()}
-        found = {name: alignment.errors(references, texts) for name, texts in read.items()}
-        greedy = found['greedy']
+    def __init__(self, sentences, batch_size: int):
+        self.dataset = sentences
+        self.batch_size = batch_size
+
+    def run(self, predict, *, final, results=None):
+        decoded, _ = gather(predict, 'decode', self.dataset, self.batch_size)
+        squares, count = (x.sum(dtype=float) for x in decoded.pop('temporal_squares'))
+        words = self.dataset.vocabulary.decode
+        references = [self.dataset.words(row) for row in range(len(self.dataset))]
+        hypotheses = {
+            name: [words(row[:length]) for row, length in zip(*ids, strict=True)]
+            for name, ids in decoded.items()
+        }
+        errors = {name: alignment.errors(references, texts) for name, texts in hypotheses.items()}
+        greedy = errors['greedy']
         metrics = {
             'wer': greedy.wer,
             'ser': greedy.ser,
-            'substitutions': greedy.substitutions,
-            'deletions': greedy.deletions,
-            'insertions': greedy.insertions,
-            'wer_beam': found['beam'].wer,
-            'ser_beam': found['beam'].ser,
-            'sentences': greedy.sentences,
-            'words': greedy.words,
-            'unknown_words': self.sequences.counts['unknown_words'],
-            'temporal_variance': _ratio(spread),
+            **{name: getattr(greedy, name) for name in COUNTS},
+            'wer_beam': errors['beam'].wer,
+            'ser_beam': errors['beam'].ser,
+            'unknown_words': self.dataset.counts['unknown_words'],
+            'temporal_variance': float(squares / count) if count else float('nan'),
         }
-        if 'teacher' in found:
-            metrics['teacher_wer'] = found['teacher'].wer
-        metrics |= self._losses(parts, masks)
-        for length, of in alignment.by_length(references, read['greedy']).items():
-            metrics[f'wer_of_{length}'] = of.wer
-        drawn = {}
+        if 'teacher' in errors:
+            metrics['teacher_wer'] = errors['teacher'].wer
+        for length, part in alignment.by_length(references, hypotheses['greedy']).items():
+            metrics[f'wer_of_{length}'] = part.wer
+        figures = {}
         if final:
-            drawn = self._sentences(apply)
-            drawn['confusions'] = posteriorgram.confusions(greedy.confusions)
-            drawn['lengths'] = _by_length(references, read)
-        return Scores(metrics, drawn)
+            figures = self._sentences(predict)
+            figures['confusions'] = posteriorgram.confusions(greedy.confusions)
+            figures['lengths'] = _by_length(references, hypotheses)
+        return Scores(metrics, figures)
 
-    def _losses(self, parts, masks):
-        """Returns the losses of the whole split: sums over sums."""
-        rows = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        label_mask = np.concatenate(masks)
-        batch = {'mask': np.ones(len(label_mask), bool), 'label_mask': label_mask}
-        terms = self.task._terms(rows, batch)
-        out = {n: float(t.mean() if hasattr(t, 'mean') else t) for n, t in terms.items()}
-        weighed = {n: w for n, w in self.task.weights.items() if n in terms}
-        return out | {'loss': sum(w * out[name] for name, w in weighed.items())}
-
-    def _sentences(self, apply):
+    def _sentences(self, predict):
         """Draws the posteriors of sentences spread over the split."""
-        out, vocabulary = {}, self.sequences.vocabulary
-        rows = np.unique(np.linspace(0, len(self.sequences) - 1, SHOWN).astype(int))
-        shown = self.sequences.subset(rows)
-        names = [*vocabulary.words, '<unknown>']
-        for all_scores, batch in apply('log_probs', shown, SHOWN):
-            found = decoding.greedy(all_scores, batch['frames'])
-            found = {name: np.asarray(value) for name, value in found._asdict().items()}
-            for place, scores in enumerate(all_scores):
-                count = found['lengths'][place]
-                spans = [found[name][place, :count].tolist() for name in ('ids', 'starts', 'ends')]
-                labels = batch['labels'][place][batch['label_mask'][place]]
-                known = [i if i > 0 else len(names) - 1 for i in labels.tolist()]
-                padded = np.pad(
-                    scores[: batch['length'][place]], ((0, 0), (0, 1)), constant_values=-np.inf
-                )
-                row = int(batch['row'][place])
-                out[f'sentence_{rows[row]}'] = posteriorgram.posteriorgram(
-                    padded,
-                    list(zip(*spans, strict=True)),
-                    known,
+        rows = np.unique(np.linspace(0, len(self.dataset) - 1, DRAWN).astype(int))
+        chosen = self.dataset.subset(rows)
+        names = [*self.dataset.vocabulary.words, '<unknown>']
+        figures = {}
+        for log_probs, batch in predict('log_probs', chosen, DRAWN):
+            greedy = decoding.greedy(log_probs, batch['frames'])
+            spans = [np.asarray(x) for x in (greedy.ids, greedy.starts, greedy.ends)]
+            for index, row in enumerate(batch['row'].tolist()):
+                count = int(greedy.lengths[index])
+                labels = batch['labels'][index][batch['label_mask'][index]]
+                scores = log_probs[index, : batch['length'][index]]
+                figures[f'sentence_{rows[row]}'] = posteriorgram.posteriorgram(
+                    np.pad(scores, ((0, 0), (0, 1)), constant_values=-np.inf),
+                    list(zip(*(x[index, :count].tolist() for x in spans), strict=True)),
+                    [i if i > 0 else len(names) - 1 for i in labels.tolist()],
                     names,
-                    title=shown.record(row)['id'],
+                    title=chosen.record(row)['id'],
                 )
-        return out
+        return figures
 
 
-def _ratio(parts) -> float:
-    """Returns the sum of all totals over that of all counts; NaN where there are none."""
-    total, count = (np.concatenate(x).sum(dtype=float) for x in zip(*parts, strict=True))
-    return float(total / count) if count else float('nan')
-
-
-def _by_length(references, read):
+def _by_length(references, hypotheses):
     figure = Figure(figsize=(6, 3), layout='constrained')
     figure.set_label('Word error rate by the number of glosses in a sentence.')
     axis = figure.subplots()
-    for name, texts in read.items():
-        found = alignment.by_length(references, texts)
-        lengths = [length for length in found if length]
-        axis.plot(lengths, [found[n].wer for n in lengths], marker='o', label=name)
+    for name, texts in hypotheses.items():
+        rates = {n: part.wer for n, part in alignment.by_length(references, texts).items() if n}
+        axis.plot([*rates], [*rates.values()], marker='o', label=name)
     axis.set(xlabel='glosses in the reference', ylabel='word error rate', ylim=(0, None))
     axis.legend()
     axis.grid(alpha=0.3)

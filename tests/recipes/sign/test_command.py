@@ -85,8 +85,8 @@ def without(name, column):
             (),
             'features/train/train1.npz cannot be read',
         ),
-        (lambda r: None, ("--config.data.streams=('hands', 0, 4)",), "tuples, not 'hands'"),
-        (lambda r: None, ('--config.data.buckets=0',), 'data.buckets=0 is neither'),
+        (lambda r: None, ('--config.data.streams.hands=0',), 'data.streams.hands='),
+        (lambda r: None, ('--config.data.buckets=0',), 'data.buckets=0 is not an integer at least'),
     ],
 )
 def test_a_fault_is_one_sentence_and_exit_code_1(tmp_path, spoil, options, message):

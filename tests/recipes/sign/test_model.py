@@ -11,8 +11,7 @@ import pytest
 
 from mmjax.models import convolutions, packing
 from mmjax.models.mobilenet1d import InvertedResidual, Row, SqueezeExcitation
-from mmjax.recipes.sign import task
-from mmjax.recipes.sign.model import CrossAttention, Sign, Stream
+from mmjax.recipes.sign.model import PARTS, CrossAttention, Sign, Stream, temporal_squares
 
 STREAMS = (Stream('pose', 0, 6, 8), Stream('hands', 6, 16, 4))
 BLOCKS = (Row(8, 8, 3, 1, True, 'relu'), Row(12, 6, 5, 2, True, 'hard_swish'))
@@ -29,6 +28,7 @@ TINY = functools.partial(
 )
 VARIANTS = {'baseline': {}, 'next steps': dict(cross_attention=True, lstm_layers=2)}
 
+TRAIN = dict.fromkeys(PARTS, True)
 SLOW = pytest.mark.slow  # a compilation a length
 
 # Programs that run once: fast code would take longer to make than it saves.
@@ -39,7 +39,7 @@ def _random(length, seed=0, rows=1):
     return np.random.default_rng(seed).normal(size=(rows, length, 16)).astype(np.float32)
 
 
-def _variables(module, *inputs):
+def _variables(module, *inputs, **options):
     """Random parameters and lived-in batch statistics, drawn without compiling anything."""
     rng = np.random.default_rng(1)
 
@@ -50,7 +50,8 @@ def _variables(module, *inputs):
             return jnp.float32(rng.uniform(0.5, 1.5, leaf.shape))
         return jnp.float32(rng.normal(size=leaf.shape) * max(leaf.shape[0], 4) ** -0.5)
 
-    shapes = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), *inputs)
+    make = functools.partial(module.init, **options)
+    shapes = jax.eval_shape(make, jax.random.key(0), *inputs)
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
@@ -59,7 +60,7 @@ def model(request):
     """(the model, its variables, jitted evaluation)."""
     model = TINY(**VARIANTS[request.param])
     variables = _variables(model, _random(8), np.ones((1, 8), bool))
-    return model, variables, _jit(functools.partial(model.apply, train=False))
+    return model, variables, _jit(model.apply)
 
 
 def _train(model, variables, x, mask):
@@ -67,7 +68,7 @@ def _train(model, variables, x, mask):
         variables,
         x,
         mask,
-        train=True,
+        train=TRAIN,
         mutable=['batch_stats'],
         rngs={'dropout': jax.random.key(0)},
     )
@@ -75,9 +76,7 @@ def _train(model, variables, x, mask):
 
 def test_the_published_layout_has_the_published_number_of_parameters():
     shapes = jax.eval_shape(
-        lambda: Sign(101).init(
-            jax.random.key(0), jnp.zeros((1, 4, 6516)), jnp.ones((1, 4), bool), train=False
-        )
+        lambda: Sign(101).init(jax.random.key(0), jnp.zeros((1, 4, 6516)), jnp.ones((1, 4), bool))
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
     second_bias = 2 * 4 * 128  # PyTorch's LSTM: two directions, four gates
@@ -120,23 +119,23 @@ def test_what_rows_are_padded_to_does_not_change_a_training_step():
 
 @pytest.mark.parametrize('attends', [False, pytest.param(True, marks=SLOW)])
 def test_frames_encoded_without_their_padding_make_the_same_step(attends):
-    """Whether they fit their room or not, there being one program for both."""
+    """Whether a batch fits or not: one program does both."""
     model, x = TINY(dropout=0.0, cross_attention=attends), _random(10, rows=4)
     masks = [np.arange(10) < np.array(n)[:, None] for n in ([7, 10, 3, 4], [9, 10, 8, 10])]
     variables = _variables(model, x, masks[0])
 
     traces = []
 
-    def step(params, x, mask, room):
-        traces.append(room)
+    def step(params, x, mask, packed_length):
+        traces.append(packed_length)
 
         def loss(params):
             found, stats = model.apply(
                 {**variables, 'params': params},
                 x,
                 mask,
-                train=True,
-                room=room,
+                train=TRAIN,
+                packed_length=packed_length,
                 mutable=['batch_stats'],
                 rngs={'dropout': jax.random.key(0)},
             )
@@ -145,8 +144,8 @@ def test_frames_encoded_without_their_padding_make_the_same_step(attends):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    packed = _jit(functools.partial(step, room=6.5))
-    padded = _jit(functools.partial(step, room=None))
+    packed = _jit(functools.partial(step, packed_length=6.5))
+    padded = _jit(functools.partial(step, packed_length=None))
     for mask in masks:
         assert (mask.sum() <= 32) == (mask is masks[0])  # ⌈6.5 · 4 / 8⌉ · 8 rows
         bad = np.where(mask[..., None], x, np.float32(np.nan))
@@ -170,8 +169,8 @@ def test_packed_frames_are_encoded_again_for_their_gradient(monkeypatch):
                 {**variables, 'params': params},
                 x,
                 mask,
-                train=True,
-                room=6.5,
+                train=TRAIN,
+                packed_length=6.5,
                 mutable=['batch_stats'],
                 rngs={'dropout': jax.random.key(seed)},
             )
@@ -193,8 +192,9 @@ def test_packed_frames_have_dropout_of_their_own():
     mask = np.arange(10) < np.array([[5], [4]])
     variables = _variables(model, x, mask)
 
-    def run(seed, train, room=5.0):
-        encode = lambda model: model._encode(jnp.asarray(x), jnp.asarray(mask), train, room)
+    def run(seed, train, packed_length=5.0):
+        inputs = (jnp.asarray(x), jnp.asarray(mask))
+        encode = lambda model: model._encode(*inputs, train, packed_length)
         rngs = {'dropout': jax.random.key(seed)}
         return nn.apply(encode, model)(variables, rngs=rngs)
 
@@ -240,10 +240,10 @@ def test_temporal_collapse_does_not_come_back(monkeypatch, collapsed):
 
     @_jit
     def start(key):
-        variables = model.init(key, x, mask, train=False)
-        logits, read = model.apply(variables, x, mask, train=False, method=task.with_lstm_input)
-        hidden = model.apply(variables, x, mask, train=False, method='hidden')
-        return logits, read, hidden, task.spread(read, mask)
+        variables = model.init(key, x, mask)
+        logits, read = model.apply(variables, x, mask, method='with_lstm_inputs')
+        hidden = model.apply(variables, x, mask, method='hidden')
+        return logits, read, hidden, temporal_squares(read, mask)
 
     logits, read, hidden, (squares, count) = start(jax.random.key(0))
     assert read.shape == (2, 40, 12) and hidden.shape == (2, 40, 12)
@@ -261,9 +261,7 @@ def test_bfloat16_is_float32_within_its_rounding_and_keeps_the_mask():
     mask = np.arange(13) < lengths[:, None]
     variables = _variables(wide, x, mask)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
-    evaluate = {
-        model: _jit(functools.partial(model.apply, train=False)) for model in (narrow, wide)
-    }
+    evaluate = {model: _jit(model.apply) for model in (narrow, wide)}
     found, wanted = (evaluate[model](variables, x, mask) for model in (narrow, wide))
     assert found.dtype == jnp.float32 and np.abs(wanted[mask]).mean() > 0.3
     apart = np.abs(found - wanted)[mask].max()
@@ -318,7 +316,7 @@ def test_a_block_adds_its_input_where_the_shape_stays_and_only_there():
     x, mask = jnp.ones((1, 6, 8)), np.ones((1, 6), bool)
     for row, kept in ((BLOCKS[0], True), (BLOCKS[1], False)):
         block = InvertedResidual(row)
-        variables = _variables(block, x, mask)
+        variables = _variables(block, x, mask, train=False)
         silent = jax.tree.map(jnp.zeros_like, variables['params']['project_norm'])
         params = {**variables['params'], 'project_norm': silent}
         apply = _jit(functools.partial(block.apply, train=False))
@@ -330,7 +328,7 @@ def test_a_block_adds_its_input_where_the_shape_stays_and_only_there():
 def test_faults_of_shape_are_told(model):
     model, variables, _ = model
     with pytest.raises(ValueError, match='≥16'):
-        model.apply(variables, np.zeros((1, 3, 15)), np.ones((1, 3), bool), train=False)
+        model.apply(variables, np.zeros((1, 3, 15)), np.ones((1, 3), bool))
     block = InvertedResidual(Row(8, 8, 3, 1, False, 'swish'))
     with pytest.raises(ValueError, match='swish'):
         jax.eval_shape(

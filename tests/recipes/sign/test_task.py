@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 
 import flax.linen as nn
 import jax
@@ -13,15 +14,17 @@ import optax
 import pytest
 from etils import epath
 
-from mmjax.engine import build, evaluate, modes, step
+from mmjax.engine import build, evaluate, modes, optim, step
+from mmjax.engine import config as config_lib
 from mmjax.engine.checkpoint import load_weights
+from mmjax.engine.task import towers_training
 from mmjax.engine.train import weights_from
 from mmjax.errors import UserError
 from mmjax.models.layers import MaskedBatchNorm
 from mmjax.models.mobilenet1d import PUBLISHED
-from mmjax.models.recurrent import BiLSTM
 from mmjax.recipes.sign import task as sign
-from mmjax.recipes.sign.model import Sign
+from mmjax.recipes.sign.config import LOSSES
+from mmjax.recipes.sign.model import EVALUATION, PARTS, Sign
 from mmjax.recipes.sign.scores import SignScores
 from tests import runs
 
@@ -34,13 +37,6 @@ FRAMES = {'train': [12, 9, 3, 30, 14, 11, 8, 28, 26, 31], 'dev': [13, 30, 10], '
 INFEASIBLE = {'train': 1, 'dev': 1, 'test': 0}  # 'B B A' needs 4 frames; 'NEW' has no symbol
 
 
-class Through(BiLSTM):
-    """In place of an LSTM, whose loop is slow to compile."""
-
-    def __call__(self, x, mask):
-        return x
-
-
 class Small(nn.Module):
     """In place of the published model, where that is not the point: it compiles in a second."""
 
@@ -48,15 +44,20 @@ class Small(nn.Module):
     width: int
 
     def setup(self):
-        self.trunk, self.norm = nn.Dense(self.width), MaskedBatchNorm()
-        self.head, self.lstm = nn.Dense(self.vocabulary), Through(1)
+        self.encoder = {'all': nn.Dense(self.width)}
+        self.mobilenet = MaskedBatchNorm()
+        self.head = nn.Dense(self.vocabulary)
 
-    def __call__(self, features, mask, *, train, room=None):
+    def __call__(self, features, mask, *, train=EVALUATION, packed_length=None):
         return self.head(self.hidden(features, mask, train=train))
 
-    def hidden(self, features, mask, *, train):
-        x = jnp.tanh(self.norm(self.trunk(features), mask, train=train))
-        return self.lstm(jnp.where(mask[..., None], x, 0), mask)
+    def hidden(self, features, mask, *, train=EVALUATION):
+        x = jnp.tanh(self.mobilenet(self.encoder['all'](features), mask, train=train['mobilenet']))
+        return jnp.where(mask[..., None], x, 0)
+
+    def with_lstm_inputs(self, features, mask):
+        x = self.hidden(features, mask)
+        return self.head(x), x
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -115,19 +116,28 @@ def trained(tmp_path_factory, folder):
 @pytest.fixture(scope='module')
 def every_loss(folder):
     """Returns (built, variables, measure) of a fresh teacher and student that learn together."""
-    weights = dict.fromkeys(sign.LOSSES, 1.0)
-    config = tiny('distill', folder, loss_weights=weights, losses__blank_penalty=0.5)
+    weights = dict.fromkeys(LOSSES, 1.0)
+    options = dict(losses__blank_penalty=0.5, losses__distillation_temperature=2.0)
+    config = tiny('distill', folder, loss_weights=weights, **options)
     config.stages, config.stage.both = ('both',), dict(steps=1)
     built = build.run(config)
 
     def measure(variables, batch):
         task, stage = built.task, built.stages[0]
-        outputs, stats = task.forward(variables, batch, stage, train=True, key=jax.random.key(0))
+        train = dict.fromkeys(task.towers, True)
+        outputs, stats = task.forward(variables, batch, stage, train=train, key=jax.random.key(0))
         return task.terms(variables, outputs, batch, stage), outputs, stats
 
     # Runs once a shape: fast code would take longer to make than it saves.
     measure = jax.jit(measure, compiler_options={'xla_backend_optimization_level': 0})
     return built, built.init_variables(), measure
+
+
+def training_logits(built, variables, batch, name):
+    """Returns the logits of one model in training, without the task."""
+    own = {part: tree[name] for part, tree in variables.items()}
+    apply = functools.partial(built.task.models[name].apply, own, train=dict.fromkeys(PARTS, True))
+    return apply(batch['features'], batch['frames'], mutable=['batch_stats'])[0]
 
 
 def batch_of(task, split, rows, bucket=0):
@@ -161,36 +171,40 @@ def test_the_recipes_own_model_has_what_the_task_asks_for(folder, monkeypatch):
     """Traced, not compiled, and without most of its blocks: its own tests see to these."""
     monkeypatch.setattr(sign, 'Sign', functools.partial(Sign, blocks=PUBLISHED[:2]))
     built = build.run(tiny('distill', folder))
-    build.check_terms(built)
-    found = jax.eval_shape(built.task.decode, built.abstract, built.batch)
-    assert set(found['rows']) == {'ctc', 'teacher_ctc', 'distillation'}
+    build.check(built)
 
 
 def test_word_error_rates_are_those_of_jiwer(folder, monkeypatch):
     """Of logits that spell what they shall; an unknown word is wrong, whatever is read."""
-    built = build.run(tiny('', folder))
+    built = build.run(tiny('distill', folder))
     task, words = built.task, built.task.vocabulary.words
     hypotheses = [['A', 'A', 'C', 'B', 'D', 'B', 'C'], [], ['D', 'B']]
     spelled = np.full((3, built.data.lengths[-1], len(words)), -9.0, np.float32)
     spelled[..., 0] = 0
+    silent = spelled.copy()
     for row, hypothesis in enumerate(hypotheses):
         spelled[row, FRAMES['dev'][row] :, 1] = 9  # beyond the end nothing is read
         for place, word in enumerate(hypothesis):
             spelled[row, 2 * place, words.index(word)] = 9
 
     def known(name, variables, batch, method=None, **options):
-        logits = jnp.asarray(spelled)[batch['row']]
+        logits = jnp.asarray(spelled if name == 'student' else silent)[batch['row']]
         constant = jnp.where(batch['frames'][..., None], 1.0 + batch['row'][:, None, None], 0.0)
         return (logits, constant) if method else logits
 
     monkeypatch.setattr(task, '_apply', known)
-    found = task.evaluators()['dev'].run(evaluate.Apply(task, {}, built.mesh), final=False).metrics
+    predictor = evaluate.Predictor(task, {}, built.mesh)
+    found = task.evaluators()['dev'].run(predictor, final=False).metrics
     expected = jiwer.process_words(SENTENCES['dev'], [' '.join(read) for read in hypotheses])
     for name in ('wer', 'substitutions', 'deletions', 'insertions'):
         assert found[name] == pytest.approx(getattr(expected, name)), name
     assert found['wer'] > 1 and found['wer_beam'] == pytest.approx(expected.wer)
     # An unknown word is no blank: to read nothing there is an error.
     assert found['deletions'] == 3 and found['ser'] == 1 and found['unknown_words'] == 1
+    assert found['ser_beam'] == found['teacher_wer'] == 1
+    assert (found['sentences'], found['words']) == (3, 7)
+    two = jiwer.process_words(SENTENCES['dev'][:2], [' '.join(read) for read in hypotheses[:2]])
+    assert found['wer_of_2'] == pytest.approx(two.wer) != found['wer_of_3']
     assert found['temporal_variance'] < 1e-12  # of equal features: padding takes no part
 
 
@@ -200,9 +214,8 @@ def test_ctc_is_that_of_each_row_alone_and_equal_models_have_nothing_to_distil(e
     terms, outputs, _ = measure(variables, batch)
     losses, feasible = outputs['ctc']
     assert feasible.tolist() == [True, False, True]
-    own, total = {part: tree['student'] for part, tree in variables.items()}, []
-    apply = functools.partial(built.task.models['student'].apply, own, train=True)
-    logits, _ = apply(batch['features'], batch['frames'], mutable=['batch_stats'])
+    logits = training_logits(built, variables, batch, 'student')
+    total = []
     for row, frames, labels in ((0, 12, [1, 2]), (2, 30, [4, 1, 3])):
         alone = logits[row : row + 1, :frames].at[..., 0].add(-0.5)
         zeros, labels = np.zeros((1, frames)), np.array([labels])
@@ -210,16 +223,49 @@ def test_ctc_is_that_of_each_row_alone_and_equal_models_have_nothing_to_distil(e
         assert float(losses[row]) == pytest.approx(total[-1], rel=1e-5)
     assert terms['ctc_per_label'] == pytest.approx((total[0] / 2 + total[1] / 3) / 2, rel=1e-5)
     assert tuple(terms['ctc']) == pytest.approx((sum(total), 2), rel=1e-5)
-    teacher = {part: tree['teacher'] for part, tree in variables.items()}
-    apply = functools.partial(built.task.models['teacher'].apply, teacher, train=True)
-    logits, _ = apply(batch['features'], batch['frames'], mutable=['batch_stats'])
-    blanks = np.asarray(jax.nn.softmax(logits))[batch['frames']][:, 0].sum()
-    assert terms['infeasible'] == 1 and 0 < blanks < 12 + 3 + 30
-    expected = 12 + 3 + 30 - 0.95 * blanks  # the teacher's blanks weigh .05
-    assert terms['distillation'].count == pytest.approx(expected, rel=1e-5)
+    assert terms['infeasible'] == terms['teacher_infeasible'] == 1
+    taught = training_logits(built, variables, batch, 'teacher').at[..., 0].add(-0.5)
+    alone = optax.ctc_loss(taught[:1, :12], np.zeros((1, 12)), np.array([[1, 2]]), np.zeros((1, 2)))
+    assert float(outputs['teacher_ctc'][0][0]) == pytest.approx(float(alone[0]), rel=1e-5)
+    assert terms['teacher_ctc'].count == 2 and terms['teacher_ctc'].total != terms['ctc'].total
     equal = {part: dict.fromkeys(tree, tree['student']) for part, tree in variables.items()}
     nothing = abs(measure(equal, batch)[0]['distillation'].total)
     assert nothing < 1e-5 < 1e-3 < terms['distillation'].total
+
+
+def test_losses_of_frames_are_those_of_their_formulas(every_loss):
+    built, variables, measure = every_loss
+    batch = batch_of(built.task, 'train', [0, 2, 3])
+    terms, _, _ = measure(variables, batch)
+    student, teacher = (
+        np.asarray(training_logits(built, variables, batch, name), float)[batch['frames']]
+        for name in ('student', 'teacher')
+    )
+    frames = 12 + 3 + 30
+    soft = lambda logits: np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    # Frames that the teacher is sure are blank weigh .05; the temperature is 2.
+    weights = 1 - 0.95 * soft(teacher)[:, 0]
+    assert 0.1 * frames < weights.sum() < 0.99 * frames
+    p, q = soft(student / 2), soft(teacher / 2)
+    divergence = (weights[:, None] * q * np.log(q / p)).sum()
+    assert terms['distillation'].count == pytest.approx(weights.sum(), rel=1e-5)
+    assert terms['distillation'].total == pytest.approx(4 * divergence, rel=1e-4)
+    p = soft(student)
+    uniform = (p * np.log(p * p.shape[1])).sum()
+    assert tuple(terms['smoothing']) == pytest.approx((uniform, frames), rel=1e-4)
+
+
+def test_what_is_decoded_has_the_blank_penalty(every_loss):
+    built, variables, _ = every_loss
+    batch = batch_of(built.task, 'train', [0, 3])
+    for name in ('student', 'teacher'):
+        own = {part: tree[name] for part, tree in variables.items()}
+        model = built.task.models[name]
+        logits = np.array(model.apply(own, batch['features'], batch['frames']), float)
+        logits[..., 0] -= 0.5
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        log_probs = built.task.log_probs(variables, batch, name)
+        np.testing.assert_allclose(log_probs, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_fill_a_batch_and_longer_buckets_change_nothing(every_loss):
@@ -266,22 +312,9 @@ def test_a_trained_student_becomes_the_teacher(trained, folder):
         jax.tree.map(np.testing.assert_array_equal, found[part]['student'], fresh[part]['student'])
 
 
-def call(mode, config, workdir, **changes):
-    arguments = (
-        dict(
-            argv=['main'],
-            existing=True,
-            overwrite=False,
-            input=None,
-            question=None,
-            output=None,
-            init_from=None,
-            allow_data_change=False,
-            processes=(None, None, None),
-        )
-        | changes
-    )
-    assert modes.run(mode, config, config.to_dict(), epath.Path(workdir), **arguments) == 0
+def call(mode, config, workdir, **options):
+    command = modes.Command(mode, epath.Path(workdir), existing=True, **options)
+    assert modes.run(config_lib.resolve(config), command) == 0
 
 
 def test_what_is_read_of_a_file_has_times_in_seconds(trained, folder, capsys, tmp_path):
@@ -310,7 +343,17 @@ def test_a_run_is_evaluated_and_embedded_as_it_was_left(trained, capsys, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / 'index.jsonl').read_text().splitlines()]
     wanted = [f'{split}{row}' for split, texts in SENTENCES.items() for row in range(len(texts))]
     assert [row['id'] for row in rows] == wanted
-    assert np.load(tmp_path / 'embeddings.npy').shape == (len(rows), 8)
+    embeddings = np.load(tmp_path / 'embeddings.npy')
+    assert embeddings.shape == (len(rows), 8)
+    task = build.run(config, assets=workdir).task
+    own = {
+        part: tree['student']
+        for part, tree in zip(('params', 'batch_stats'), load_weights(str(workdir)), strict=False)
+    }
+    batch = batch_of(task, 'test', [1])
+    hidden = task.models['student'].apply(own, batch['features'], batch['frames'], method='hidden')
+    mean = np.asarray(hidden)[0, : FRAMES['test'][1]].mean(0)
+    np.testing.assert_allclose(embeddings[-1], mean, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_keeps_its_words_and_its_scale_beside_other_data(trained, tmp_path):
@@ -320,10 +363,12 @@ def test_a_run_keeps_its_words_and_its_scale_beside_other_data(trained, tmp_path
     own, fresh = build.run(config, assets=workdir).task, build.run(config).task
     assert own.vocabulary.words == ('<blank>', 'A', 'B', 'C', 'D') != fresh.vocabulary.words
     with np.load(workdir / 'normalization.npz') as saved:
-        np.testing.assert_array_equal(own.data.normalization.mean, saved['mean'])
-    assert np.abs(fresh.data.normalization.mean[0] / own.data.normalization.mean[0]) > 5
+        np.testing.assert_array_equal(own.normalization.mean, saved['mean'])
+    assert np.abs(fresh.normalization.mean[0] / own.normalization.mean[0]) > 5
     assert own.dataset('dev').example(0, None, False)['labels'].tolist() == [-1, 2]
-    assert own.dataset('dev').counts['unknown_words'] == 3 and own.table.shape == (5, 5)
+    assert own.dataset('dev').counts['unknown_words'] == 3 and own.beam_options[
+        'language_model'
+    ].shape == (5, 5)
 
 
 def test_what_cannot_be_read_is_named(folder, tmp_path):
@@ -337,6 +382,87 @@ def test_what_cannot_be_read_is_named(folder, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             task.predict(None, str(tmp_path / f'{name}.npz'), tmp_path / 'out')
+
+
+def test_frames_are_packed_in_training_only_and_unless_switched_off(folder, monkeypatch):
+    for pack in (True, False):
+        built = build.run(tiny('', folder, model__pack=pack, batch_size=8, accumulation=2))
+        task, stage = built.task, built.stages[0]
+        calls = []
+        monkeypatch.setattr(task, '_apply', lambda *a, **options: calls.append(options) or 1 / 0)
+        variables = {'params': {}, 'batch_stats': {}}
+        for key in (jax.random.key(0), None):
+            train = dict.fromkeys(task.towers, key is not None)
+            with pytest.raises(ZeroDivisionError):
+                task.forward(variables, built.batch, stage, train=train, key=key)
+        (length,) = built.data.lengths
+        expected = built.data.rooms(4)[length]  # of the rows of a micro-batch
+        assert [call['packed_length'] for call in calls] == [expected if pack else None, None]
+
+
+BACKBONES = '(student|teacher)/(encoder|mobilenet).*'
+
+
+@pytest.mark.parametrize(
+    ('rules', 'group', 'frozen'),
+    [
+        ((), 'student', 'student/'),
+        ((), 'teacher', 'teacher/'),
+        ((('backbones', BACKBONES),), 'backbones', BACKBONES),
+    ],
+    ids=['student', 'teacher', 'own rules'],
+)
+def test_frozen_parts_run_as_in_evaluation(folder, monkeypatch, rules, group, frozen):
+    """The same outputs in two steps with other keys and in evaluation; statistics stay."""
+    config = tiny('distill', folder, rules=rules, model__pack=False)
+    config.loss_weights = dict.fromkeys(LOSSES, 1.0)
+    config.stages = ('both',)
+    config.stage.both = dict(steps=1, learning_rates={group: 0.0})
+    config.model.student.dropout = config.model.teacher.dropout = 0.5
+    config.model.teacher.lstm_layers = 1
+    monkeypatch.setattr(sign, 'Sign', functools.partial(Sign, blocks=PUBLISHED[:1]))
+    built = build.run(config)
+    task, stage = built.task, built.stages[0].program
+    train = towers_training(task.towers, dict(built.groups.items), stage)
+    batch = batch_of(task, 'train', [0, 2, 3, 4])
+    models = []
+    apply = task._apply
+
+    def named(name, *arguments, **options):
+        models.append(name)
+        return apply(name, *arguments, **options)
+
+    monkeypatch.setattr(task, '_apply', named)
+
+    def run(variables, key):
+        """Returns {model/module: output} and the new batch statistics."""
+        outputs = {}
+
+        def record(call, arguments, options, context):
+            out = call(*arguments, **options)
+            if len(context.module.path) == 1 and context.method_name == '__call__':
+                outputs[f'{models[-1]}/{context.module.name}'] = out
+            return out
+
+        parts = dict.fromkeys(train, False) if key is None else train
+        with nn.intercept_methods(record):
+            _, stats = task.forward(variables, batch, stage, train=parts, key=key)
+        return outputs, optim.flatten(stats)
+
+    run = jax.jit(run, compiler_options={'xla_backend_optimization_level': 0})
+    variables = built.init_variables()
+    one, two = (run(variables, jax.random.key(seed)) for seed in (1, 2))
+    evaluation, before = run(variables, None)
+    assert len(evaluation) > 10 and any(re.match(frozen, name) for name in evaluation)
+    for name, x in evaluation.items():
+        if re.match(frozen, name):
+            np.testing.assert_array_equal(one[0][name], two[0][name], err_msg=name)
+            np.testing.assert_allclose(one[0][name], x, rtol=1e-5, atol=1e-6, err_msg=name)
+        elif name.endswith('/head'):  # dropout is live
+            assert np.abs(one[0][name] - two[0][name]).max() > 1e-4, name
+    for name, x in before.items():
+        same = np.array_equal(one[1][name], x)
+        assert same == bool(re.match(frozen, name)), name
 
 
 @pytest.mark.slow
@@ -354,5 +480,6 @@ def test_ten_sentences_are_learnt_by_heart(tmp_path, monkeypatch):
     runs.run(config, tmp_path / 'run')
     built = build.run(config)
     params, stats, _ = load_weights(str(tmp_path / 'run'))
-    apply = evaluate.Apply(built.task, {'params': params, 'batch_stats': stats}, built.mesh)
-    assert SignScores(built.task, built.data, 10).run(apply, final=False).metrics['wer'] == 0
+    variables = {'params': params, 'batch_stats': stats}
+    predictor = evaluate.Predictor(built.task, variables, built.mesh)
+    assert SignScores(built.data, 10).run(predictor, final=False).metrics['wer'] == 0
