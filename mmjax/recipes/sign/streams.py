@@ -2,7 +2,7 @@
 
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mmjax.data.tables import read_json
@@ -25,29 +25,6 @@ def read(root: pathlib.Path) -> dict[str, Columns]:
     if not path.is_file():
         raise UserError(f'{path} does not exist: it holds {{name: [start, end]}} of the columns')
     return check(read_json(path, str(path)), str(path))
-
-
-def from_tuples(rows: Sequence[Any], where: str) -> dict[str, Columns]:
-    """Returns the streams of (name, start, end) or (name, start, end, coordinates) tuples.
-
-    Args:
-      where: their key, for error messages.
-
-    Raises:
-      UserError: a row that is no such tuple, or a name that stands twice.
-    """
-    content = {}
-    for row in rows:
-        if not isinstance(row, list | tuple) or not row or not isinstance(row[0], str):
-            raise UserError(
-                f'{where} holds (name, start, end) or (name, start, end, coordinates) tuples, '
-                f'not {row!r:.60}'
-            )
-        name, *span = row
-        if name in content:
-            raise UserError(f'{where} names the stream {name!r} twice')
-        content[name] = span
-    return check(content, where) if content else {}
 
 
 def check(content: Any, where: str) -> dict[str, Columns]:

@@ -11,9 +11,6 @@ from mmjax.recipes.sign import data as sign
 from mmjax.recipes.sign import (
     folder as sign_folder,
 )
-from mmjax.recipes.sign import (
-    streams as sign_streams,
-)
 from mmjax.recipes.sign.augment import Augmentation, Normalization, resampled
 from tests.recipes.sign.test_augment import COMPACT, OFF, STREAMS, sequences
 from tests.recipes.sign.test_data import RNG, Folder, frames_of, rewritten, split_of
@@ -52,41 +49,20 @@ def test_faults_of_streams_end_at_once(folder, tmp_path, spoil, message):
     assert '\n' not in str(caught.value) and not (tmp_path / 'cache').exists()
 
 
-@pytest.mark.parametrize(
-    ('rows', 'message'),
-    [
-        (('hands', 0, 4), r"holds \(name, start, end\) or .* tuples, not 'hands'"),
-        ((('a', 0, 4), 4), r'tuples, not 4'),
-        ((('a', 0, 4), ()), r'tuples, not \(\)'),
-        (((0, 4, 'a'),), r"tuples, not \(0, 4, 'a'\)"),
-        ((('a', 0, 4), ('a', 4, 9)), r"names the stream 'a' twice"),
-        ((('a', 0),), r"stream 'a' is \[0\], not \[start, end\]"),
-        ((('a', 0, 4, 3),), r"'a' has 4 columns, which landmarks of 3"),
-    ],
-)
-def test_the_config_holds_one_tuple_per_stream(rows, message):
-    with pytest.raises(UserError, match=r'data\.streams.*' + message):
-        sign_streams.from_tuples(rows, 'data.streams')
-
-
 def test_streams_of_the_config_replace_those_of_the_folder(folder, tmp_path):
     own = folder.prepare(tmp_path / 'cache')
     (folder.root / 'streams.json').unlink()
-    rows = (('b', 6, 9, 3), ('a', 0, 6, 2))
-    given = folder.prepare(
-        tmp_path / 'cache', streams=sign_streams.from_tuples(rows, 'data.streams')
-    )
+    given = folder.prepare(tmp_path / 'cache', streams={'b': (6, 9, 3), 'a': (0, 6, 2)})
     assert list(given.streams.items()) == [('a', (0, 6, 2)), ('b', (6, 9, 3))]
     # The records hold all columns: they are those of any streams.
     assert given.directory == own.directory
-    assert sign_streams.from_tuples((), 'data.streams') == {}
     around, plain = (given.normalization(around=around) for around in (True, False))
     assert around.output_streams == {'a': (0, 8), 'b': (8, 11)}
     assert plain.output_streams == {'a': (0, 6), 'b': (6, 9)}
     assert own.normalization().output_streams == {'pose': (0, 2), 'left': (2, 5), 'right': (5, 8)}
-    for prepared, wanted in ((given, around), (own, own.normalization())):  # from the caches
-        np.testing.assert_array_equal(prepared.normalization().mean, wanted.mean)
-        assert prepared.normalization().coordinates == wanted.coordinates
+    for prepared, expected in ((given, around), (own, own.normalization())):  # from the caches
+        np.testing.assert_array_equal(prepared.normalization().mean, expected.mean)
+        assert prepared.normalization().coordinates == expected.coordinates
     moved = folder.prepare(tmp_path / 'cache', streams={'a': (0, 4, 2), 'b': (6, 9, 3)})
     assert moved.normalization().output_streams == {'a': (0, 6), 'b': (6, 9)}
     for wrong in ({'a': (0, 4), 'b': (3, 9)}, {'a': (4, 4)}):
