@@ -14,7 +14,7 @@ from mmjax.pretrained import bert as bert_weights
 from mmjax.recipes.contrabin.config import Config
 
 ENCODERS = {'source': 'anchor', 'comment': 'anchor', 'binary': 'binary'}  # modality → encoder
-POOLINGS = ('first', 'mean')
+POOLINGS = {'first': lambda states, mask: states[:, 0], 'mean': masked_mean}
 KINDS = {'linear': 1, 'nonlinear': 2}  # of a projection head: its hidden layers
 TOWERS = (
     *('anchor', 'binary', 'source_head', 'comment_head', 'binary_head'),
@@ -47,7 +47,6 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps x [batch, width] to float32 [batch, features]."""
-        _check('kind', self.kind, KINDS)
         dense = lambda name: Dense(self.features, dtype=self.dtype, name=name)
         projected = y = dense('project')(x)
         for index in range(KINDS[self.kind]):
@@ -97,7 +96,6 @@ class ContraBin(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        _check('pooling', self.pooling, POOLINGS)
         if self.anchor is self.binary:
             raise ValueError('ContraBin needs two encoders, but anchor and binary are one module')
         head = lambda: Projection(self.features, self.head, self.dropout, self.dtype)
@@ -144,15 +142,12 @@ class ContraBin(nn.Module):
         Returns:
           float32 [batch, width], pooled; finite, without meaning, where a row has no tokens.
         """
-        _check('modality', modality, ENCODERS)
         encoder = getattr(self, ENCODERS[modality])
         states = encoder(tokens, mask, train=train, room=packed_length)  # [batch, length, width]
-        pooled = states[:, 0] if self.pooling == 'first' else masked_mean(states, mask)
-        return pooled.astype(jnp.float32)
+        return POOLINGS[self.pooling](states, mask).astype(jnp.float32)
 
     def project(self, hidden: jax.Array, modality: str, train: bool) -> jax.Array:
         """Maps what `encode` returned to embeddings, float32 [batch, features], of any length."""
-        _check('modality', modality, ENCODERS)
         return getattr(self, f'{modality}_head')(hidden, train=train)
 
     def interpolated(
@@ -169,7 +164,6 @@ class ContraBin(nn.Module):
           (Γ(source, comment; λ) float32 [batch, features], λ float32 in (0, 1): [batch, 1] for
           'linear', [batch, features] for 'nonlinear'; at 1 it is all source).
         """
-        _check('kind', kind, KINDS)
         weight = self.interpolation[kind](source, comment, train=train)
         return interpolate(source, comment, weight), weight
 
@@ -216,8 +210,3 @@ def _check_sizes(folder: str, fields: Mapping[str, int], vocabulary: int, length
         raise UserError(
             f'{folder}: the encoder has room for {positions} tokens, data.max_* need {length}'
         )
-
-
-def _check(field: str, value: str, known) -> None:
-    if value not in known:
-        raise ValueError(f"{field} '{value}' is not one of {', '.join(known)}")

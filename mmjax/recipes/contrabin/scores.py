@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from mmjax.engine.task import Evaluator, Scores, gather
 from mmjax.evals import gallery
 from mmjax.evals.probe import linear_probe
-from mmjax.recipes.contrabin.data import LEVELS, TEXTS, sample
+from mmjax.recipes.contrabin.data import LEVELS, TEXTS, CodeFunctions, sample
 
 PAIRS = (
     ('source', 'binary'),
@@ -41,21 +41,29 @@ class CodeScores(Evaluator):
     Args:
       functions: the split.
       train: the split that a probe learns from.
+      weights: primary loss → its final weight.
       batch_size: rows per batch.
       pool: functions that a query is compared with.
-      weights: primary loss → its final weight.
+      normalize: whether embeddings are used with length 1.
     """
 
     methods = ('embed_binary', 'interpolation_weights')
 
     def __init__(
-        self, functions, train, *, batch_size: int, pool: int, weights: Mapping[str, float]
+        self,
+        functions: CodeFunctions,
+        train: CodeFunctions,
+        weights: Mapping[str, float],
+        batch_size: int,
+        pool: int,
+        normalize: bool,
     ):
         self.dataset = functions.subset(functions.one_each())
         self.functions = functions
         self.train = train
         self.batch_size = batch_size
         self.weights = weights
+        self.normalize = normalize
         rows = len(self.dataset)
         size = min(pool, rows)
         order = np.random.default_rng(0).permutation(rows)
@@ -65,7 +73,9 @@ class CodeScores(Evaluator):
         return list(self.pools)
 
     def run(self, predict, *, final, results):
-        outputs = results.outputs
+        outputs = {text: results.outputs[text] for text in TEXTS}
+        if self.normalize:
+            outputs = {text: _unit(x) for text, x in outputs.items()}
         has = results.batch['has_comment']
         rows, size = len(self.dataset), self.pools.shape[1]
         metrics = {'functions': rows, 'pool': size, 'left_out': rows - self.pools.size}
@@ -179,6 +189,10 @@ def _pair(outputs, a: str, b: str, has, pools) -> dict[str, float]:
     return recall | {f'{a}_{b}_mrr': float(np.mean([s.map for s in scores]))}
 
 
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+
+
 # Figures ---------------------------------------------------------------------------------------
 
 
@@ -195,11 +209,10 @@ def similarity(outputs: Mapping[str, np.ndarray], pool: np.ndarray, has: np.ndar
         'Cosines of binaries (down) and of source and comment (across), up to '
         f'{SIMILARITY_ROWS} functions.'
     )
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
     axes = figure.subplots(1, 2)
     for axis, name in zip(axes, ('source', 'comment'), strict=True):
         rows = (pool if name == 'source' else pool[has[pool]])[:SIMILARITY_ROWS]
-        cosines = unit(outputs['binary'][rows]) @ unit(outputs[name][rows]).T
+        cosines = _unit(outputs['binary'][rows]) @ _unit(outputs[name][rows]).T
         axis.set(xlabel=name, ylabel='binary')
         if cosines.size:
             image = axis.imshow(cosines, vmin=-1, vmax=1, cmap='RdBu_r')

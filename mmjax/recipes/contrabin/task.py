@@ -1,6 +1,5 @@
 """ContraBin: embeddings of binary code, anchored by source and comment, in a curriculum."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -12,13 +11,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from etils import epath
 
 from mmjax.data import prepare, tokenizers
+from mmjax.data.faults import Progress
 from mmjax.engine import stages
 from mmjax.engine.outputs import EmbeddingWriter, write_prediction
-from mmjax.engine.task import Cached, Task, gather, tower_output
+from mmjax.engine.task import Cached, Task, gather, join_padded, tower_output
 from mmjax.errors import UserError
 from mmjax.evals import gallery
 from mmjax.losses import contrastive, interpolation
@@ -69,8 +68,8 @@ class ContraBinTask(Task):
         self.pretrained_folders = dataclasses.asdict(config.model.pretrained)
         self.model = build(config, {text: t.size for text, t in self.tokenizers.items()})
         self.losses = config.losses
-        weights = stages.final_weights(config)
-        self.primary_weights = {name: weights[name] for name in PRIMARY if name in weights}
+        final = stages.final_weights(config)
+        self.weights = {name: weight for name, weight in final.items() if name in PRIMARY}
         self.batch_size = config.batch_size
         self.pool = config.evaluate_pool
 
@@ -118,8 +117,6 @@ class ContraBinTask(Task):
             outputs['interpolated'], weight = self._apply(variables, key, 'interpolated', *inputs)
             # Per row, so that mean and spread over rows and coordinates follow from them.
             outputs |= {'lambda': weight.mean(-1), 'lambda_variance': weight.var(-1)}
-        if key is None:
-            outputs = {name: self._unit(x) if x.ndim > 1 else x for name, x in outputs.items()}
         return outputs, {}
 
     def _embed(self, variables, batch, train, key, text):
@@ -137,13 +134,6 @@ class ContraBinTask(Task):
     def _apply(self, variables, key, method, *inputs):
         rngs = None if key is None else {'dropout': key}
         return self.model.apply(variables, *inputs, method=method, rngs=rngs)
-
-    def _unit(self, x):
-        """Brings embeddings to length 1 where the losses do."""
-        if not self.losses.normalize:
-            return x
-        x = x.astype(jnp.float32)
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
 
     def cache(self, stage):
         if stage.trains('anchor') or not stage.options.cache_anchor:
@@ -197,7 +187,10 @@ class ContraBinTask(Task):
 
         They have length 1 where the losses normalize.
         """
-        return self._unit(self._embed(variables, batch, EVALUATION, None, text))
+        x = self._embed(variables, batch, EVALUATION, None, text)
+        if self.losses.normalize:
+            x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+        return x
 
     def interpolation_weights(self, variables, batch):
         """Returns λ of each row in both interpolations, mean of its coordinates: float [batch]."""
@@ -206,15 +199,12 @@ class ContraBinTask(Task):
         return {kind: apply(kind)[1].mean(-1) for kind in KINDS}
 
     def evaluators(self):
-        options = {
-            'batch_size': self.batch_size,
-            'pool': self.pool,
-            'weights': self.primary_weights,
-        }
+        train = self.splits['train']
+        normalize = self.losses.normalize
         return {
-            name: CodeScores(self.splits[name], self.splits['train'], **options)
-            for name in ('val', 'test')
-            if name in self.splits
+            name: CodeScores(functions, train, self.weights, self.batch_size, self.pool, normalize)
+            for name, functions in self.splits.items()
+            if name != 'train'
         }
 
     def predict(self, predict, inputs, output, question=None):
@@ -245,20 +235,18 @@ class ContraBinTask(Task):
 
     def embed(self, predict, output):
         """Writes embeddings of binaries, and embeddings.npz with those of all three texts."""
-        arrays = {text: [] for text in code.TEXTS}
+        parts = []
+        keys = ('opt_level', 'name', 'path', 'label')
         with EmbeddingWriter(output, sum(map(len, self.splits.values()))) as writer:
             for name, split in self.splits.items():
-                for outputs, batch in predict('encode', split, self.batch_size):
-                    entries = []
-                    for record in map(split.record, batch['row']):
-                        keys = ('opt_level', 'name', 'path', 'label')
-                        entries.append({'split': name, **{key: record[key] for key in keys}})
-                    writer.add(outputs['binary'], entries)
-                    for text, parts in arrays.items():
-                        parts.append(outputs[text])
+                outputs, _ = gather(predict, 'encode', split, self.batch_size)
+                records = map(split.record, range(len(split)))
+                entries = [{'split': name, **{k: record[k] for k in keys}} for record in records]
+                writer.add(outputs['binary'], entries)
+                parts.append(outputs)
         path = epath.Path(output) / 'embeddings.npz'
         with path.open('wb') as file:
-            np.savez(file, **{text: np.concatenate(parts) for text, parts in arrays.items()})
+            np.savez(file, **jax.tree.map(join_padded, *parts))
         return f'{writer.rows} binaries with source and comment: {path}'
 
     def prepare(self, output):
@@ -327,8 +315,8 @@ def open_splits(
         from mmjax.recipes.contrabin.c_projects.compiled import compile_once
 
         options = {'seed': spec.seed, 'wait': wait, **dataclasses.asdict(spec.compile)}
-        with show_progress('compiling', 'files') as progress:
-            root, report = compile_once(spec.c_files, cache, progress=progress, **options)
+        progress = progress_lines('compiling', 'files')
+        root, report = compile_once(spec.c_files, cache, progress=progress, **options)
         compiled = root, counts.table(report)
         available = report['rows']
         for name in ('train', 'val'):
@@ -339,43 +327,31 @@ def open_splits(
     elif root:
         available = code.split_files(root)
     names = tuple(name for name in code.SPLITS if name != 'test' or name in available)
-    with show_progress('preparing', 'rows') as progress:
-        prepared = code.prepare_code(
-            root,
-            cache,
-            splits=names,
-            seed=spec.seed,
-            synthetic_sizes=dataclasses.asdict(spec.built_in),
-            registers=spec.compile.registers,
-            max_fault_share=spec.max_fault_share,
-            wait=wait,
-            progress=progress,
-        )
+    prepared = code.prepare_code(
+        root,
+        cache,
+        splits=names,
+        seed=spec.seed,
+        synthetic_sizes=dataclasses.asdict(spec.built_in),
+        registers=spec.compile.registers,
+        max_fault_share=spec.max_fault_share,
+        wait=wait,
+        progress=progress_lines('preparing', 'rows'),
+    )
     return {name: code.CodeFunctions(prepared, name) for name in names}, compiled
 
 
-@contextlib.contextmanager
-def show_progress(action: str, unit: str):
-    """Yields a `Progress` on standard error: bars on a terminal, else a line every few seconds."""
+def progress_lines(action: str, unit: str) -> Progress:
+    """Returns what prints a line of progress to standard error every few seconds."""
     last = time.monotonic()
-    bars: dict[str, tqdm.tqdm] = {}
 
     def progress(split: str, done: int, total: int) -> None:
         nonlocal last
-        name = f'{action} {split}'
-        if sys.stderr.isatty():
-            if split not in bars:
-                bars[split] = tqdm.tqdm(desc=name, total=total, unit=f' {unit}', file=sys.stderr)
-            bars[split].update(done - bars[split].n)
-        elif time.monotonic() - last >= PROGRESS_SECONDS:
+        if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
-            print(f'{name}: {done:,} of {total:,} {unit}', file=sys.stderr, flush=True)
+            print(f'{action} {split}: {done:,} of {total:,} {unit}', file=sys.stderr, flush=True)
 
-    try:
-        yield progress
-    finally:
-        for bar in bars.values():
-            bar.close()
+    return progress
 
 
 def choose_tokenizers(
