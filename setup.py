@@ -41,7 +41,6 @@ setuptools.setup(
         'tensorboardX>=2.6',
         'tensorflow-datasets>=4.9.8',
         'tokenizers>=0.21',
-        'tqdm>=4.66',
     ],
     extras_require={
         'code': code,

@@ -1,15 +1,25 @@
 """ContraBin: binary code embedded beside its source and comment, and points between these two."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax.errors import UserError
 from mmjax.models.bert import Bert, masked_mean
 from mmjax.models.layers import Dense
+from mmjax.pretrained import bert as bert_weights
+from mmjax.recipes.contrabin.config import Config
 
-MODALITIES = ('source', 'comment', 'binary')
-POOLINGS = ('first', 'mean')
+ENCODERS = {'source': 'anchor', 'comment': 'anchor', 'binary': 'binary'}  # modality → encoder
+POOLINGS = {'first': lambda states, mask: states[:, 0], 'mean': masked_mean}
 KINDS = {'linear': 1, 'nonlinear': 2}  # of a projection head: its hidden layers
+TOWERS = (
+    *('anchor', 'binary', 'source_head', 'comment_head', 'binary_head'),
+    *('interpolation_linear', 'interpolation_nonlinear'),
+)
 
 
 def interpolate(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
@@ -37,7 +47,6 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps x [batch, width] to float32 [batch, features]."""
-        _check('kind', self.kind, KINDS)
         dense = lambda name: Dense(self.features, dtype=self.dtype, name=name)
         projected = y = dense('project')(x)
         for index in range(KINDS[self.kind]):
@@ -49,7 +58,7 @@ class Projection(nn.Module):
 class Simplex(nn.Module):
     """The learnt weight of a simplex interpolation: λ = σ(linear(head(a + b))).
 
-    `kind` 'linear' has one λ a row, from a linear head; 'nonlinear' one λ a coordinate, from a
+    `kind` 'linear' has one λ per row, from a linear head; 'nonlinear' one λ per coordinate, from a
     nonlinear head. The layers are `head` and `gate`.
     """
 
@@ -67,7 +76,7 @@ class Simplex(nn.Module):
 
 
 class ContraBin(nn.Module):
-    """Two encoders, a projection head a modality, and the interpolations of source and comment.
+    """Two encoders, a projection head per modality, and interpolations of source and comment.
 
     The encoders are given as modules and own the subtrees `anchor`, which reads source and comment,
     and `binary`; their vocabularies, lengths and widths may differ. The rest: `source_head`,
@@ -87,72 +96,60 @@ class ContraBin(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        _check('pooling', self.pooling, POOLINGS)
         if self.anchor is self.binary:
             raise ValueError('ContraBin needs two encoders, but anchor and binary are one module')
         head = lambda: Projection(self.features, self.head, self.dropout, self.dtype)
-        self.source_head, self.comment_head, self.binary_head = head(), head(), head()
+        self.source_head = head()
+        self.comment_head = head()
+        self.binary_head = head()
         self.interpolation = {kind: Simplex(kind, self.dropout, self.dtype) for kind in KINDS}
 
-    def __call__(
-        self,
-        source: jax.Array,
-        source_mask: jax.Array,
-        comment: jax.Array,
-        comment_mask: jax.Array,
-        binary: jax.Array,
-        binary_mask: jax.Array,
-        train: bool = False,
-    ) -> dict[str, jax.Array]:
-        """Runs every part once, for initialisation; tokens and masks as in `encode_source`.
+    def __call__(self, *inputs: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """Runs every part once, for initialisation.
+
+        Args:
+          inputs: tokens and mask, as in `encode`, of source, comment and binary: six arrays.
+          train: whether dropout acts.
 
         Returns:
           The embedding of each modality and the interpolation of each kind, float32
           [batch, features], by name.
         """
-        hidden = {
-            'source': self.encode_source(source, source_mask, train),
-            'comment': self.encode_comment(comment, comment_mask, train),
-            'binary': self.encode_binary(binary, binary_mask, train),
-        }
-        embeddings = {name: self.project(x, name, train) for name, x in hidden.items()}
+        embeddings = {}
+        for name, tokens, mask in zip(ENCODERS, inputs[::2], inputs[1::2], strict=True):
+            hidden = self.encode(tokens, mask, name, train)
+            embeddings[name] = self.project(hidden, name, train)
         pair = embeddings['source'], embeddings['comment']
         return embeddings | {kind: self.interpolated(*pair, kind, train)[0] for kind in KINDS}
 
-    def encode_source(
-        self, tokens: jax.Array, mask: jax.Array, train: bool, room: float | None = None
+    def encode(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        modality: str,
+        train: bool,
+        packed_length: float | None = None,
     ) -> jax.Array:
-        """Encodes source code.
+        """Encodes source code, comments (by the same encoder) or binaries.
 
         Args:
           tokens: int [batch, length].
           mask: [batch, length], true (or 1) on real tokens, which come before the padding.
+          modality: one of `ENCODERS`.
           train: whether dropout acts (rng 'dropout'); False for a frozen encoder.
-          room: tokens a row that batches without their padding have room for, as `Bert` has it.
+          packed_length: mean tokens per row of batches to run without their padding, see `Bert`.
 
         Returns:
           float32 [batch, width], pooled; finite, without meaning, where a row has no tokens.
         """
-        return self._encode(self.anchor, tokens, mask, train, room)
-
-    def encode_comment(
-        self, tokens: jax.Array, mask: jax.Array, train: bool, room: float | None = None
-    ) -> jax.Array:
-        """Encodes comments by the same encoder as source code; otherwise as `encode_source`."""
-        return self._encode(self.anchor, tokens, mask, train, room)
-
-    def encode_binary(
-        self, tokens: jax.Array, mask: jax.Array, train: bool, room: float | None = None
-    ) -> jax.Array:
-        """Encodes binary code, as `encode_source`."""
-        return self._encode(self.binary, tokens, mask, train, room)
+        encoder = getattr(self, ENCODERS[modality])
+        states = encoder(
+            tokens, mask, train=train, packed_length=packed_length
+        )  # [batch, length, width]
+        return POOLINGS[self.pooling](states, mask).astype(jnp.float32)
 
     def project(self, hidden: jax.Array, modality: str, train: bool) -> jax.Array:
-        """Maps what `encode_…` returned to embeddings, float32 [batch, features], of any length.
-
-        `modality` is one of `MODALITIES` and says which head.
-        """
-        _check('modality', modality, MODALITIES)
+        """Maps what `encode` returned to embeddings, float32 [batch, features], of any length."""
         return getattr(self, f'{modality}_head')(hidden, train=train)
 
     def interpolated(
@@ -169,16 +166,49 @@ class ContraBin(nn.Module):
           (Γ(source, comment; λ) float32 [batch, features], λ float32 in (0, 1): [batch, 1] for
           'linear', [batch, features] for 'nonlinear'; at 1 it is all source).
         """
-        _check('kind', kind, KINDS)
         weight = self.interpolation[kind](source, comment, train=train)
         return interpolate(source, comment, weight), weight
 
-    def _encode(self, encoder, tokens, mask, train, room) -> jax.Array:
-        states = encoder(tokens, mask, train=train, packed_length=room)  # [batch, length, width]
-        pooled = states[:, 0] if self.pooling == 'first' else masked_mean(states, mask)
-        return pooled.astype(jnp.float32)
+
+def build(config: Config, vocabularies: Mapping[str, int]) -> ContraBin:
+    """Builds the model: encoders of the config's sizes, or of the folders that it names.
+
+    Args:
+      config: of the recipe.
+      vocabularies: modality → number of ids of its tokenizer.
+
+    Raises:
+      UserError: a folder whose encoder has a smaller vocabulary, or fewer positions, than the data.
+    """
+    spec = config.model
+    dtype = jnp.dtype(config.precision)
+    lengths = {
+        'source': max(config.data.max_source, config.data.max_comment),
+        'binary': config.data.max_binary,
+    }
+    encoders = {}
+    for modality, length in lengths.items():
+        name = ENCODERS[modality]
+        fields = dataclasses.asdict(getattr(spec, name))
+        fields['vocabulary'] = vocabularies[modality]
+        fields['max_length'] = length + fields['position_offset']
+        folder = getattr(spec.pretrained, name)
+        if folder:
+            fields |= {'position_offset': 0, **bert_weights.fields(folder)}
+            _check_sizes(folder, fields, vocabularies[modality], length)
+        encoders[name] = Bert(**fields, dtype=dtype)
+    options = {name: getattr(spec, name) for name in ('features', 'head', 'pooling', 'dropout')}
+    return ContraBin(**encoders, **options, dtype=dtype)
 
 
-def _check(field: str, value: str, known) -> None:
-    if value not in known:
-        raise ValueError(f"{field} '{value}' is not one of {', '.join(known)}")
+def _check_sizes(folder: str, fields: Mapping[str, int], vocabulary: int, length: int) -> None:
+    if fields['vocabulary'] < vocabulary:
+        raise UserError(
+            f'{folder}: the encoder has vocabulary {fields["vocabulary"]}, the tokenizer '
+            f'{vocabulary}'
+        )
+    positions = fields['max_length'] - fields['position_offset']
+    if positions < length:
+        raise UserError(
+            f'{folder}: the encoder has room for {positions} tokens, data.max_* need {length}'
+        )

@@ -1,15 +1,17 @@
-"""Scores of the ContraBin recipe: retrieval in pools, across optimisation levels, and a probe."""
+"""Scores of the ContraBin recipe: retrieval in pools, across optimisation levels, a probe."""
 
-import jax
-import jax.numpy as jnp
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from mmjax.engine.task import Evaluator, Scores, gather
-from mmjax.evals import gallery as search
+from mmjax.evals import gallery
 from mmjax.evals.probe import linear_probe
-from mmjax.losses.term import Term
-from mmjax.recipes.contrabin import figures
-from mmjax.recipes.contrabin.data import LEVELS, TEXTS, sample
+from mmjax.recipes.contrabin.data import LEVELS, TEXTS, CodeFunctions, sample
 
 PAIRS = (
     ('source', 'binary'),
@@ -19,122 +21,151 @@ PAIRS = (
     ('binary', 'comment'),
     ('comment', 'source'),
 )
-PROBED = 2000  # training functions that a probe learns from
+PROBE_ROWS = 2000  # training functions that a probe learns from
+SIMILARITY_ROWS = 64  # functions drawn
+PROJECTION_ROWS = 600
+GREY = '0.8'
 
 
 class CodeScores(Evaluator):
-    """Scores a split with the same metrics whatever the stage, so that they can be compared.
+    """Scores a split, one binary per function, with the same metrics in every stage.
 
-    Retrieval: functions are dealt at random (always alike) to pools of `pool`, one binary each; a
-    query of one modality asks the pool's other modality. What fills no pool is left out and
-    counted; a smaller split is one pool. Functions without comment take no part where it is asked:
-    `comment_pool` is what is left of the least pool then, with its own chances. Levels: the
-    binaries of a pool at one level ask those at another. Losses: every term over each pool as one
-    batch. `<text>_full`: share of texts that use all the tokens there are, most of which were cut.
+    Retrieval: functions are dealt at random (always alike) to pools of `pool`; a query of one
+    modality searches the pool's other modality. What fills no pool is left out and counted; a
+    smaller split is one pool. Functions without comment take no part where one is needed:
+    `comment_pool` is what is left of the smallest pool then, with chances of its own. Levels: the
+    binaries of a pool at one level search those at another. Losses: each pool is a batch;
+    `final_loss` has the primary ones alone, which mean the same in every stage. `<text>_full`:
+    fraction of texts that use all the tokens there are, most of which were cut.
+
+    Args:
+      functions: the split.
+      train: the split that a probe learns from.
+      weights: primary loss → its final weight.
+      batch_size: rows per batch.
+      pool: functions that a query is compared with.
+      normalize: whether embeddings are used with length 1.
     """
 
-    def __init__(self, task, functions, train, *, batch_size: int, pool: int):
-        self.task, self.functions, self.train = task, functions, train
-        self.batch_size, self.pool = batch_size, pool
-        self._terms = jax.jit(task.every_term)
+    methods = ('embed_binary', 'interpolation_weights')
 
-    def run(self, apply, *, final):
-        rows = self.functions.one_each()
-        order = np.random.default_rng(0).permutation(len(rows))
-        size = min(self.pool, len(rows))
-        pools = order[: len(order) // size * size].reshape(-1, size)
-        chosen = self.functions.subset(rows)
-        keys = ('identity', 'comment_id', 'has_comment', *(f'{text}_mask' for text in TEXTS))
-        outputs, batch = gather(apply, 'encode', chosen, self.batch_size, keys)
-        metrics = {'functions': len(rows), 'pool': size, 'left_out': len(rows) - pools.size}
+    def __init__(
+        self,
+        functions: CodeFunctions,
+        train: CodeFunctions,
+        weights: Mapping[str, float],
+        batch_size: int,
+        pool: int,
+        normalize: bool,
+    ):
+        self.dataset = functions.subset(functions.one_each())
+        self.functions = functions
+        self.train = train
+        self.batch_size = batch_size
+        self.weights = weights
+        self.normalize = normalize
+        rows = len(self.dataset)
+        size = min(pool, rows)
+        order = np.random.default_rng(0).permutation(rows)
+        self.pools = order[: rows // size * size].reshape(-1, size)
+
+    def loss_batches(self):
+        return list(self.pools)
+
+    def run(self, predict, *, final, results):
+        outputs = {text: results.outputs[text] for text in TEXTS}
+        if self.normalize:
+            outputs = {text: _unit(x) for text, x in outputs.items()}
+        has = results.batch['has_comment']
+        rows, size = len(self.dataset), self.pools.shape[1]
+        metrics = {'functions': rows, 'pool': size, 'left_out': rows - self.pools.size}
         metrics |= {'r1_chance': 1 / size, 'r10_chance': min(10 / size, 1.0)}
-        for text in TEXTS:
-            metrics[f'{text}_full'] = float(batch.pop(f'{text}_mask')[:, -1].mean())
-        metrics |= self._losses(outputs, batch, pools)
-        has = batch['has_comment']
-        metrics |= _commented(has, pools)
+        metrics |= self._full
+        metrics['final_loss'] = sum(w * results.losses[name] for name, w in self.weights.items())
+        metrics |= _commented(has, self.pools)
         for a, b in PAIRS:
-            metrics |= _pair(outputs, a, b, has, pools)
-        metrics |= self._levels(apply, rows[pools])
-        metrics |= self._probe(apply, outputs, chosen)
-        drawn = {}
+            metrics |= _pair(outputs, a, b, has, self.pools)
+        metrics |= self._levels(predict)
+        metrics |= self._probe(predict, outputs['binary'])
+        figures = {}
         if final:
-            labels = [chosen.record(row)['label'] for row in range(len(chosen))]
-            drawn = {
-                'similarity': figures.similarity(outputs, pools[0], has),
-                'projection': figures.projection(outputs, has, labels),
-                'interpolation': figures.weights(outputs, has),
+            labels = [self.dataset.record(row)['label'] for row in range(rows)]
+            weights, _ = gather(predict, self.methods[1], self.dataset, self.batch_size)
+            figures = {
+                'similarity': similarity(outputs, self.pools[0], has),
+                'projection': projection(outputs, has, labels),
+                'interpolation': histogram(weights, has),
             }
-        return Scores(metrics, drawn)
+        return Scores(metrics, figures)
 
-    def _losses(self, outputs, batch, pools):
-        """Returns the mean over the pools of every term, of both interpolations."""
-        found = []
-        for pool in pools:
-            one = {name: jnp.asarray(x[pool]) for name, x in (outputs | batch).items()}
-            one['mask'] = jnp.ones(len(pool), bool)
-            terms = self._terms(one)
-            found.append(
-                {n: float(t.mean() if isinstance(t, Term) else t) for n, t in terms.items()}
-            )
-        out = {name: float(np.mean([f[name] for f in found])) for name in found[0]}
-        return out | {'loss': sum(w * out[name] for name, w in self.task.weights.items())}
+    @functools.cached_property
+    def _full(self) -> dict[str, float]:
+        """Returns the fraction of each text whose last token is real."""
+        rng = np.random.default_rng(0)
+        examples = (self.dataset.example(row, rng, False) for row in range(len(self.dataset)))
+        last = [[example[f'{text}_mask'][-1] for text in TEXTS] for example in examples]
+        means = np.mean(last, axis=0)
+        return {f'{text}_full': float(mean) for text, mean in zip(TEXTS, means, strict=True)}
 
-    def _levels(self, apply, pools):
+    def _levels(self, predict) -> dict[str, float]:
         """Returns mAP between binaries of one pool's functions at two levels."""
         index = self.functions.index
-        dealt = index['identity'][pools]
+        dealt = self.dataset.index['identity'][self.pools]
         rows = np.flatnonzero(np.isin(index['identity'], dealt) & (index['level'] >= 0))
         if len(np.unique(index['level'][rows])) < 2:
             return {}
         data = self.functions.subset(rows)
-        encoded, _ = gather(apply, 'embed_binary', data, self.batch_size)
+        embeddings, _ = gather(predict, 'embed_binary', data, self.batch_size)
         identity, level = data.index['identity'], data.index['level']
         members = _by_pool_and_level(identity, level, dealt)
-        out, every = {}, []
+        metrics = {}
         for a in np.unique(level):
             for b in np.unique(level):
-                scores = []
+                maps = []
                 for by_level in members if a != b else ():
                     q, g = by_level[a], by_level[b]
                     if np.isin(identity[q], identity[g]).any():
-                        scores.append(
-                            search.rank(encoded[q], encoded[g], identity[q], identity[g]).map
+                        scores = gallery.rank(
+                            embeddings[q], embeddings[g], identity[q], identity[g]
                         )
-                if scores:
-                    every.append(float(np.mean(scores)))
-                    out[f'binary_{LEVELS[a].lower()}_{LEVELS[b].lower()}_map'] = every[-1]
-        return out | ({'binary_levels_map': float(np.mean(every))} if every else {})
+                        maps.append(scores.map)
+                if maps:
+                    name = f'binary_{LEVELS[a].lower()}_{LEVELS[b].lower()}_map'
+                    metrics[name] = float(np.mean(maps))
+        if metrics:
+            metrics['binary_levels_map'] = float(np.mean(list(metrics.values())))
+        return metrics
 
-    def _probe(self, apply, outputs, chosen):
-        """Returns how well a linear map of binary embeddings tells the label."""
-        told = chosen.index['label'] != 0
+    def _probe(self, predict, binaries) -> dict[str, float]:
+        """Returns how well a linear map of binary embeddings predicts the label."""
+        labels = self.dataset.index['label']
         rows = self.train.one_each()
         rows = rows[self.train.index['label'][rows] != 0]
-        rows = rows[sample(len(rows), PROBED)]
-        if not told.any() or len(np.unique(self.train.index['label'][rows])) < 2:
+        data = self.train.subset(rows[sample(len(rows), PROBE_ROWS)])
+        known = np.unique(data.index['label'])
+        if len(known) < 2 or not np.isin(labels, known).any():
             return {}
-        data = self.train.subset(rows)
-        encoded, _ = gather(apply, 'embed_binary', data, self.batch_size)
-        labels = chosen.index['label'][told]
-        if not np.isin(labels, data.index['label']).any():
-            return {}
-        found = linear_probe(encoded, data.index['label'], outputs['binary'][told], labels)
-        return {'probe_accuracy': found.accuracy, 'probe_majority': found.majority}
+        embeddings, _ = gather(predict, 'embed_binary', data, self.batch_size)
+        scored = labels != 0
+        probe = linear_probe(embeddings, data.index['label'], binaries[scored], labels[scored])
+        return {'probe_accuracy': probe.accuracy, 'probe_majority': probe.majority}
 
 
 def _by_pool_and_level(identity, level, dealt) -> list[list[np.ndarray]]:
     """Returns [pool][level] → rows; dealt [pools, functions] are the identities of each pool."""
     order = np.argsort(dealt, axis=None)
     pool = order[np.searchsorted(dealt.ravel(), identity, sorter=order)] // dealt.shape[1]
-    place = pool * len(LEVELS) + level
-    ends = np.cumsum(np.bincount(place, minlength=len(dealt) * len(LEVELS)))
-    parts = np.split(np.argsort(place, kind='stable'), ends[:-1])
+    position = pool * len(LEVELS) + level
+    ends = np.cumsum(np.bincount(position, minlength=len(dealt) * len(LEVELS)))
+    parts = np.split(np.argsort(position, kind='stable'), ends[:-1])
     return [parts[start : start + len(LEVELS)] for start in range(0, len(parts), len(LEVELS))]
 
 
 def _commented(has, pools) -> dict[str, float]:
-    """Returns the least pool that is left where comments are asked, and its chances; {} if all."""
+    """Returns the smallest pool that is left where comments are needed, and its chances.
+
+    Empty where all functions of every pool that is scored have one.
+    """
     sizes = has[pools].sum(1)
     least = int(min(sizes[sizes > 1], default=pools.shape[1]))
     if least == pools.shape[1]:
@@ -145,14 +176,90 @@ def _commented(has, pools) -> dict[str, float]:
 
 def _pair(outputs, a: str, b: str, has, pools) -> dict[str, float]:
     """Returns R@1/5/10 and MRR of queries `a` against `b`, averaged over the pools."""
-    found = []
+    scores = []
     for pool in pools:
         if 'comment' in (a, b):
             pool = pool[has[pool]]
         if len(pool) > 1:
-            found.append(search.rank(outputs[a][pool], outputs[b][pool], pool, pool))
-    if not found:
+            scores.append(gallery.rank(outputs[a][pool], outputs[b][pool], pool, pool))
+    if not scores:
         return {}
-    out = {f'{a}_{b}_r{k}': float(np.mean([f.rank[k] for f in found])) for k in (1, 5, 10)}
-    # Of one right answer a query, average precision is the reciprocal of its rank.
-    return out | {f'{a}_{b}_mrr': float(np.mean([f.map for f in found]))}
+    recall = {f'{a}_{b}_r{k}': float(np.mean([s.rank[k] for s in scores])) for k in (1, 5, 10)}
+    # Of one right answer per query, average precision is the reciprocal of its rank.
+    return recall | {f'{a}_{b}_mrr': float(np.mean([s.map for s in scores]))}
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+
+
+# Figures ---------------------------------------------------------------------------------------
+
+
+def similarity(outputs: Mapping[str, np.ndarray], pool: np.ndarray, has: np.ndarray) -> Figure:
+    """Draws cosines of binaries with sources, and with the comments that there are.
+
+    Args:
+      outputs: embeddings by modality, float [functions, features].
+      pool: int, rows of the functions to draw, of which the first 64 are.
+      has: bool [functions], whether there is a comment.
+    """
+    figure = Figure(figsize=(8, 4), layout='constrained')
+    figure.set_label(
+        'Cosines of binaries (down) and of source and comment (across), up to '
+        f'{SIMILARITY_ROWS} functions.'
+    )
+    axes = figure.subplots(1, 2)
+    for axis, name in zip(axes, ('source', 'comment'), strict=True):
+        rows = (pool if name == 'source' else pool[has[pool]])[:SIMILARITY_ROWS]
+        cosines = _unit(outputs['binary'][rows]) @ _unit(outputs[name][rows]).T
+        axis.set(xlabel=name, ylabel='binary')
+        if cosines.size:
+            image = axis.imshow(cosines, vmin=-1, vmax=1, cmap='RdBu_r')
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def projection(outputs: Mapping[str, np.ndarray], has: np.ndarray, labels: Sequence[str]) -> Figure:
+    """Draws the two main directions of all three modalities, and binaries coloured by label.
+
+    Args:
+      outputs, has: as `similarity`; the first 600 functions are drawn.
+      labels: of those functions, '' for none; the 20 most frequent have colours.
+    """
+    has = has[:PROJECTION_ROWS]
+    embeddings = {name: outputs[name][:PROJECTION_ROWS] for name in TEXTS}
+    embeddings['comment'] = embeddings['comment'][has]
+    joined = np.concatenate(list(embeddings.values()))
+    _, _, directions = np.linalg.svd(joined - joined.mean(0), full_matrices=False)
+    points = {name: (x - joined.mean(0)) @ directions[:2].T for name, x in embeddings.items()}
+    figure = Figure(figsize=(9, 4), layout='constrained')
+    figure.set_label('Embeddings along their two main directions: by modality, binaries by label.')
+    left, right = figure.subplots(1, 2)
+    for name, xy in points.items():
+        left.scatter(*xy.T, s=6, label=name, alpha=0.6)
+    left.legend(fontsize=7)
+    labels = np.array(labels[:PROJECTION_ROWS])
+    palette = matplotlib.colormaps['tab20'].colors
+    counts = Counter(label for label in labels.tolist() if label)
+    known = sorted(label for label, _ in counts.most_common(len(palette)))
+    other = ~np.isin(labels, known)
+    if other.any():
+        right.scatter(*points['binary'][other].T, s=6, color=GREY, label='none or others')
+    for label, colour in zip(known, palette, strict=False):
+        right.scatter(*points['binary'][labels == label].T, s=6, color=[colour], label=label)
+    if known:
+        right.legend(fontsize=6, loc='upper left', bbox_to_anchor=(1, 1))
+    return figure
+
+
+def histogram(weights: Mapping[str, np.ndarray], has: np.ndarray) -> Figure:
+    """Draws how often λ, float [functions] by kind of interpolation, has which value."""
+    figure = Figure(figsize=(6, 3), layout='constrained')
+    figure.set_label('Weight of the source in the interpolation with its comment, by function.')
+    axis = figure.subplots()
+    for kind, values in weights.items():
+        axis.hist(values[has], bins=np.linspace(0, 1, 51), alpha=0.6, label=kind)
+    axis.set(xlabel='λ', ylabel='functions')
+    axis.legend()
+    return figure

@@ -1,18 +1,40 @@
 """ContraBin: embeddings of binary code, anchored by source and comment, in a curriculum."""
 
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import sys
+import time
+
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+import numpy as np
+from etils import epath
 
-from mmjax.engine.task import Kept, Task, final_weights
+from mmjax.data import prepare, tokenizers
+from mmjax.data.faults import Progress
+from mmjax.engine import stages
+from mmjax.engine.outputs import EmbeddingWriter, write_prediction
+from mmjax.engine.task import Cached, Task, gather, join_padded, tower_output
+from mmjax.errors import UserError
+from mmjax.evals import gallery
 from mmjax.losses import contrastive, interpolation
 from mmjax.losses.term import Term
 from mmjax.pretrained import bert as bert_weights
 from mmjax.pretrained import files
-from mmjax.recipes.contrabin import output as contrabin_output
-from mmjax.recipes.contrabin import splits as contrabin_data
-from mmjax.recipes.contrabin.assembly import INTERPOLATIONS, LOSSES, build_model, check, chunk_of
+from mmjax.recipes.contrabin import data as code
+from mmjax.recipes.contrabin.config import Config
+from mmjax.recipes.contrabin.model import ENCODERS, KINDS, TOWERS, build
 from mmjax.recipes.contrabin.scores import CodeScores
+
+PRIMARY = ('source_binary', 'comment_binary')  # losses that every stage of the curriculum has
+EVALUATION = dict.fromkeys(TOWERS, False)
+SUFFIXES = {'.c': 'source', '.h': 'source', '.s': 'binary', '.asm': 'binary', '.ll': 'binary'}
+BINARY = 'binary'  # folder, in a run's, of the tokenizer of listings
+TOKENIZER_ROWS = 5_000  # training functions, or listings, that a tokenizer is trained on
+PROGRESS_SECONDS = 5.0  # between two lines of progress
 
 
 class ContraBinTask(Task):
@@ -20,8 +42,7 @@ class ContraBinTask(Task):
 
     Groups of parameters: `anchor` (the encoder of source and comment) and `heads` (theirs),
     `encoder` and `binary_head` (of binaries), and the two interpolations `linear` and `nonlinear`.
-    A stage's option `interpolation` says which acts; a part whose group has rate 0 runs as in
-    evaluation.
+    A stage's option `interpolation` says which acts.
 
     Losses: `anchor` (InfoNCE of source and comment), `source_binary` and `comment_binary` (the
     primary ones), `intermediate` (the interpolation against the binary; none in a naive stage).
@@ -30,34 +51,27 @@ class ContraBinTask(Task):
     `--config.stages="('naive','linear','nonlinear')"` leaves them as they are.
     """
 
-    def __init__(self, config, assets=None):
-        check(config)
-        self.splits, self.compiled = contrabin_data.open_splits(config)
-        self.tokenizers = contrabin_data.choose_tokenizers(config, assets, self.splits['train'])
-        self.lengths = {
-            'source': config.data.max_source,
-            'comment': config.data.max_comment,
-            'binary': config.data.max_binary,
-        }
+    Config = Config
+    towers = {name: f'{name}/.*' for name in TOWERS}
+
+    def __init__(self, config: Config, assets: epath.Path | None = None):
+        splits, self.compiled = open_splits(config)
+        self.tokenizers = choose_tokenizers(config, assets, splits['train'])
+        self.lengths = {text: getattr(config.data, f'max_{text}') for text in code.TEXTS}
         self.splits = {
-            name: split.with_tokens(self.tokenizers, self.lengths)
-            for name, split in self.splits.items()
+            name: split.with_tokens(self.tokenizers, self.lengths) for name, split in splits.items()
         }
         # Over several devices packed tokens would be computed by each, all of them.
         pack = config.model.pack and jax.device_count() == 1
         rows = config.batch_size // config.accumulation
-        self.rooms = self.splits['train'].packed_lengths(rows) if pack else {}
-        self.folders = config.model.pretrained.to_dict()
-        self.model = build_model(config, self.tokenizers, self.lengths)
-        losses = config.losses
-        self.temperature, self.softness = losses.temperature, losses.softness
-        self.normalize = losses.normalize
-        self.chunk = chunk_of(config)
-        weights = config.loss_weights.to_dict()
-        self.weights = final_weights(
-            {name: w for name, w in weights.items() if name not in ('anchor', 'intermediate')}
-        )
-        self.batch_size, self.pool = config.batch_size, config.evaluate_pool
+        self.packed_lengths = self.splits['train'].packed_lengths(rows) if pack else {}
+        self.pretrained_folders = dataclasses.asdict(config.model.pretrained)
+        self.model = build(config, {text: t.size for text, t in self.tokenizers.items()})
+        self.losses = config.losses
+        final = stages.final_weights(config)
+        self.weights = {name: weight for name, weight in final.items() if name in PRIMARY}
+        self.batch_size = config.batch_size
+        self.pool = config.evaluate_pool
 
     def dataset(self, split):
         return self.splits[split]
@@ -74,158 +88,180 @@ class ContraBinTask(Task):
         )
 
     def save_assets(self, workdir):
-        contrabin_data.save_tokenizers(workdir, self.tokenizers)
+        self.tokenizers['source'].save(workdir)
+        self.tokenizers['binary'].save(pathlib.Path(workdir) / BINARY)
 
     # Model -----------------------------------------------------------------------------------
 
     def init(self, key, batch):
-        inputs = [batch[name] for t in ('source', 'comment', 'binary') for name in (t, f'{t}_mask')]
+        inputs = [batch[name] for text in code.TEXTS for name in (text, f'{text}_mask')]
         return self.model.init({'params': key, 'dropout': key}, *inputs)
 
     def pretrained(self, variables):
         params = dict(variables['params'])
-        for side, folder in self.folders.items():
-            if folder:
-                loaded, _ = bert_weights.load(folder)
-                params[side] = files.graft(params[side], loaded, folder)
-        return {**variables, 'params': params} if any(self.folders.values()) else variables
+        folders = {side: folder for side, folder in self.pretrained_folders.items() if folder}
+        for side, folder in folders.items():
+            loaded, _ = bert_weights.load(folder)
+            params[side] = files.graft(params[side], loaded, folder)
+        return {**variables, 'params': params} if folders else variables
 
     def forward(self, variables, batch, stage, *, train, key):
-        groups = 'anchor', 'heads', 'encoder', 'binary_head'
-        live = {name: train and stage.trains(name) for name in groups}
-        kind = stage.option('interpolation', 'naive')
-        live['interpolation'] = train and stage.trains(kind)
-        needed = tuple(name for name in LOSSES if name in stage.losses)
-        outputs = self._embed(variables, batch, key, kind, live, needed, self.rooms)
+        losses = set(stage.losses)
+        embed = functools.partial(self._embed, variables, batch, train, key)
+        outputs = {text: embed(text) for text in ('source', 'comment')}
+        if key is None or losses - {'anchor'}:
+            outputs['binary'] = embed('binary')
+        kind = stage.options.interpolation
+        if kind != 'naive' and 'intermediate' in losses:
+            inputs = outputs['source'], outputs['comment'], kind, train[f'interpolation_{kind}']
+            outputs['interpolated'], weight = self._apply(variables, key, 'interpolated', *inputs)
+            # Per row, so that mean and spread over rows and coordinates follow from them.
+            outputs |= {'lambda': weight.mean(-1), 'lambda_variance': weight.var(-1)}
         return outputs, {}
 
-    def _embed(self, variables, batch, key, kind, live, needed, rooms):
-        apply = lambda method, *args: self.model.apply(
-            variables, *args, method=method, rngs={'dropout': key}
-        )
+    def _embed(self, variables, batch, train, key, text):
+        trains = train[ENCODERS[text]]
+        if f'cached_{text}' in batch and not trains:
+            hidden = batch[f'cached_{text}']
+        else:
+            hidden = self._encode(variables, batch, trains, key, text)
+        return self._apply(variables, key, 'project', hidden, text, train[f'{text}_head'])
 
-        def embedded(text, group, head):
-            if f'kept_{text}' in batch:
-                return apply('project', batch[f'kept_{text}'], text, live[head])
-            tokens = batch[text], batch[f'{text}_mask']
-            hidden = apply(f'encode_{text}', *tokens, live[group], rooms.get(text))
-            # A frozen encoder is not run again where rows are rematerialised.
-            hidden = hidden if live[group] else checkpoint_name(hidden, 'frozen')
-            return apply('project', hidden, text, live[head])
+    def _encode(self, variables, batch, trains, key, text):
+        inputs = batch[text], batch[f'{text}_mask'], text, trains, self.packed_lengths.get(text)
+        return tower_output(self._apply(variables, key, 'encode', *inputs), trains)
 
-        out = {text: embedded(text, 'anchor', 'heads') for text in ('source', 'comment')}
-        if set(needed) - {'anchor'}:
-            out['binary'] = embedded('binary', 'encoder', 'binary_head')
-        if kind != 'naive' and 'intermediate' in needed:
-            pair = out['source'], out['comment']
-            out['interpolated'], weight = apply('interpolated', *pair, kind, live['interpolation'])
-            # By row, so that mean and spread over rows and coordinates follow from them.
-            out['lambda'], out['lambda_variance'] = weight.mean(-1), weight.var(-1)
-        return out
+    def _apply(self, variables, key, method, *inputs):
+        rngs = None if key is None else {'dropout': key}
+        return self.model.apply(variables, *inputs, method=method, rngs=rngs)
 
-    def keep(self, stage):
-        if stage.trains('anchor') or not stage.option('keep_anchor', False):
+    def cache(self, stage):
+        if stage.trains('anchor') or not stage.options.cache_anchor:
             return None
-        rows, place = self.splits['train'].pairs()
-        return Kept('anchored', self.splits['train'].subset(rows), place)
+        train = self.splits['train']
+        rows, positions = train.pairs()
+        return Cached('encode_anchor', train.subset(rows), positions)
 
-    def anchored(self, variables, batch):
-        """Returns what the anchor makes of source and comment: float32 [batch, width] each."""
-        return {text: self._read(text, variables, batch) for text in ('source', 'comment')}
-
-    def _read(self, text, variables, batch):
-        tokens = batch[text], batch[f'{text}_mask']
-        room = self.rooms.get(text)
-        return self.model.apply(variables, *tokens, False, room, method=f'encode_{text}')
+    def encode_anchor(self, variables, batch):
+        """Runs the anchor on source and comment: float32 [batch, width] each."""
+        texts = [text for text, encoder in ENCODERS.items() if encoder == 'anchor']
+        return {text: self._encode(variables, batch, False, None, text) for text in texts}
 
     def terms(self, variables, outputs, batch, stage):
-        both = batch['mask'] & batch['has_comment']
-        terms = self._terms(outputs, batch, stage.losses)
-        if 'interpolated' in outputs:
-            terms |= _spread(outputs['lambda'], outputs['lambda_variance'], both)
-        return terms
-
-    def _terms(self, outputs, batch, losses):
-        mask, both = batch['mask'], batch['mask'] & batch['has_comment']
-        shared = {'temperature': self.temperature, 'chunk': self.chunk}
-        primary = dict(shared, softness=self.softness, normalize=self.normalize)
-        terms = {}
-        if 'anchor' in losses:
-            terms['anchor'] = contrastive.infonce(
-                outputs['source'], outputs['comment'], both, labels=batch['comment_id'], **shared
-            )
-        # Functions of one comment are no wrong answers to it; of one source there is one a batch.
-        for text, rows, labels in (('source', mask, None), ('comment', both, batch['comment_id'])):
-            if f'{text}_binary' in losses:
-                terms[f'{text}_binary'] = interpolation.primary(
-                    outputs[text], outputs['binary'], rows, labels=labels, **primary
-                )
-        if 'intermediate' in losses:
+        mask = batch['mask']
+        both = mask & batch['has_comment']
+        comment_id = batch['comment_id']
+        options = {'temperature': self.losses.temperature, 'chunk': self.losses.chunk}
+        primary = functools.partial(
+            interpolation.primary,
+            softness=self.losses.softness,
+            normalize=self.losses.normalize,
+            **options,
+        )
+        # Functions of one comment are no wrong answers to it; of one source there is one per batch.
+        source, comment = outputs['source'], outputs['comment']
+        terms = {'anchor': contrastive.infonce(source, comment, both, labels=comment_id, **options)}
+        if 'binary' in outputs:
+            binary = outputs['binary']
+            terms['source_binary'] = primary(source, binary, mask)
+            terms['comment_binary'] = primary(comment, binary, both, labels=comment_id)
             terms['intermediate'] = Term(jnp.float32(0), jnp.float32(0))
-            if 'interpolated' in outputs:
-                terms['intermediate'] = contrastive.infonce(
-                    outputs['interpolated'], outputs['binary'], both, **shared
-                )
-        return terms
-
-    def every_term(self, batch) -> dict:
-        """Returns the terms of encoded rows (outputs of `encode`), of both interpolations."""
-        terms = self._terms(batch, batch, ('anchor', 'source_binary', 'comment_binary'))
-        for kind in ('linear', 'nonlinear'):
-            one = batch | {'interpolated': batch[f'interpolated_{kind}']}
-            terms[f'intermediate_{kind}'] = self._terms(one, one, ('intermediate',))['intermediate']
-            weight = batch[f'lambda_{kind}'], batch[f'lambda_variance_{kind}']
-            found = _spread(*weight, batch['mask'] & batch['has_comment'])
-            terms |= {f'{name}_{kind}': value for name, value in found.items()}
+        if 'interpolated' in outputs:
+            mixed = outputs['interpolated']
+            terms['intermediate'] = contrastive.infonce(mixed, binary, both, **options)
+            terms |= _lambda_statistics(outputs['lambda'], outputs['lambda_variance'], both)
         return terms
 
     # Evaluation ------------------------------------------------------------------------------
 
     def encode(self, variables, batch):
-        """Embeds all three texts and both interpolations.
-
-        Returns float32 {'source', 'comment', 'binary', 'interpolated_<kind>'} [batch, features], of
-        length 1 where the losses normalise, and 'lambda_<kind>' and 'lambda_variance_<kind>'
-        [batch], over a row's coordinates, for linear and nonlinear.
-        """
-        groups = 'anchor', 'heads', 'encoder', 'binary_head', 'interpolation'
-        still = dict.fromkeys(groups, False)
-        out = {}
-        for kind in INTERPOLATIONS[1:]:
-            found = self._embed(variables, batch, jax.random.key(0), kind, still, LOSSES, {})
-            out |= {name: found.pop(name) for name in ('source', 'comment', 'binary')}
-            out |= {f'{name}_{kind}': value for name, value in found.items()}
-        return {name: _unit(x) if self.normalize and x.ndim > 1 else x for name, x in out.items()}
+        """Embeds all three texts: {text: float32 [batch, features]}, see `embed_text`."""
+        return {text: self.embed_text(text, variables, batch) for text in code.TEXTS}
 
     def embed_binary(self, variables, batch):
         """Embeds binaries only, as `encode` does: float32 [batch, features]."""
         return self.embed_text('binary', variables, batch)
 
     def embed_text(self, text, variables, batch):
-        """Embeds one of 'source', 'comment', 'binary', as `encode`: float32 [batch, features]."""
-        hidden = self._read(text, variables, batch)
-        found = self.model.apply(variables, hidden, text, False, method='project')
-        return _unit(found) if self.normalize else found
+        """Embeds one of 'source', 'comment', 'binary': float32 [batch, features].
+
+        They have length 1 where the losses normalize.
+        """
+        x = self._embed(variables, batch, EVALUATION, None, text)
+        if self.losses.normalize:
+            x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+        return x
+
+    def interpolation_weights(self, variables, batch):
+        """Returns λ of each row in both interpolations, mean of its coordinates: float [batch]."""
+        pair = [self._embed(variables, batch, EVALUATION, None, t) for t in ('source', 'comment')]
+        apply = lambda kind: self._apply(variables, None, 'interpolated', *pair, kind, False)
+        return {kind: apply(kind)[1].mean(-1) for kind in KINDS}
 
     def evaluators(self):
-        options = {'batch_size': self.batch_size, 'pool': self.pool}
+        train = self.splits['train']
+        normalize = self.losses.normalize
         return {
-            name: CodeScores(self, self.splits[name], self.splits['train'], **options)
-            for name in ('val', 'test')
-            if name in self.splits
+            name: CodeScores(functions, train, self.weights, self.batch_size, self.pool, normalize)
+            for name, functions in self.splits.items()
+            if name != 'train'
         }
 
-    def predict(self, apply, inputs, output):
-        return contrabin_output.predict(self, apply, inputs, output)
+    def predict(self, predict, inputs, output, question=None):
+        """Names the ten functions nearest to a listing, a C file (by its suffix) or a sentence.
 
-    def embed(self, apply, output):
-        return contrabin_output.embed(self, apply, output)
+        inputs: a file; or a sentence, which names no file: with white space in it, or without the
+        suffix of code or of a text.
+        """
+        kind, text = _read_query(inputs)
+        tokens, mask = self.tokenizers[kind].encode([code.as_read(kind, text)], self.lengths[kind])
+        embed = jax.jit(functools.partial(self.embed_text, kind))
+        query = np.asarray(embed(predict.variables, {kind: tokens, f'{kind}_mask': mask}))
+        split = self.splits.get('test', self.splits['val'])
+        functions = split.subset(split.one_each())
+        other = 'source' if kind == 'binary' else 'binary'
+        embeddings, _ = gather(predict, 'encode', functions, self.batch_size)
+        (cosines,), (rows,) = gallery.search(query, embeddings[other], 10)
+        lines = [f'nearest to this {kind}, by {other}, in split {split.split}:']
+        nearest = []
+        for rank, (row, cosine) in enumerate(zip(rows, cosines, strict=True), start=1):
+            record = functions.record(int(row))
+            entry = {name: record[name] for name in ('name', 'path', 'comment')}
+            nearest.append({**entry, 'cosine': float(cosine)})
+            comment = ' '.join(record['comment'].split())
+            lines.append(f'{rank:2d}  {cosine:.3f}  {record["name"]}  {comment:.70}')
+        write_prediction(output, 'nearest', {'query': inputs, 'nearest': nearest})
+        return '\n'.join(lines)
+
+    def embed(self, predict, output):
+        """Writes embeddings of binaries, and embeddings.npz with those of all three texts."""
+        parts = []
+        keys = ('opt_level', 'name', 'path', 'label')
+        with EmbeddingWriter(output, sum(map(len, self.splits.values()))) as writer:
+            for name, split in self.splits.items():
+                outputs, _ = gather(predict, 'encode', split, self.batch_size)
+                records = map(split.record, range(len(split)))
+                entries = [{'split': name, **{k: record[k] for k in keys}} for record in records]
+                writer.add(outputs['binary'], entries)
+                parts.append(outputs)
+        path = epath.Path(output) / 'embeddings.npz'
+        with path.open('wb') as file:
+            np.savez(file, **jax.tree.map(join_padded, *parts))
+        return f'{writer.rows} binaries with source and comment: {path}'
 
     def prepare(self, output):
-        return contrabin_output.copy_rows(self.compiled, output) if self.compiled else ''
+        """Copies the rows compiled from data.c_files, if any, and their report."""
+        if not self.compiled:
+            return ''
+        folder, table = self.compiled
+        output.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith('.'):  # left by a preparation that was killed
+                shutil.copy(path, output / path.name)
+        return f'{table}\n\nwritten: {output}'
 
 
-def _spread(means, variances, mask) -> dict:
+def _lambda_statistics(means, variances, mask):
     """Returns mean and standard deviation of λ over the rows of `mask` and their coordinates.
 
     means, variances: float32 [batch], of a row's λ over its coordinates.
@@ -237,6 +273,109 @@ def _spread(means, variances, mask) -> dict:
     return {'lambda_mean': mean, 'lambda_spread': jnp.sqrt(square)}
 
 
-def _unit(x):
-    x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+def _read_query(inputs: str) -> tuple[str, str]:
+    """Returns (which of source, comment and binary, the text) of `--input`."""
+    path = pathlib.Path(inputs)
+    suffix = path.suffix.lower()
+    kind = SUFFIXES.get(suffix, 'comment')
+    text = inputs
+    if os.path.isfile(inputs):  # Path.is_file raises where a sentence is too long for a name
+        try:
+            text = path.read_text('utf-8', errors='replace')
+        except OSError as error:
+            raise UserError(f'{inputs} cannot be read: {error.strerror}') from error
+    elif any(map(str.isspace, inputs)):
+        kind = 'comment'
+    elif suffix in (*SUFFIXES, '.txt'):
+        raise UserError(f'{inputs} does not exist')
+    if not text.strip():
+        raise UserError(f"--input='{inputs}' holds no text")
+    return kind, text
+
+
+# Data -----------------------------------------------------------------------------------------
+
+
+def open_splits(
+    config: Config,
+) -> tuple[dict[str, code.CodeFunctions], tuple[pathlib.Path, str] | None]:
+    """Prepares the functions and opens every split.
+
+    Returns:
+      ({split: functions}, (folder, report) of the rows compiled from data.c_files or None).
+    """
+    spec = config.data
+    cache = prepare.cache_dir(spec.cache)
+    wait = jax.process_index() > 0
+    root = spec.root
+    compiled = None
+    available = code.SPLITS
+    if spec.c_files:
+        from mmjax.recipes.contrabin.c_projects import prepare as c_projects
+        from mmjax.recipes.contrabin.c_projects.compiled import compile_once
+
+        options = {'seed': spec.seed, 'wait': wait, **dataclasses.asdict(spec.compile)}
+        progress = progress_lines('compiling', 'files')
+        root, report = compile_once(spec.c_files, cache, progress=progress, **options)
+        compiled = root, c_projects.table(report)
+        available = report['rows']
+        for name in ('train', 'val'):
+            if name not in available:
+                raise UserError(
+                    f'{spec.c_files}: split {name} has no row; see data.compile.val and .test'
+                )
+    elif root:
+        available = code.split_files(root)
+    names = tuple(name for name in code.SPLITS if name != 'test' or name in available)
+    prepared = code.prepare_code(
+        root,
+        cache,
+        splits=names,
+        seed=spec.seed,
+        synthetic_sizes=dataclasses.asdict(spec.built_in),
+        registers=spec.compile.registers,
+        max_fault_share=spec.max_fault_share,
+        wait=wait,
+        progress=progress_lines('preparing', 'rows'),
+    )
+    return {name: code.CodeFunctions(prepared, name) for name in names}, compiled
+
+
+def progress_lines(action: str, unit: str) -> Progress:
+    """Returns what prints a line of progress to standard error every few seconds."""
+    last = time.monotonic()
+
+    def progress(split: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            print(f'{action} {split}: {done:,} of {total:,} {unit}', file=sys.stderr, flush=True)
+
+    return progress
+
+
+def choose_tokenizers(
+    config: Config, assets: epath.Path | None, train: code.CodeFunctions
+) -> dict[str, tokenizers.Tokenizer]:
+    """Returns {text: tokenizer}: the run's own, those of the pretrained folders, or trained ones.
+
+    Source and comment share the anchor's. Trained ones read functions, and listings, drawn by
+    `data.seed`: a table is often in the order of its projects.
+    """
+    spec = config.data
+    folders = dataclasses.asdict(config.model.pretrained)
+    if assets is not None:
+        folders = {'anchor': assets, 'binary': pathlib.Path(assets) / BINARY}
+    chosen = {side: tokenizers.load_tokenizer(path) for side, path in folders.items() if path}
+    make = functools.partial(tokenizers.train_tokenizer, lower_case=False)
+    if 'anchor' not in chosen:
+        rows = train.one_each()
+        rows = rows[code.sample(len(rows), TOKENIZER_ROWS, spec.seed)]
+        pairs = ((text, train.record(row)) for row in rows for text in ('source', 'comment'))
+        texts = (code.as_read(text, record[text]) for text, record in pairs)
+        chosen['anchor'] = make(texts, spec.vocabulary)
+    if 'binary' not in chosen:
+        rows = code.sample(len(train), TOKENIZER_ROWS, spec.seed)
+        listings = (train.record(row)['binary'] for row in rows)
+        chosen['binary'] = make(listings, spec.binary_vocabulary, pieces=spec.binary_pieces)
+    return {text: chosen[encoder] for text, encoder in ENCODERS.items()}

@@ -1,12 +1,11 @@
 """The ContraBin config: its words build, alone and together, and hold what was published."""
 
-import io
 import json
 
 import pytest
 
 from mmjax.engine import build, optim
-from mmjax.recipes.contrabin import splits
+from mmjax.recipes.contrabin.config import StageOptions
 from tests import runs
 from tests.recipes.contrabin.test_modes import write_functions
 from tests.test_main import refuse
@@ -25,13 +24,13 @@ def test_all_words_build_on_the_built_in_functions(tmp_path_factory, words):
     names = [] if published else ['anchor'] if smoke else ['anchor', 'near']
     assert [stage.name for stage in built.stages] == [*names, 'naive', 'linear', 'nonlinear']
     assert [stage.options for stage in built.stages[-2:]] == [
-        (('interpolation', kind), ('keep_anchor', True)) for kind in ('linear', 'nonlinear')
+        StageOptions(interpolation=kind, cache_anchor=True) for kind in ('linear', 'nonlinear')
     ]
-    assert built.batch_size == (16 if smoke else 32 if published else 64)
+    assert built.config.batch_size == (16 if smoke else 32 if published else 64)
     width = 16 if smoke else 768 if published else 128
     assert built.abstract['params']['anchor']['words']['embedding'].shape[1] == width
     told = "no stage trains group 'anchor': it stays as it is made or loaded"
-    assert (told in built.notes) == published
+    assert (told in built.warnings) == published
     if smoke:
         assert [stage.steps for stage in built.stages] == [4] * len(built.stages)
     if words != 'published':
@@ -39,8 +38,8 @@ def test_all_words_build_on_the_built_in_functions(tmp_path_factory, words):
     # An epoch of the sampler pk shows every binary once, so 96 functions at four levels are 12
     # batches of 32.
     assert [stage.steps for stage in built.stages] == [120, 60, 60]
-    assert built.task.softness == 1 and not built.task.normalize
-    assert 'the run warms up for 500 updates and makes 240 of them' in ' '.join(built.notes)
+    assert built.task.losses.softness == 1 and not built.task.losses.normalize
+    assert 'the run warms up for 500 updates and makes 240 of them' in ' '.join(built.warnings)
     stage, spec = built.stages[1], built.stages[1].optimizer
     assert (spec.warmup_steps, spec.span, spec.clip, spec.b2) == (500, 'run', 1.0, 0.999)
     rates = optim.rates(stage, built.groups.names, 30)
@@ -72,19 +71,3 @@ def test_bad_folders_end_the_command_with_one_sentence(tmp_path):
         smoke = '--config=configs/contrabin.py:smoke'
         told = refuse(tmp_path / name, f'--config.data.root={root}', config=smoke)
         assert expected in told, told
-
-
-def test_the_making_of_rows_is_told_by_a_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        isatty = lambda self: True
-
-    stream = Terminal()
-    monkeypatch.setattr('sys.stderr', stream)
-    with splits._teller('compiling', 'files') as tell:
-        for done in (0, 3, 6):
-            tell('c', done, 6)
-    assert 'compiling c: 100%' in stream.getvalue() and '6/6' in stream.getvalue()
-    with pytest.raises(ValueError), splits._teller('compiling', 'files') as tell:
-        tell('d', 3, 6)
-        raise ValueError
-    assert 'compiling d:  50%' in stream.getvalue() and stream.getvalue().endswith('\n')

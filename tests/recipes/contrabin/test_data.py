@@ -14,10 +14,10 @@ from mmjax.data import prepare as builders
 from mmjax.data import tokenizers
 from mmjax.errors import UserError
 from mmjax.recipes.contrabin import data as code
-from mmjax.recipes.contrabin import output as contrabin_output
-from mmjax.recipes.contrabin import splits as contrabin_data
+from mmjax.recipes.contrabin import task as contrabin
 from mmjax.recipes.contrabin.c_projects import build
 from mmjax.recipes.contrabin.c_projects import prepare as code_prepare
+from mmjax.recipes.contrabin.c_projects.compiled import compile_once
 
 LEVELS = ('O0', 'O1', 'O2', 'O3')
 LISTING = 'mov eax, {n}\nadd eax, edi\nret'
@@ -262,13 +262,13 @@ def test_c_files_are_compiled_once_for_their_content_and_options(tmp_path, prepa
     (folder / 'lib/a.c').write_text('int f;')
     (folder / 'lib/a.h').write_text('')
     (folder / 'notes.txt').write_text('')
-    make = lambda **options: contrabin_data._compile(str(folder), cache, wait=False, **options)
+    make = lambda **options: compile_once(str(folder), cache, wait=False, **options)
     first, report = make(seed=1)
     assert report == {'rows': {'train': 4}}
     assert prepared == [{'seed': 1, 'workers': 2, 'compiler': 'auto'}]
     (folder / 'notes.txt').write_text('more')
     assert make(seed=1)[0] == first and len(prepared) == 1
-    assert contrabin_data._compile(str(folder), cache, wait=True, seed=1)[0] == first
+    assert compile_once(str(folder), cache, wait=True, seed=1)[0] == first
     assert make(seed=2)[0] != first and len(prepared) == 2
     (folder / 'lib/a.h').write_text('#define N 3')
     assert make(seed=1)[0] != first and len(prepared) == 3
@@ -279,7 +279,7 @@ def test_c_files_are_compiled_once_for_their_content_and_options(tmp_path, prepa
 
 def test_another_compiler_or_code_compiles_anew_and_workers_do_not(tmp_path, prepared, monkeypatch):
     (tmp_path / 'c').mkdir()
-    make = lambda **options: contrabin_data._compile(
+    make = lambda **options: compile_once(
         str(tmp_path / 'c'), tmp_path / 'cache', wait=False, **options
     )[0]
     made = [make(workers=3)]
@@ -304,11 +304,14 @@ def test_a_digest_of_sources_is_that_of_their_text(monkeypatch, tmp_path):
 
 
 def test_progress_is_told_now_and_then(tmp_path, prepared, monkeypatch, capsys):
-    make = lambda: contrabin_data._compile(str(tmp_path), tmp_path / 'cache', wait=False)
+    def make():
+        progress = contrabin.progress_lines('compiling', 'files')
+        compile_once(str(tmp_path), tmp_path / 'cache', wait=False, progress=progress)
+
     make()
     assert capsys.readouterr().err == ''  # it was done within seconds
     shutil.rmtree(tmp_path / 'cache')
-    monkeypatch.setattr(contrabin_data, '_EVERY', 0.0)
+    monkeypatch.setattr(contrabin, 'PROGRESS_SECONDS', 0.0)
     make()
     lines = [f'compiling train: {done} of 2 files' for done in (1, 2)]
     assert capsys.readouterr().err.splitlines() == lines
@@ -318,7 +321,8 @@ def test_what_a_killed_preparation_left_is_not_given_out(tmp_path):
     (tmp_path / 'made').mkdir()
     for name in ('.train.jsonl.gz.77.tmp', 'train.jsonl.gz', 'report.json'):
         (tmp_path / 'made' / name).write_text(name)
-    told = contrabin_output.copy_rows((tmp_path / 'made', 'a table'), tmp_path / 'out')
+    task = types.SimpleNamespace(compiled=(tmp_path / 'made', 'a table'))
+    told = contrabin.ContraBinTask.prepare(task, tmp_path / 'out')
     assert told.startswith('a table') and str(tmp_path / 'out') in told
     assert {p.name for p in (tmp_path / 'out').iterdir()} == {'train.jsonl.gz', 'report.json'}
 
@@ -326,9 +330,9 @@ def test_what_a_killed_preparation_left_is_not_given_out(tmp_path):
 def test_who_waits_for_the_compiler_gives_up_in_one_sentence(tmp_path, prepared):
     wait = dict(wait=True, timeout=0.3)
     with pytest.raises(UserError, match=r'gave no sign of life for 0\.3 s'):
-        contrabin_data._compile(str(tmp_path), tmp_path / 'cache', **wait)
+        compile_once(str(tmp_path), tmp_path / 'cache', **wait)
     with pytest.raises(UserError, match='none is not a folder'):
-        contrabin_data._compile(str(tmp_path / 'none'), tmp_path / 'cache', **wait)
+        compile_once(str(tmp_path / 'none'), tmp_path / 'cache', **wait)
     assert not prepared
 
 
@@ -338,7 +342,7 @@ def test_who_waits_for_the_compiler_gives_up_in_one_sentence(tmp_path, prepared)
 def test_the_options_are_those_of_the_compiler(tmp_path):
     pytest.importorskip('tree_sitter_c')
     (tmp_path / 'a.c').write_text('/* Scales the number given. */\nint f(int n) { return n * 9; }')
-    found, report = contrabin_data._compile(
+    found, report = compile_once(
         str(tmp_path),
         tmp_path / 'cache',
         wait=False,

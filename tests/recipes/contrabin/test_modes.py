@@ -13,28 +13,18 @@ from etils import epath
 
 from mmjax.data import pipeline
 from mmjax.engine import build, evaluate, modes, optim, step
+from mmjax.engine import config as config_lib
 from mmjax.engine.task import gather
 from mmjax.errors import UserError
 from tests import runs
 from tests.recipes.contrabin.test_data import LEVELS, row, write
 
-MODES = dict(
-    argv=['main'],
-    existing=False,
-    overwrite=False,
-    input=None,
-    question=None,
-    output=None,
-    init_from=None,
-    allow_data_change=False,
-    processes=(None, None, None),
-)
-
 
 def tiny(cache, **changes):
     config = runs.recipe('contrabin', 'smoke')
     config.log.tensorboard = False
-    config.data.cache, config.checkpoint.keep = str(cache), 9
+    config.data.cache = str(cache)
+    config.checkpoint.keep = 9
     return runs.change(config, **changes)
 
 
@@ -71,7 +61,7 @@ def bare(cache, folder):
 def fresh(bare):
     """Applies the run of `folder` with the weights that it starts from."""
     with jax.set_mesh(bare.mesh):
-        yield evaluate.Apply(bare.task, bare.init_variables(), bare.mesh)
+        yield evaluate.Predictor(bare.task, bare.init_variables(), bare.mesh)
 
 
 def first_batch(built, stage):
@@ -81,30 +71,151 @@ def first_batch(built, stage):
 
 def program(built, stage):
     call = functools.partial(
-        step.train_step, task=built.task, stage=stage, groups=built.groups, settings=built.settings
+        step.train_step,
+        task=built.task,
+        stage=stage.program,
+        groups=built.groups,
+        settings=built.settings,
     )
     rates = optim.rates(stage, built.groups.names, 2)
     return jax.jit(call), rates, {name: np.float32(1) for name in stage.losses}
 
 
-def test_a_kept_anchor_changes_no_output(bare, fresh):
+def forward(built, variables, batch, stage, key):
+    """Runs the forward pass of a stage; of evaluation where `key` is None."""
+    train = step.towers_training(built.task.towers, dict(built.groups.items), stage)
+    if key is None:
+        train = dict.fromkeys(train, False)
+    run = functools.partial(built.task.forward, stage=stage.program, train=train)
+    return jax.jit(lambda *inputs: run(*inputs[:2], key=inputs[2])[0])(variables, batch, key)
+
+
+def cached_batch(built, predictor, stage):
+    """Returns the first batch of a stage with the cached outputs of the anchor."""
+    spec = built.task.cache(stage)
+    arrays, _ = gather(predictor, spec.method, spec.dataset, 7)
+    batch = first_batch(built, stage)
+    rows = spec.rows[batch['row']]
+    return batch | {f'cached_{name}': x[rows] for name, x in arrays.items()}
+
+
+def test_a_cached_anchor_changes_no_output(bare, fresh):
     anchor, naive = bare.stages[:2]
-    assert bare.task.keep(anchor) is None
-    spec, train = bare.task.keep(naive), bare.task.splits['train']
+    assert bare.task.cache(anchor) is None
+    spec = bare.task.cache(naive)
+    train = bare.task.splits['train']
     assert len(train) == 80 and len(spec.dataset) == 20  # four binaries of one text
-    for at in range(80):
-        own, other = train.record(at), spec.dataset.record(int(spec.place[at]))
+    for at, cached_row in enumerate(spec.rows):
+        own = train.record(at)
+        other = spec.dataset.record(int(cached_row))
         assert (own['source'], own['comment']) == (other['source'], other['comment'])
-    found, _ = gather(fresh, spec.method, spec.dataset, 7)
     batch = first_batch(bare, naive)
-    kept = {f'kept_{name}': x[spec.place[batch['row']]] for name, x in found.items()}
+    cached = cached_batch(bare, fresh, naive)
     key = jax.random.key(1)
     with jax.set_mesh(bare.mesh):
-        outputs = [
-            bare.task.forward(fresh.variables, one, naive, train=True, key=key)[0]
-            for one in (batch, batch | kept)
-        ]
+        outputs = [forward(bare, fresh.variables, one, naive, key) for one in (batch, cached)]
+    assert set(outputs[0]) == {'source', 'comment', 'binary'}
     chex.assert_trees_all_close(*outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_is_not_read_where_rules_of_the_user_thaw_the_anchor(cache, folder, fresh):
+    """The group `anchor` is frozen, but another one has its blocks."""
+    rules = (('blocks', 'anchor/block_0/.*'),)
+    built = build.run(tiny(cache, data__root=folder, rules=rules))
+    naive = built.stages[1]
+    wrong = cached_batch(built, fresh, naive)
+    wrong |= {name: np.zeros_like(wrong[name]) for name in ('cached_source', 'cached_comment')}
+    with jax.set_mesh(built.mesh):
+        outputs = [
+            forward(built, fresh.variables, batch, naive, jax.random.key(1))
+            for batch in (first_batch(built, naive), wrong)
+        ]
+    chex.assert_trees_all_equal(*outputs)
+
+
+def test_the_anchor_is_cached_where_the_option_says_so(cache, folder):
+    built = build.run(tiny(cache, data__root=folder, stage__naive__options__cache_anchor=False))
+    assert [built.task.cache(stage) is None for stage in built.stages] == [True, True, False, False]
+
+
+# Frozen parts ----------------------------------------------------------------------------------
+
+FROZEN = [
+    ({'anchor': 0.0}, (), {'anchor'}),
+    ({'heads': 0.0}, (), {'source_head', 'comment_head'}),
+    ({'encoder': 0.0}, (), {'binary'}),
+    ({'binary_head': 0.0}, (), {'binary_head'}),
+    ({'linear': 0.0}, (), {'interpolation_linear'}),
+    ({'backbones': 0.0}, (('backbones', '(anchor|binary)/.*'),), {'anchor', 'binary'}),
+    ({'text': 0.0}, (('text', '(anchor|comment_head)/.*'),), {'anchor', 'comment_head'}),
+]
+
+
+@pytest.mark.parametrize(('rates', 'rules', 'frozen'), FROZEN)
+def test_frozen_parts_run_as_in_evaluation(cache, folder, rates, rules, frozen):
+    """With dropout .5 in every part; those that train give other outputs with another key."""
+    config = tiny(cache, data__root=folder, rules=rules, stages=('only',), model__dropout=0.5)
+    config.model.anchor.dropout = 0.5
+    config.model.binary.dropout = 0.5
+    config.optimizer.update(schedule='constant', warmup_steps=0)
+    config.stage = {}
+    config.stage.only = dict(steps=2, learning_rates=rates, options=dict(interpolation='linear'))
+    built = build.run(config)
+    (stage,) = built.stages
+    task = built.task
+    batch = first_batch(built, stage)
+    with jax.set_mesh(built.mesh):
+        variables = built.init_variables()
+        keys = (jax.random.key(1), jax.random.key(2), None)
+        outputs = [forward(built, variables, batch, stage, key) for key in keys]
+        state = step.create(variables, stage, built.groups, built.settings)
+        call, *rest = program(built, stage)
+        after, _ = call(state, batch, *rest)
+    before, after = (optim.flatten(step.variables(s)['params']) for s in (state, after))
+    moved = {path.split('/')[0] for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == set(task.towers) - frozen - {'interpolation_nonlinear'}
+
+    needs = {
+        'source': {'anchor', 'source_head'},
+        'comment': {'anchor', 'comment_head'},
+        'binary': {'binary', 'binary_head'},
+    }
+    for name, towers in needs.items():
+        a, b, evaluation = (x[name] for x in outputs)
+        assert np.array_equal(a, b) == (towers <= frozen), name
+        if towers <= frozen:
+            np.testing.assert_allclose(a, evaluation, atol=1e-6)
+    # Of a frozen tower alone, whatever trains behind it.
+    trains = step.towers_training(task.towers, dict(built.groups.items), stage)
+    assert {name for name, value in trains.items() if not value} == frozen
+    for text in ('source', 'binary'):
+        tower = {'source': 'anchor', 'binary': 'binary'}[text]
+        a, b, evaluation = (
+            task._encode(variables, batch, trains[tower] and key is not None, key, text)
+            for key in keys
+        )
+        assert np.array_equal(a, b) == (tower in frozen)
+        if tower in frozen:
+            np.testing.assert_allclose(a, evaluation, atol=1e-6)
+
+
+def test_no_part_has_batch_statistics(bare):
+    assert set(bare.abstract) == {'params'}
+
+
+def test_padding_rows_and_neighbours_change_no_loss(bare, fresh):
+    stage = bare.stages[-1]
+    batch = {**first_batch(bare, stage)}
+    short = {name: x[:12] for name, x in batch.items()}
+    batch['mask'] = np.arange(16) < 12
+    with jax.set_mesh(bare.mesh):
+        found = []
+        for one in (batch, short):
+            outputs = forward(bare, fresh.variables, one, stage, None)
+            terms = bare.task.terms(fresh.variables, outputs, one, stage.program)
+            found.append({n: float(t.mean()) for n, t in terms.items() if hasattr(t, 'mean')})
+    assert set(found[0]) >= {'anchor', 'source_binary', 'comment_binary', 'intermediate'}
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 # Options ------------------------------------------------------------------------------------
@@ -120,7 +231,8 @@ def test_precision_accumulation_and_clip_reach_the_step(cache, folder, fresh):
             call, *rest = program(built, stage)
             state, metrics = call(state, first_batch(built, stage), *rest)
         assert metrics['ok'] and all(np.isfinite(value) for value in metrics.values())
-        mu = np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(state['moments']['mu'])))
+        first_moments = jax.tree.leaves([m['mu'] for m in state['moments'].values()])
+        mu = np.sqrt(sum(np.square(x).sum() for x in first_moments))
         return {name: float(value) for name, value in metrics.items()}, mu
 
     whole, mu = first()
@@ -184,7 +296,7 @@ def test_predict_finds_as_the_scores_do(cache, folder, bare, fresh, embedded, tm
     val = bare.task.dataset('val')  # there is no test split
     start, each = next(e['row'] for e in index if e['split'] == 'val'), val.one_each()
     published = build.run(tiny(cache, data__root=folder, losses__normalize=False))
-    plain = evaluate.Apply(published.task, fresh.variables, published.mesh)
+    plain = evaluate.Predictor(published.task, fresh.variables, published.mesh)
     record = val.record(17)
     (tmp_path / 'f.s').write_text(record['binary'])
     (tmp_path / 'f.c').write_text(record['source'].replace(' ', '\n\t  '))
@@ -231,13 +343,8 @@ def test_prepare_compiles_c_files(cache, tmp_path, capsys):
     config = tiny(cache, data__c_files=str(tmp_path / 'c'), batch_size=2)
     for key, value in dict(compiler='gcc', split_by='file', val=0.5, test=0.0, workers=1).items():
         config.data.compile[key] = value
-    run = lambda: modes.run(
-        'prepare',
-        config,
-        config.to_dict(),
-        epath.Path(tmp_path / 'run'),
-        **{**MODES, 'output': str(tmp_path / 'out')},
-    )
+    command = modes.Command('prepare', epath.Path(tmp_path / 'run'), output=str(tmp_path / 'out'))
+    run = lambda: modes.run(config_lib.resolve(config), command)
     assert run() == 0
     told = capsys.readouterr().out
     assert 'split by file' in told and 'prepared 12 records' in told and 'written:' in told
@@ -247,5 +354,6 @@ def test_prepare_compiles_c_files(cache, tmp_path, capsys):
     config.data.compile.val = 0.0
     with pytest.raises(UserError, match='split val has no row'):
         run()
-    config.data.compile.val, config.batch_size = 0.5, 64  # more than there are functions
+    config.data.compile.val = 0.5
+    config.batch_size = 64  # more than there are functions
     assert run() == 0

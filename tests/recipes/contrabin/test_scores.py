@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.engine import build
-from mmjax.recipes.contrabin import figures as contrabin_figures
+from mmjax.engine import build, evaluate
+from mmjax.engine.task import SplitResults
 from mmjax.recipes.contrabin import scores
-from mmjax.recipes.contrabin import task as contrabin
 from mmjax.recipes.contrabin.scores import CodeScores
 from tests.losses.test_interpolation import labelled_oracle, unit
 from tests.recipes.contrabin.test_modes import LEVELS, first_batch, tiny, write_functions
 
 KINDS = ('linear', 'nonlinear')
+LOSSES = ('anchor', 'source_binary', 'comment_binary', 'intermediate')
 
 
 @pytest.fixture(scope='module')
@@ -60,13 +60,13 @@ def drawn(rng, n, features=8):
 def test_rows_without_comment_count_where_none_is_needed(bare):
     stage = dataclasses.replace(
         bare.stages[-1],
-        loss_weights=tuple((n, 1.0) for n in sorted(contrabin.LOSSES)),
+        loss_weights=tuple((n, 1.0) for n in sorted(LOSSES)),
     )
     batch = {k: jnp.asarray(v) for k, v in first_batch(bare, stage).items()}
     has = np.asarray(batch['has_comment'])
     assert 0 < has.sum() < 16
     outputs, weight = drawn(np.random.default_rng(0), 16)
-    late = set(contrabin.LOSSES) - {'source_binary'}
+    late = set(LOSSES) - {'source_binary'}
     terms = jax.jit(lambda x: bare.task.terms({}, x, batch, stage))(outputs)
     counts = {n: int(t.count) for n, t in terms.items() if not n.startswith('lambda')}
     assert counts == {'source_binary': 16, **dict.fromkeys(late, int(has.sum()))}
@@ -101,8 +101,8 @@ def test_the_spread_of_lambda_is_over_rows_and_coordinates(bare):
 
     @jax.jit
     def run(variables, batch):
-        options = dict(train=False, key=jax.random.key(0))
-        outputs, _ = bare.task.forward(variables, batch, stage, **options)
+        train = dict.fromkeys(bare.task.towers, False)
+        outputs, _ = bare.task.forward(variables, batch, stage, train=train, key=None)
         pair = outputs['source'], outputs['comment']
         _, weight = model.apply(variables, *pair, 'nonlinear', False, method='interpolated')
         return bare.task.terms(variables, outputs, batch, stage), weight
@@ -123,58 +123,71 @@ def reciprocal_ranks(queries, gallery):
     return [1 / (1 + sum(line > line[i])) for i, line in enumerate(cosines)]
 
 
-@pytest.fixture(scope='module')
-def encoded():
-    """Returns (outputs of `encode` for the 12 functions of val, λ by kind, 48 and 20 binaries)."""
-    rng = np.random.default_rng(3)
-    outputs, weights = {}, {}
-    for kind in KINDS:
-        found, weights[kind] = drawn(rng, 12)
-        outputs |= {n: found.pop(n) for n in ('source', 'comment', 'binary')}
-        outputs |= {f'{name}_{kind}': value for name, value in found.items()}
-    return outputs, weights, {rows: rng.normal(size=(rows, 8)) for rows in (48, 20)}
+class Predictor:
+    """Stands in for a model: draws its outputs, and notes the datasets whose binaries it embeds."""
+
+    def __init__(self):
+        rng = np.random.default_rng(3)
+        self.outputs, self.weights = drawn(rng, 12)  # of `forward`, for the 12 functions of val
+        self.lambdas = {kind: rng.uniform(size=12) for kind in KINDS}
+        self.binaries = {rows: rng.normal(size=(rows, 8)) for rows in (48, 20)}
+        self.variables = {}
+        self.datasets = {}
+
+    def forward(self, stage, dataset, batch_size):
+        yield self.outputs, arrays(dataset)
+
+    def __call__(self, method, dataset, batch_size):
+        if method == 'interpolation_weights':
+            yield self.lambdas, arrays(dataset)
+            return
+        assert method == 'embed_binary'
+        self.datasets[dataset.split] = dataset
+        records = [dataset.record(row) for row in range(len(dataset))]
+        numbers = np.array([int(record['name'][4:]) for record in records])
+        if dataset.split == 'train':
+            yield self.binaries[20][numbers], arrays(dataset)
+            return
+        levels = [LEVELS.index(record['opt_level']) for record in records]
+        yield self.binaries[48][(numbers - 50) * 4 + levels], arrays(dataset)
+
+
+def arrays(dataset):
+    """Returns a split as one batch."""
+    rng = np.random.default_rng(0)
+    rows = [dataset.example(row, rng, False) for row in range(len(dataset))]
+    batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return batch | {'row': np.arange(len(rows)), 'mask': np.ones(len(rows), bool)}
 
 
 @pytest.fixture
-def apply(encoded):
-    """Stands in for a model; notes the datasets whose binaries are asked, by split."""
-    outputs, _, binaries = encoded
-    rng = np.random.default_rng(0)
-
-    def run(method, dataset, batch_size):
-        rows = [dataset.example(r, rng, False) for r in range(len(dataset))]
-        batch = {key: np.stack([r[key] for r in rows]) for key in rows[0]}
-        if method == 'encode':
-            yield outputs, batch
-            return
-        run.asked[dataset.split] = dataset
-        names = [dataset.record(r)['name'] for r in range(len(dataset))]
-        numbers = np.array([int(name[4:]) for name in names])
-        if dataset.split == 'train':
-            yield binaries[20][numbers], batch
-            return
-        levels = np.array([dataset.record(r)['opt_level'] for r in range(len(dataset))])
-        yield binaries[48][(numbers - 50) * 4 + [LEVELS.index(level) for level in levels]], batch
-
-    run.asked = {}
-    return run
+def predictor():
+    return Predictor()
 
 
 @pytest.fixture
 def scorer(bare):
     functions, train = (bare.task.dataset(split) for split in ('val', 'train'))
-    return CodeScores(bare.task, functions, train, batch_size=16, pool=5)
+    return CodeScores(functions, train, {'source_binary': 1.0, 'comment_binary': 0.5}, 16, 5, True)
+
+
+def scored(scorer, predictor, final=False):
+    """Runs the scores on the drawn outputs, with losses of 1 and 2."""
+    losses = {'source_binary': 1.0, 'comment_binary': 2.0, 'loss': 9.0, 'final_loss': 9.0}
+    results = SplitResults(predictor.outputs, arrays(scorer.dataset), losses)
+    return scorer.run(predictor, final=final, results=results)
 
 
 POOLS = np.random.default_rng(0).permutation(12)[:10].reshape(2, 5)
 HAS = np.array([n % 4 != 0 for n in range(50, 62)])
 
 
-def test_scores_of_pools_agree_with_loops(encoded, apply, scorer):
-    outputs, _, binaries = encoded
-    found = scorer.run(apply, final=False).metrics
+def test_scores_of_pools_agree_with_loops(predictor, scorer):
+    outputs = predictor.outputs
+    binaries = predictor.binaries
+    found = scored(scorer, predictor).metrics
     assert (found['functions'], found['pool'], found['left_out']) == (12, 5, 2)
-    assert found['r1_chance'] == 0.2 and len(apply.asked['val']) == 40
+    assert found['r1_chance'] == 0.2 and len(predictor.datasets['val']) == 40
     left = [HAS[pool].sum() for pool in POOLS]
     assert min(left) < max(left) <= 5 and found['comment_pool'] == min(left)
     assert found['comment_r1_chance'] == 1 / min(left) and found['comment_r10_chance'] == 1
@@ -204,17 +217,24 @@ def test_scores_of_pools_agree_with_loops(encoded, apply, scorer):
                 assert found[name] == pytest.approx(every[-1], abs=1e-6)
     assert found['binary_levels_map'] == pytest.approx(np.mean(every), abs=1e-6)
     assert found['comment_full'] == 0 and found['probe_majority'] == 0.5
+    full = arrays(scorer.dataset)['binary_mask'][:, -1]
+    assert found['binary_full'] == full.mean()
+    assert found['final_loss'] == 1.0 + 0.5 * 2.0  # of the primary losses
 
 
-def test_losses_of_pools_are_those_of_both_interpolations_whatever_the_stage(
-    bare, encoded, apply, scorer
-):
-    outputs, weights, _ = encoded
-    found = scorer.run(apply, final=False).metrics
+def test_losses_of_pools_are_those_of_loops(bare, predictor, scorer):
+    """A term is the mean over what is active in all pools; λ the mean over pools."""
+    outputs, weights = predictor.outputs, predictor.weights
+    with jax.set_mesh(bare.mesh):
+        predictor.variables = bare.init_variables()
+        weighing = evaluate.Weights.of(bare.stages[-1], 0, bare.final_weights)
+        found = evaluate.losses(predictor, bare.task, scorer, weighing).losses
     functions = bare.task.dataset('val')
     told = functions.index['comment_id'][functions.one_each()]
     commented = [pool[HAS[pool]] for pool in POOLS]
+    assert len(commented[0]) != len(commented[1])
     assert any(len(set(told[pool])) < len(pool) for pool in commented)
+    mixed = outputs['interpolated']
     expected = {
         'source_binary': [primary(outputs['source'][p], outputs['binary'][p], p) for p in POOLS],
         'comment_binary': [
@@ -223,18 +243,17 @@ def test_losses_of_pools_are_those_of_both_interpolations_whatever_the_stage(
         'anchor': [
             infonce(outputs['source'][p], outputs['comment'][p], told[p]) for p in commented
         ],
+        'intermediate': [infonce(mixed[p], outputs['binary'][p], p) for p in commented],
     }
-    for kind in KINDS:
-        mixed = outputs[f'interpolated_{kind}']
-        expected[f'intermediate_{kind}'] = [
-            infonce(mixed[p], outputs['binary'][p], p) for p in commented
-        ]
-        expected[f'lambda_mean_{kind}'] = [weights[kind][p].mean() for p in commented]
-        expected[f'lambda_spread_{kind}'] = [weights[kind][p].std() for p in commented]
     for name, values in expected.items():
-        assert found[name] == pytest.approx(np.mean(values), rel=1e-5), name
-    assert found['intermediate_linear'] != pytest.approx(found['intermediate_nonlinear'], rel=0.01)
-    assert found['loss'] == pytest.approx(found['source_binary'] + found['comment_binary'])
+        counts = [len(p) for p in (POOLS if name == 'source_binary' else commented)]
+        assert found[name] == pytest.approx(np.average(values, weights=counts), rel=1e-5), name
+    means = [weights[p].mean() for p in commented]
+    assert found['lambda_mean'] == pytest.approx(np.mean(means), rel=1e-5)
+    spreads = [weights[p].std() for p in commented]
+    assert found['lambda_spread'] == pytest.approx(np.mean(spreads), rel=1e-5)
+    total = sum(found[name] for name in ('source_binary', 'comment_binary', 'intermediate'))
+    assert found['loss'] == pytest.approx(total)
 
 
 def test_a_pool_in_which_all_have_comments_is_told_once():
@@ -247,10 +266,10 @@ def test_a_pool_in_which_all_have_comments_is_told_once():
     assert found == {'comment_pool': 2, 'comment_r1_chance': 0.5, 'comment_r10_chance': 1.0}
 
 
-def test_the_probe_learns_from_a_sample_of_all_functions(apply, scorer, monkeypatch):
-    monkeypatch.setattr(scores, 'PROBED', 7)
-    scorer.run(apply, final=False)
-    learnt = apply.asked['train']
+def test_the_probe_learns_from_a_sample_of_all_functions(predictor, scorer, monkeypatch):
+    monkeypatch.setattr(scores, 'PROBE_ROWS', 7)
+    scored(scorer, predictor)
+    learnt = predictor.datasets['train']
     names = [int(learnt.record(row)['name'][4:]) for row in range(len(learnt))]
     assert len(set(names)) == 7 and max(names) > 10
 
@@ -258,9 +277,9 @@ def test_the_probe_learns_from_a_sample_of_all_functions(apply, scorer, monkeypa
 # Figures ------------------------------------------------------------------------------------
 
 
-def test_figures_show_what_they_say(encoded, apply, scorer):
-    outputs = encoded[0]
-    found = scorer.run(apply, final=True).figures
+def test_figures_show_what_they_say(predictor, scorer):
+    outputs = predictor.outputs
+    found = scored(scorer, predictor, final=True).figures
     assert set(found) == {'similarity', 'projection', 'interpolation'}
     for figure in found.values():
         assert figure.get_label()
@@ -290,16 +309,16 @@ def test_figures_show_what_they_say(encoded, apply, scorer):
     assert heights == [HAS.sum()] * 2
 
 
-def test_figures_without_comments_or_labels_can_be_drawn(encoded):
-    outputs, none = encoded[0], np.zeros(12, bool)
+def test_figures_without_comments_or_labels_can_be_drawn(predictor):
+    outputs, none = predictor.outputs, np.zeros(12, bool)
     labels = [f'label {n}' for n in range(22)] + [''] * 3
     many = {name: np.tile(rows, (3, 1))[:25] for name, rows in outputs.items() if rows.ndim > 1}
-    right = contrabin_figures.projection(many, np.ones(25, bool), labels).axes[1]
+    right = scores.projection(many, np.ones(25, bool), labels).axes[1]
     sizes = {part.get_label(): len(part.get_offsets()) for part in right.collections}
     assert sizes.pop('none or others') == 5 and len(sizes) == 20 and set(sizes.values()) == {1}
     for figure in (
-        contrabin_figures.projection(outputs, none, [''] * 12),
-        contrabin_figures.similarity(outputs, np.arange(12), none),
-        contrabin_figures.weights(outputs, none),
+        scores.projection(outputs, none, [''] * 12),
+        scores.similarity(outputs, np.arange(12), none),
+        scores.histogram(predictor.lambdas, none),
     ):
         figure.savefig(io.BytesIO(), format='png', dpi=40)

@@ -10,11 +10,12 @@ import pytest
 from etils import epath
 
 from mmjax.engine import build, evaluate, modes, optim
+from mmjax.engine import config as config_lib
 from mmjax.engine.checkpoint import load_weights
 from mmjax.engine.train import weights_from
 from mmjax.errors import UserError
 from tests import runs
-from tests.recipes.contrabin.test_modes import MODES, program, tiny
+from tests.recipes.contrabin.test_modes import program, tiny
 
 
 @pytest.fixture(scope='module')
@@ -25,20 +26,21 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, cache):
     """Returns (workdir, config, results) of a finished run."""
-    workdir, config = tmp_path_factory.mktemp('run') / 'run', tiny(cache, evaluate__every_steps=2)
+    workdir = tmp_path_factory.mktemp('run') / 'run'
+    config = tiny(cache, evaluate__every_steps=2)
     config.stage.linear.steps = 6  # of which the last two are not made
-    config.stage.linear.early_stop = dict(config.best, patience=1, min_delta=10.0)
+    config.stage.linear.early_stop = dict(config.best.to_dict(), patience=1, min_delta=10.0)
     return workdir, config, runs.run(config, workdir)
 
 
 @pytest.fixture(scope='module')
 def model(trained):
-    """Returns (built run, apply) with the best weights."""
+    """Returns (built run, predictor) with the best weights."""
     workdir, config, _ = trained
     built = build.run(config, assets=workdir)
     with jax.set_mesh(built.mesh):
         variables, _ = weights_from(built, str(workdir))
-        yield built, evaluate.Apply(built.task, variables, built.mesh)
+        yield built, evaluate.Predictor(built.task, variables, built.mesh)
 
 
 def train_lines(workdir):
@@ -60,8 +62,9 @@ def test_each_stage_moves_its_groups_and_no_others(trained, model):
     assert moved == [{'anchor', 'heads'}, late, late | {'linear'}, late | {'nonlinear'}]
     for stage, groups in zip(built.stages, moved, strict=True):
         moments = built.abstract_state(stage)['moments']
-        assert {group for path, group in built.groups.of(moments['mu']).items()} == groups
-        assert set(moments['count']) == groups
+        assert set(moments) == groups
+        for group, values in moments.items():
+            assert set(built.groups.of(values['mu']).values()) == {group}
 
 
 def test_a_frozen_anchor_costs_no_backward_pass(model):
@@ -143,7 +146,8 @@ def test_the_config_lies_there_before_the_first_step(trained, tmp_path, monkeypa
     monkeypatch.setattr(modes, 'train', train)
     config = trained[1]
     with pytest.raises(UserError, match='no step was made'):
-        modes.run('train', config, config.to_dict(), epath.Path(tmp_path / 'run'), **MODES)
+        command = modes.Command('train', epath.Path(tmp_path / 'run'))
+        modes.run(config_lib.resolve(config), command)
 
 
 def test_results_have_the_scores_of_every_stage(trained):
@@ -156,14 +160,29 @@ def test_results_have_the_scores_of_every_stage(trained):
     assert 0 <= results['final']['val']['probe_accuracy'] <= 1
     found = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
     names = [{k for k in line if k.startswith('eval/')} for line in found if 'loss' not in line]
-    assert len(names) == 8 and all(n == names[0] for n in names)
+    late = {
+        f'eval/{split}/lambda_{name}' for split in ('val', 'test') for name in ('mean', 'spread')
+    }
+    assert len(names) == 8 and all(n - late == names[0] for n in names)
+    assert late & names[0] == set() and late <= names[-1]
 
 
 def test_scores_do_not_depend_on_the_stage(cache, trained, model):
     """The original evaluated as in its naive stage; nothing here asks which stage it is."""
     workdir, _, results = trained
     naive = build.run(tiny(cache, stages=('naive',)), assets=workdir)
-    apply = evaluate.Apply(naive.task, model[1].variables, naive.mesh)
+    predictor = evaluate.Predictor(naive.task, model[1].variables, naive.mesh)
+    weights = evaluate.Weights.of(naive.stages[0], 0, naive.final_weights)
     with jax.set_mesh(naive.mesh):
-        found = naive.evaluators['val'].run(apply, final=False).metrics
-    assert found == pytest.approx(results['final']['val'], rel=1e-5)
+        scores = evaluate.run(naive.evaluators, predictor, naive.task, weights, final=False)
+    found = scores['val'].metrics
+    last = dict(results['final']['val'])
+    # What interpolates is of the stage, and so is the sum with its weights.
+    of_the_stage = {'intermediate', 'lambda_mean', 'lambda_spread', 'loss'}
+    assert set(last) - set(found) == {'lambda_mean', 'lambda_spread'}
+    assert found['intermediate'] == 0 < last['intermediate']
+    shared = lambda metrics: {k: v for k, v in metrics.items() if k not in of_the_stage}
+    assert shared(found) == pytest.approx(shared(last), rel=1e-5)
+    assert found['loss'] == pytest.approx(found['final_loss'])
+    expected = last['source_binary'] + last['comment_binary']
+    assert last['final_loss'] == pytest.approx(expected)
