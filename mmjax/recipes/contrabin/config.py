@@ -62,20 +62,13 @@ class Data(config.Data):
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
+class Encoder(config.Transformer):
     """A BERT encoder; a folder of published weights replaces all but its dropout."""
 
-    width: int = field(128, 'of a token', least=1)
-    depth: int = field(2, 'blocks', least=1)
-    heads: int = field(2, 'of attention', least=1)
-    mlp_width: int = field(256, 'hidden width of a block', least=1)
     types: int = field(1, 'segment types', least=1)
     dropout: float = field(0.0, 'in training', least=0, below=1)
     position_offset: int = field(0, 'position of the first token', least=0)
     epsilon: float = field(1e-5, 'of layer norms', least=0)
-
-    def check(self, where: str) -> None:
-        config.check_heads(self, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +83,8 @@ class Pretrained:
 class Model:
     """Two encoders, and a projection head per modality."""
 
-    anchor: Encoder = Encoder()
-    binary: Encoder = Encoder()
+    anchor: Encoder = Encoder(width=128, depth=2, heads=2, mlp_width=256)
+    binary: Encoder = Encoder(width=128, depth=2, heads=2, mlp_width=256)
     features: int = field(256, 'of an embedding', least=2)
     head: str = field('linear', 'kind of the projection heads', choices=('linear', 'nonlinear'))
     dropout: float = field(0.1, 'of heads and interpolations, in training', least=0, below=1)
