@@ -143,9 +143,8 @@ class ContraBin(nn.Module):
           float32 [batch, width], pooled; finite, without meaning, where a row has no tokens.
         """
         encoder = getattr(self, ENCODERS[modality])
-        states = encoder(
-            tokens, mask, train=train, packed_length=packed_length
-        )  # [batch, length, width]
+        # [batch, length, width]
+        states = encoder(tokens, mask, train=train, packed_length=packed_length)
         return POOLINGS[self.pooling](states, mask).astype(jnp.float32)
 
     def project(self, hidden: jax.Array, modality: str, train: bool) -> jax.Array:
