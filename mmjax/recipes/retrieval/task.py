@@ -140,12 +140,12 @@ class RetrievalTask(Task):
         scale = self.model.apply(variables, method='scale')
         shared = {'temperature': 1 / scale, 'chunk': options.chunk}
         labels = identity if options.mask_same_item else None
-        count = mask.sum()
         alike = _same(identity, mask) if options.mask_same_item else 1
-        negatives = mask * (count - alike)  # int [rows]
+        negatives = mask * (mask.sum() - alike)  # int [batch]
+        rows = jnp.maximum(mask.sum(), 1)
         cosine = jnp.sum(_unit(image) * _unit(text), -1)
         terms = {
-            'image_text_cosine': jnp.where(mask, cosine, 0).sum() / jnp.maximum(count, 1),
+            'image_text_cosine': jnp.where(mask, cosine, 0).sum() / rows,
             'temperature': 1 / scale,
         }
         if 'supcon' in stage.losses:
@@ -154,15 +154,14 @@ class RetrievalTask(Task):
             terms |= {f'supcon_{name}': report[name] for name in ('floor', 'collapse')}
         if 'infonce' in stage.losses:
             terms['infonce'] = contrastive.infonce(image, text, mask, labels=labels, **shared)
-            anchors = jnp.maximum((negatives > 0).sum(), 1)
-            collapse = jnp.log1p(negatives.astype(jnp.float32)).sum() / anchors
+            collapse = jnp.log1p(negatives.astype(jnp.float32)).sum() / rows
             terms |= {'infonce_floor': 0.0, 'infonce_collapse': collapse}
         if 'sigmoid' in stage.losses:
             bias = variables['params']['logit_bias']
             terms['sigmoid'] = contrastive.sigmoid(
                 image, text, mask, scale=scale, bias=bias, labels=labels, chunk=options.chunk
             )
-            collapse = negatives.sum() / jnp.maximum(count, 1) * jax.nn.softplus(scale + bias)
+            collapse = negatives.sum() / rows * jax.nn.softplus(scale + bias)
             collapse += jax.nn.softplus(-scale - bias)
             terms |= {'sigmoid_floor': 0.0, 'sigmoid_collapse': collapse}
         fixed = jax.lax.stop_gradient

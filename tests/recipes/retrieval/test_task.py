@@ -383,22 +383,6 @@ def test_an_empty_file_of_prompts_is_one_sentence(cache, tmp_path):
 # Splits -------------------------------------------------------------------------------------
 
 
-def test_val_items_are_drawn_from_train_by_the_seed_of_the_data(tmp_path):
-    """`seed` trains, `data.seed` draws."""
-    size = dict(train_items=6, val_items=1, test_items=1, shots=2, query_shots=1, gallery_shots=1)
-
-    def items(**changes):
-        config = tiny('v2', tmp_path, data__val_items=0.3, data__built_in=size, **changes)
-        task = build.run(config, data_only=True).task
-        parts = [task.dataset(split) for split in ('train', 'val')]
-        assert [len(part) for part in parts] == [8, 4]
-        return [sorted({part.record(i)['item'] for i in range(len(part))}) for part in parts]
-
-    train, val = items()
-    assert len(val) == 2 and not set(train) & set(val)
-    assert items(seed=1) == [train, val] != items(data__seed=1)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Returns a user's folder: three items in train, one of them with a single image."""
@@ -410,6 +394,24 @@ def folder(tmp_path):
         table[path] = {'item_id': item, 'split': 'train'}
     (tmp_path / 'root/image_paths.json').write_text(json.dumps(table))
     return tmp_path / 'root'
+
+
+def test_the_seed_of_the_data_draws_items_and_val_items(folder, cache, tmp_path):
+    """`seed` trains, `data.seed` draws."""
+    sizes = dict(train_items=6, val_items=1, test_items=1, shots=2, query_shots=1, gallery_shots=1)
+
+    def items(split, **changes):
+        task = build.run(tiny('v2', cache, **changes), data_only=True).task
+        data = task.dataset(split)
+        return sorted({data.record(row)['item'] for row in range(len(data))})
+
+    drawn = items('train', data__built_in=sizes)
+    assert len(drawn) == 6 and drawn == items('train', data__built_in=sizes, seed=1)
+    assert drawn != items('train', data__built_in=sizes, data__seed=1)
+    (folder / 'prompts.json').write_text(json.dumps({item: f'thing {item}' for item in 'abc'}))
+    given = dict(data__root=str(folder), data__val_items=0.3)
+    assert {tuple(items('val', **given, data__seed=seed)) for seed in range(6)} == {('a',), ('b',)}
+    assert len({tuple(items('val', **given, seed=seed)) for seed in range(6)}) == 1
 
 
 def test_a_folder_needs_prompts_and_images_to_validate_on(folder, cache):
