@@ -17,7 +17,7 @@ from mmjax.engine import evaluate, optim, parallel, stages, step
 from mmjax.engine.checkpoint import run_of
 from mmjax.engine.config import Config, thaw
 from mmjax.engine.stages import Stage
-from mmjax.engine.task import Evaluator, Task, towers_training
+from mmjax.engine.task import Evaluator, Task, Variables, towers_training
 from mmjax.errors import UserError
 
 
@@ -35,7 +35,7 @@ class Run:
     evaluators: dict[str, Evaluator]
     final_weights: dict[str, float]  # term → weight at the end of the run
     fingerprint: dict[str, Any]
-    abstract: Any  # variables as jax.ShapeDtypeStruct
+    abstract: Variables  # variables as jax.ShapeDtypeStruct
     batch: dict[str, np.ndarray]  # zeros in the shape of a batch
     warnings: list[str]
 
@@ -54,7 +54,7 @@ class Run:
         shapes = jax.eval_shape(make, self.abstract)
         return parallel.with_shardings(shapes, self.mesh)
 
-    def init_variables(self) -> Any:
+    def init_variables(self) -> Variables:
         """Makes fresh variables on the mesh, no leaf ever whole where it is sharded."""
         key = jax.random.key(self.settings.seed)
         shardings = parallel.weights(self.abstract, self.mesh)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from mmjax.data import pipeline, samplers
 from mmjax.data.dataset import Dataset
@@ -134,7 +135,7 @@ class _Reads(dict):
         super().__init__(*args)
         self.names: set[str] = set()
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> PyTree:
         self.names.add(name)
         return super().__getitem__(name)
 
@@ -143,7 +144,7 @@ def arrays_read(task: Task, stage: Stage, variables: Variables, batch: Mapping) 
     """Returns the names of the batch's arrays that `task.terms` reads, without computing."""
     reads = _Reads()
 
-    def trace(variables: Variables, batch: Mapping) -> Any:
+    def trace(variables: Variables, batch: Mapping) -> PyTree:
         outputs = forward(task, stage, variables, batch)
         reads.update(batch)
         terms = task.terms(variables, outputs, reads, stage)

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import optax.contrib
 from flax import traverse_util
+from jaxtyping import PyTree
 
 from mmjax import cpu
 from mmjax.engine.config import Optimizer
@@ -283,7 +284,7 @@ def _adam(spec: Optimizer) -> Rule:
 def _of_optax(transformation: optax.GradientTransformation) -> Rule:
     """Wraps a transformation of optax; moments are the leaves of its state, by number."""
 
-    def numbered(state: Any) -> Tree:
+    def numbered(state: PyTree) -> Tree:
         return {f'{i:04d}': jnp.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
 
     def init(params: Tree) -> Tree:
@@ -374,7 +375,7 @@ def enter(old: Tree, fresh: Tree) -> tuple[dict, list[str]]:
     return {**fresh, **{name: old[name] for name in carried}}, carried
 
 
-def norm(tree: Any) -> jax.Array:
+def norm(tree: PyTree) -> jax.Array:
     """Returns the Euclidean norm of all leaves together; float32 scalar, 0 of none.
 
     Summed row by row first: left to itself XLA:CPU may sum the squares of a large matrix in windows

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from mmjax import axis, cpu
 from mmjax.engine import optim
@@ -116,14 +117,16 @@ def forward(
     train: Mapping[str, bool],
     key: jax.Array,
     count: int,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """Runs the forward pass in `count` micro-batches; returns (outputs in order, new statistics).
 
     With more than one, activations are recomputed in the backward pass, except what went through
     `tower_output`: the outputs of frozen towers are stored.
     """
 
-    def apply(params: Mapping, stats: Mapping, rows: Mapping, key: jax.Array) -> tuple[Any, Any]:
+    def apply(
+        params: Mapping, stats: Mapping, rows: Mapping, key: jax.Array
+    ) -> tuple[PyTree, PyTree]:
         values = {'params': params, 'batch_stats': stats} if stats else {'params': params}
         return task.forward(values, rows, stage, train=train, key=key)
 
@@ -132,7 +135,7 @@ def forward(
     saved = jax.checkpoint_policies.save_only_these_names('frozen')
     apply = jax.checkpoint(apply, policy=saved, prevent_cse=False)
 
-    def body(stats: Any, item: Any) -> tuple[Any, Any]:
+    def body(stats: PyTree, item: PyTree) -> tuple[PyTree, PyTree]:
         rows, index = item
         outputs, stats = apply(params, stats, rows, jax.random.fold_in(key, index))
         return stats, outputs
@@ -142,7 +145,7 @@ def forward(
     return jax.tree.map(_from_micro, outputs), stats
 
 
-def total(terms: Mapping[str, Any], weights: Mapping[str, Any]) -> jax.Array:
+def total(terms: Mapping[str, object], weights: Mapping[str, jax.Array]) -> jax.Array:
     """Returns Σ weight · (Σ total / Σ count) over the weighted terms; float32 scalar."""
     missing = [name for name in weights if not isinstance(terms.get(name), Term)]
     if missing:
@@ -161,7 +164,7 @@ def gradients(
     groups: optim.Groups,
     settings: Settings,
     axis_name: str | None = None,
-) -> tuple[Any, jax.Array, dict[str, Any], Any]:
+) -> tuple[PyTree, jax.Array, dict[str, Term | jax.Array], PyTree]:
     """Returns (gradients of the trainable tree, loss, terms, new batch statistics)."""
     rows = batch['row'].shape[0]
     first = jax.lax.axis_index(axis_name) * rows if axis_name else 0
@@ -174,7 +177,7 @@ def gradients(
         lambda x: jax.lax.all_gather(x, axis_name, tiled=True), tree
     )
 
-    def objective(trainable: Any) -> tuple[jax.Array, tuple]:
+    def objective(trainable: PyTree) -> tuple[jax.Array, tuple]:
         params = optim.join(trainable, state['frozen'])
         outputs, stats = forward(
             task, params, state['batch_stats'], batch, stage, train, dropout, settings.accumulation
@@ -198,7 +201,7 @@ def gradients(
     return grads, loss, terms, stats
 
 
-def _finite(tree: Any) -> jax.Array:
+def _finite(tree: PyTree) -> jax.Array:
     leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_and, leaves, jnp.bool_(True))
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import PyTree
 
 from mmjax.data.dataset import Dataset
 from mmjax.engine import config
@@ -19,7 +20,7 @@ from mmjax.losses.term import Term
 
 Batch = Mapping[str, jax.Array]
 Variables = Mapping[str, Any]  # {'params': …, 'batch_stats': …}, in Linen's layout
-Outputs = Any  # a pytree of per-row arrays [batch, …]
+Outputs = PyTree  # a pytree of per-row arrays [batch, …]
 
 
 class Predictor(Protocol):
@@ -148,7 +149,7 @@ class Task(abc.ABC):
         *,
         train: Mapping[str, bool],
         key: jax.Array | None,
-    ) -> tuple[Outputs, Any]:
+    ) -> tuple[Outputs, PyTree]:
         """Maps rows to a pytree of small per-row outputs [batch, …] and new batch statistics.
 
         Args:

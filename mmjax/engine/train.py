@@ -433,7 +433,7 @@ class Trainer:
         )
 
 
-def weights_from(run: Run, spec: str) -> tuple[Any, str]:
+def weights_from(run: Run, spec: str) -> tuple[Variables, str]:
     """Returns (fresh variables with another run's weights put in, what was loaded); see merge."""
     params, stats, source = load_weights(spec)
     loaded = {'params': params, 'batch_stats': stats} if stats else {'params': params}
@@ -446,7 +446,7 @@ def weights_from(run: Run, spec: str) -> tuple[Any, str]:
     return variables, f'{source}: {report}'
 
 
-def run_abstract(run: Run) -> Any:
+def run_abstract(run: Run) -> Variables:
     """Returns the variables of a run as ShapeDtypeStructs with their shardings."""
     return parallel.with_shardings(dict(run.abstract), run.mesh)
 
