@@ -145,7 +145,7 @@ def forward(
     return jax.tree.map(_from_micro, outputs), stats
 
 
-def total(terms: Mapping[str, object], weights: Mapping[str, jax.Array]) -> jax.Array:
+def total(terms: Mapping[str, Any], weights: Mapping[str, Any]) -> jax.Array:
     """Returns Σ weight · (Σ total / Σ count) over the weighted terms; float32 scalar."""
     missing = [name for name in weights if not isinstance(terms.get(name), Term)]
     if missing:

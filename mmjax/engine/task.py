@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from mmjax.losses.term import Term
 
 Batch = Mapping[str, jax.Array]
 Variables = Mapping[str, Any]  # {'params': …, 'batch_stats': …}, in Linen's layout
-Outputs = PyTree  # a pytree of per-row arrays [batch, …]
+Outputs: TypeAlias = PyTree  # a pytree of per-row arrays [batch, …]
 
 
 class Predictor(Protocol):

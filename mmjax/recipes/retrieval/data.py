@@ -166,7 +166,7 @@ class ItemImages(prepare.PreparedDataset):
         if not 0 < number < len(identity) or number > len(several):
             raise UserError(
                 f'data.val_items={fraction} of the {len(identity)} items of split {self.split}, '
-                f'{len(several)} of them with two pictures or more, is {number}'
+                f'{len(several)} of them with two images or more, is {number}'
             )
         held_out = np.random.default_rng([seed, 0x7A1]).choice(several, number, replace=False)
         is_val = np.isin(self.index['identity'], held_out)

@@ -105,7 +105,7 @@ def open_folder(root: str | os.PathLike, splits: Sequence[str]) -> RetrievalFold
     for split, entries in rows.items():
         if not entries:
             known = ', '.join(sorted({*others, *(s for s, r in rows.items() if r)})) or 'none'
-            raise UserError(f'{root / TABLE} has no picture of split {split!r} (splits: {known})')
+            raise UserError(f'{root / TABLE} has no image of split {split!r} (splits: {known})')
     _compare(root, split_of)
     base = _base(root, split_of)
     files = [(base / row.path,) for split in rows.values() for row in split]
