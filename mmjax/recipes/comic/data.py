@@ -169,7 +169,7 @@ class ComicPages(prepare.PreparedDataset):
         for file in (path, page):
             if not file.is_file():
                 raise UserError(
-                    f'{file} does not exist (a page is an image with its JSON beside it)'
+                    f'{file} does not exist (a page is an image with JSON beside it)'
                 )
         image = path.read_bytes()
         size = images.check_image(image, str(path), max_pixels=self.prepared.max_pixels)
