@@ -8,10 +8,10 @@ hardly feel other programs. `plain` is the library's convolution, or an LSTM tha
 direction left to automatic differentiation. Forms marked `dropped` gained too little to be kept.
 
 --step: an update as mmjax makes it, `mmjax.engine.step.train_step` of
-configs/sign_ctc.py:published on its streams (4 rows of 6,516 numbers a frame, 1,000 glosses, 85 % of the frames real, for which the
-packed length is exact), the same without packing, against the four stream encoders in plain Flax, padding
-included, with a squared loss and AdamW, and the same model in PyTorch, run by the interpreter
---torch as it is and with huge pages, all in turns. Start
+configs/sign_ctc.py:published on its streams (4 rows of 6,516 numbers a frame, 1,000 glosses, 85 %
+of the frames real, for which the packed length is exact), the same without packing, against the
+four stream encoders in plain Flax, padding included, with a squared loss and AdamW, and the same
+model in PyTorch, run by the interpreter --torch as it is and with huge pages, all in turns. Start
 it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 to give ours huge pages too. Results are written to
 benchmarks/results/sign_layers.json.
 """
