@@ -168,9 +168,7 @@ class ComicPages(prepare.PreparedDataset):
         page = path.with_suffix('.json')
         for file in (path, page):
             if not file.is_file():
-                raise UserError(
-                    f'{file} does not exist (a page is an image with JSON beside it)'
-                )
+                raise UserError(f'{file} does not exist (a page is an image with JSON beside it)')
         image = path.read_bytes()
         size = images.check_image(image, str(path), max_pixels=self.prepared.max_pixels)
         content = tables.read_json(page, str(page))

@@ -141,30 +141,10 @@ class Sign(nn.Module):
           packed_length: frames per row, on average over a batch, that are encoded without their
             padding. A batch that has more is encoded with it, and has other dropout; features then
             have no gradient. None: all batches are.
+
+        The collection 'intermediates' has 'lstm_inputs' [batch, time, width] and 'hidden', what the
+        head reads, [batch, time, 2·lstm_features], 0 beyond the end of a row.
         """
-        return self.head(self.hidden(features, mask, train=train, packed_length=packed_length))
-
-    def hidden(
-        self,
-        features: jax.Array,
-        mask: jax.Array,
-        *,
-        train: Mapping[str, bool] = EVALUATION,
-        packed_length: float | None = None,
-    ) -> jax.Array:
-        """Maps features as above to the head's inputs, [batch, time, 2·lstm_features] float32.
-
-        0 beyond the end of a row.
-        """
-        x = self._lstm_inputs(features, mask, train, packed_length)
-        return self._recurrent(x, mask, train)
-
-    def with_lstm_inputs(self, features: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the logits of evaluation and the LSTM's inputs, [batch, time, width]."""
-        x = self._lstm_inputs(features, mask, EVALUATION, None)
-        return self.head(self._recurrent(x, mask, EVALUATION)), x
-
-    def _lstm_inputs(self, features, mask, train, packed_length):
         columns = max(stream.end for stream in self.streams)
         if features.ndim != 3 or features.shape[-1] < columns:
             raise ValueError(f'features {features.shape} are not [batch, time, ≥{columns}]')
@@ -173,13 +153,13 @@ class Sign(nn.Module):
         x = self.upsample(x, mask[:, :: self.mobilenet.stride])[:, : mask.shape[1]]
         x = nn.relu(self.upsample_norm(x, mask, train=train['top']))
         x = nn.relu(self.refine_norm(self.refine(x, mask), mask, train=train['top']))
-        return self.drop(x, deterministic=not train['top'])
-
-    def _recurrent(self, x, mask, train):
+        x = self.drop(x, deterministic=not train['top'])
+        self.sow('intermediates', 'lstm_inputs', x)
         for index, layer in enumerate(self.lstm):
             x = self.drop(x, deterministic=not train['top']) if index else x
             x = layer(x, mask)
-        return x
+        self.sow('intermediates', 'hidden', x)
+        return self.head(x)
 
     def _encode(self, features, mask, train, packed_length):
         """Encodes the streams of each frame, side by side: [batch, time, their widths]."""
@@ -234,13 +214,12 @@ def temporal_squares(x: jax.Array, frames: jax.Array) -> tuple[jax.Array, jax.Ar
       float32 [batch] sums of squares about the means, and [batch] how many.
     """
     ends = jnp.pad(frames, ((0, 0), (1, 1)))
-    inner = frames & ends[:, :-2] & ends[:, 2:]
-    time = -(-x.shape[1] // STRIDE) * STRIDE
-    apart = lambda a: jnp.pad(a, ((0, 0), (0, time - a.shape[1]), (0, 0))).reshape(
-        len(a), -1, STRIDE, a.shape[2]
+    inner = (frames & ends[:, :-2] & ends[:, 2:])[..., None]
+    pad = ((0, 0), (0, -x.shape[1] % STRIDE), (0, 0))
+    x, inner = (
+        jnp.pad(a, pad).reshape(len(a), -1, STRIDE, a.shape[2])
+        for a in (x.astype(jnp.float32), inner)
     )
-    x = apart(x.astype(jnp.float32))
-    inner = apart(inner[..., None])
     count = jnp.maximum(inner.sum(1, keepdims=True), 1)
     mean = jnp.where(inner, x, 0).sum(1, keepdims=True) / count
     squares = jnp.where(inner, (x - mean) ** 2, 0).sum((1, 2, 3))

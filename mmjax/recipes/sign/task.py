@@ -176,6 +176,11 @@ class SignTask(Task):
         logits = logits.astype(jnp.float32).at[..., folder.BLANK_ID].add(-penalty)
         return jax.nn.log_softmax(logits)
 
+    def _intermediate(self, variables, batch, name):
+        """Returns the student's logits and an intermediate output."""
+        logits, changed = self._apply('student', variables, batch, mutable=['intermediates'])
+        return logits, changed['intermediates'][name][0]
+
     def decode(self, variables, batch):
         """Decodes greedily and by beam search.
 
@@ -184,7 +189,7 @@ class SignTask(Task):
           temporal_squares: of the inputs of the LSTM.
         """
         frames = batch['frames']
-        logits, inputs = self._apply('student', variables, batch, method='with_lstm_inputs')
+        logits, inputs = self._intermediate(variables, batch, 'lstm_inputs')
         log_probs = self._log_probs(logits)
         beams = decoding.beam_search(log_probs, frames, **self.beam_options)
         out = {
@@ -199,7 +204,7 @@ class SignTask(Task):
 
     def embed_rows(self, variables, batch):
         """Returns hidden features averaged over a row's frames, float32 [batch, width]."""
-        hidden = self._apply('student', variables, batch, method='hidden')
+        _, hidden = self._intermediate(variables, batch, 'hidden')
         frames = batch['frames'][..., None]
         return jnp.where(frames, hidden, 0).sum(1) / jnp.maximum(frames.sum(1), 1)
 

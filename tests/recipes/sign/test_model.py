@@ -241,8 +241,8 @@ def test_temporal_collapse_does_not_come_back(monkeypatch, collapsed):
     @_jit
     def start(key):
         variables = model.init(key, x, mask)
-        logits, read = model.apply(variables, x, mask, method='with_lstm_inputs')
-        hidden = model.apply(variables, x, mask, method='hidden')
+        logits, changed = model.apply(variables, x, mask, mutable=['intermediates'])
+        (read,), (hidden,) = (changed['intermediates'][name] for name in ('lstm_inputs', 'hidden'))
         return logits, read, hidden, temporal_squares(read, mask)
 
     logits, read, hidden, (squares, count) = start(jax.random.key(0))

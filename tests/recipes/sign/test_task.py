@@ -49,15 +49,11 @@ class Small(nn.Module):
         self.head = nn.Dense(self.vocabulary)
 
     def __call__(self, features, mask, *, train=EVALUATION, packed_length=None):
-        return self.head(self.hidden(features, mask, train=train))
-
-    def hidden(self, features, mask, *, train=EVALUATION):
         x = jnp.tanh(self.mobilenet(self.encoder['all'](features), mask, train=train['mobilenet']))
-        return jnp.where(mask[..., None], x, 0)
-
-    def with_lstm_inputs(self, features, mask):
-        x = self.hidden(features, mask)
-        return self.head(x), x
+        x = jnp.where(mask[..., None], x, 0)
+        self.sow('intermediates', 'lstm_inputs', x)
+        self.sow('intermediates', 'hidden', x)
+        return self.head(x)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -187,10 +183,10 @@ def test_word_error_rates_are_those_of_jiwer(folder, monkeypatch):
         for place, word in enumerate(hypothesis):
             spelled[row, 2 * place, words.index(word)] = 9
 
-    def known(name, variables, batch, method=None, **options):
+    def known(name, variables, batch, mutable=()):
         logits = jnp.asarray(spelled if name == 'student' else silent)[batch['row']]
         constant = jnp.where(batch['frames'][..., None], 1.0 + batch['row'][:, None, None], 0.0)
-        return (logits, constant) if method else logits
+        return (logits, {'intermediates': {'lstm_inputs': [constant]}}) if mutable else logits
 
     monkeypatch.setattr(task, '_apply', known)
     predictor = evaluate.Predictor(task, {}, built.mesh)
@@ -351,7 +347,10 @@ def test_a_run_is_evaluated_and_embedded_as_it_was_left(trained, capsys, tmp_pat
         for part, tree in zip(('params', 'batch_stats'), load_weights(str(workdir)), strict=False)
     }
     batch = batch_of(task, 'test', [1])
-    hidden = task.models['student'].apply(own, batch['features'], batch['frames'], method='hidden')
+    _, changed = task.models['student'].apply(
+        own, batch['features'], batch['frames'], mutable=['intermediates']
+    )
+    (hidden,) = changed['intermediates']['hidden']
     mean = np.asarray(hidden)[0, : FRAMES['test'][1]].mean(0)
     np.testing.assert_allclose(embeddings[-1], mean, rtol=1e-4, atol=1e-5)
 
