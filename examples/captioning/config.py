@@ -12,7 +12,7 @@ def get_config(argument=None):
     config.stages = ('all', 'decoder')
     config.stage.all = dict(epochs=1.0 if smoke else 12.0)
     config.stage.decoder = dict(epochs=1.0, learning_rates=dict(tower=0.0))
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.evaluate.every_epochs = 2.0
     config.best = dict(metric='val/exact_match', mode='max')
     return config

@@ -36,11 +36,10 @@ def draw(rng):
     """Returns an image of two shapes, uint8 [SIZE, SIZE, 3], and its caption."""
     image = Image.new('RGB', (SIZE, SIZE), 'white')
     names = []
-    for x in (0.27, 0.73):
+    for centre in ([9, 16], [23, 16]):
         shape, n = pick(rng, (('triangle', 3), ('square', 4), ('circle', 32)))
         colour = pick(rng, ('red', 'yellow', 'green', 'blue'))
-        x, y = SIZE * np.array([x, 0.5]) + rng.uniform(-1, 1, 2)
-        pen = Pen(ImageDraw.Draw(image), x, y, SIZE * rng.uniform(0.35, 0.45))
+        pen = Pen(ImageDraw.Draw(image), *rng.normal(centre), rng.uniform(11, 14))
         pen.fill(np.exp(2j * np.pi * (np.arange(n) + 0.5) / n) / 2j, COLOURS[colour])
         names.append(f'a {colour} {shape}')
     return np.asarray(image), ' left of '.join(names)
@@ -120,13 +119,13 @@ class CaptionTask(Task):
     def predict(self, predict, inputs, output, question=None):
         pixels = images.crop_resize(images.open_image(inputs), (0, 0, 1, 1), SIZE)
         tokens, _ = gather(predict, 'generate', Arrays('predict', pixels=pixels[None]), 1)
-        return self.tokenizer.decode(tokens[0])
+        return self.tokenizer.decode(tokens[0]).strip()
 
     def embed(self, predict, output):
         values, batch = gather(predict, 'look', self.datasets['val'], 32, ['tokens'])
-        entries = [{'caption': self.tokenizer.decode(ids)} for ids in batch['tokens']]
+        captions = map(self.tokenizer.decode, batch['tokens'])
         with EmbeddingWriter(output, len(values)) as writer:
-            writer.add(values.mean(axis=1), entries)
+            writer.add(values.mean(axis=1), [{'caption': text.strip()} for text in captions])
         return f'{len(values)} embeddings in {output}'
 
 
