@@ -126,6 +126,7 @@ def check_forward(run: Run, rows: int = 4) -> None:
     count = len(batch['row'])
     frozen = dict.fromkeys(task.towers, False)
 
+    @jax.jit
     def forward(batch: Mapping, key: jax.Array | None) -> tuple:
         return task.forward(variables, batch, stage, train=frozen, key=key)
 
