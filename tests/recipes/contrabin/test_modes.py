@@ -138,6 +138,30 @@ def test_the_anchor_is_cached_where_the_option_says_so(cache, folder):
     assert [built.task.cache(stage) is None for stage in built.stages] == [True, True, False, False]
 
 
+def test_packing_changes_no_output(cache, folder, bare, fresh):
+    plain = build.run(tiny(cache, data__root=folder, model__pack=False))
+    assert bare.task.packed_lengths and not plain.task.packed_lengths
+    stage = bare.stages[-1]
+    batch = first_batch(bare, stage)
+    with jax.set_mesh(bare.mesh):
+        outputs = [forward(built, fresh.variables, batch, stage, None) for built in (bare, plain)]
+    chex.assert_trees_all_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_that_of_the_config(cache, folder):
+    config = tiny(cache, data__root=folder)
+    config.model.update(features=12, head='nonlinear', dropout=0.25, pooling='first')
+    config.model.anchor.update(width=8, depth=2, heads=4, mlp_width=24, types=2, epsilon=1e-6)
+    config.model.binary.update(dropout=0.5, position_offset=3)
+    model = build.run(config).task.model
+    options = {name: getattr(model, name) for name in ('features', 'head', 'dropout', 'pooling')}
+    assert options == dict(features=12, head='nonlinear', dropout=0.25, pooling='first')
+    anchor, binary = model.anchor, model.binary
+    assert (anchor.width, anchor.depth, anchor.heads, anchor.mlp_width) == (8, 2, 4, 24)
+    assert (anchor.types, anchor.epsilon, anchor.max_length, anchor.dropout) == (2, 1e-6, 64, 0.0)
+    assert (binary.dropout, binary.position_offset, binary.max_length) == (0.5, 3, 48 + 3)
+
+
 # Frozen parts ----------------------------------------------------------------------------------
 
 SOURCE = {'anchor', 'source_head'}

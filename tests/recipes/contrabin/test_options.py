@@ -1,5 +1,7 @@
 """What the ContraBin config may say: bad values named by key, seeds apart, lengths in epochs."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -156,7 +158,7 @@ def test_pieces_decide_what_a_token_of_a_listing_spans(cache, folder):
         record = built.task.splits['train'].record(0)
         ids, mask = tokenizer.encode([record['binary']], 48)
         texts = [tokenizer.decode([int(i)]) for i in ids[0][mask[0]]]
-        longest[pieces] = max(len(text.split()) for text in texts)
+        longest[pieces] = max(len(re.findall(r'\w+', text)) for text in texts)
         source = built.task.tokenizers['source']
         assert source is built.task.tokenizers['comment'] and source is not tokenizer
     assert longest['words'] == 1 < longest['lines']

@@ -90,7 +90,7 @@ def test_each_side_reads_its_folder_as_it_was_published(data, folders, turned):
         variables = run.init_variables()
         apply = jax.jit(
             lambda variables, text, tokens, mask: task.model.apply(
-                variables, tokens, mask, False, method=f'encode_{text}'
+                variables, tokens, mask, text, False, method='encode'
             ),
             static_argnums=1,
         )

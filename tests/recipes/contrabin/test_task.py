@@ -160,6 +160,7 @@ def test_results_have_the_scores_of_every_stage(trained):
     assert 0 <= results['final']['val']['probe_accuracy'] <= 1
     found = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
     names = [{k for k in line if k.startswith('eval/')} for line in found if 'loss' not in line]
+    names = [line for line in names if line]  # of evaluations
     late = {
         f'eval/{split}/lambda_{name}' for split in ('val', 'test') for name in ('mean', 'spread')
     }
