@@ -9,7 +9,6 @@ every mutant that survives, is written to campaigns/results/mutants.json.
 
 import argparse
 import ast
-import copy
 import json
 import os
 import pathlib
@@ -72,23 +71,24 @@ def mutate(node: ast.AST, kind: str) -> None:
         node.test = ast.UnaryOp(ast.Not(), node.test)
 
 
-def mutants(seed: int) -> list[tuple[pathlib.Path, str, str]]:
-    """Returns (path, source of the mutant, what was changed) in random order, all of them."""
+def sites_of_all(seed: int) -> list[tuple[pathlib.Path, int]]:
+    """Returns (path, number of a site in it), all of them, in random order."""
     out = []
     for path in sorted(ROOT.glob('mmjax/recipes/*/[ts]*.py')):
-        if path.stem not in ('task', 'scores'):
-            continue
-        tree = ast.parse(path.read_text())
-        for at in range(len(sites(tree))):
-            changed = copy.deepcopy(tree)
-            node, kind = sites(changed)[at]
-            before = ast.unparse(node).splitlines()[0]
-            mutate(node, kind)
-            after = ast.unparse(node).splitlines()[0]
-            text = f'{path.relative_to(ROOT)}:{node.lineno} {before} → {after}'
-            out.append((path, ast.unparse(changed), text))
+        if path.stem in ('task', 'scores'):
+            out += [(path, at) for at in range(len(sites(ast.parse(path.read_text()))))]
     random.Random(seed).shuffle(out)
     return out
+
+
+def mutant(path: pathlib.Path, at: int) -> tuple[str, str]:
+    """Returns (source of the mutant, what was changed)."""
+    tree = ast.parse(path.read_text())
+    node, kind = sites(tree)[at]
+    before = ast.unparse(node).splitlines()[0]
+    mutate(node, kind)
+    after = ast.unparse(node).splitlines()[0]
+    return ast.unparse(tree), f'{path.relative_to(ROOT)}:{node.lineno} {before} → {after}'
 
 
 def caught(path: pathlib.Path, source: str, timeout: float, only: str = 'test_') -> bool:
@@ -126,11 +126,12 @@ def main() -> None:
     parser.add_argument('--timeout', type=float, default=600.0, help='seconds per mutant')
     parser.add_argument('--output', default=str(ROOT / 'campaigns/results/mutants.json'))
     options = parser.parse_args()
-    chosen = [m for m in mutants(options.seed) if options.recipe in m[0].parent.name]
+    chosen = [site for site in sites_of_all(options.seed) if options.recipe in site[0].parent.name]
     start = time.monotonic()
     survivors = []
     total = 0
-    for path, source, text in chosen[: options.count]:
+    for path, at in chosen[: options.count]:
+        source, text = mutant(path, at)
         total += 1
         found = caught(path, source, options.timeout)
         print(f'{total}/{options.count} {"caught" if found else "SURVIVED"} {text}', flush=True)

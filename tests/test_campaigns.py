@@ -16,9 +16,10 @@ def mutants(root, monkeypatch):
 
 
 def test_mutants_are_programs_that_differ_in_one_place(mutants):
-    made = mutants.mutants(seed=1)
-    assert len(made) > 300 and {path.parent.name for path, _, _ in made} >= {'comic', 'sign'}
-    for path, source, text in made[:20]:
+    sites = mutants.sites_of_all(seed=1)
+    assert len(sites) > 300 and {path.parent.name for path, _ in sites} >= {'comic', 'sign'}
+    for path, at in sites[:20]:
+        source, text = mutants.mutant(path, at)
         assert ast.unparse(ast.parse(source)) != ast.unparse(ast.parse(path.read_text())), text
 
 

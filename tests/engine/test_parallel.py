@@ -40,7 +40,8 @@ def same(actual, expected):
                 np.testing.assert_allclose(a[key], value, rtol=1e-5, err_msg=f'{key} {b["step"]}')
 
 
-@pytest.mark.parametrize('fsdp', [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize('fsdp', [1, 2])
 def test_eight_devices_give_the_losses_of_one(tmp_path, cache, single, fsdp):
     workdir = tmp_path / 'run'
     env = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', **cache}

@@ -24,7 +24,7 @@ def unbroken(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_kill_9_changes_nothing(tmp_path, unbroken, workers):
     rng = random.Random(workers)
     arguments = [f'--config.data.workers={workers}']

@@ -11,6 +11,7 @@ from mmjax.models.bert import Bert, masked_mean
 from mmjax.models.layers import Dense, MaskedBatchNorm, normalize_pixels
 from mmjax.models.resnet import ResNet
 from mmjax.models.vit import ViT
+from mmjax.recipes.comic.config import FUSIONS
 
 TOWERS = (
     'siglip',
@@ -63,6 +64,8 @@ class VisionHead(nn.Module):
         self, siglip: jax.Array | None, resnet: jax.Array | None, *, train: bool
     ) -> jax.Array:
         """Maps pooled outputs [rows, width], one of which may be None, to [rows, features]."""
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion '{self.fusion}' is not one of {', '.join(FUSIONS)}")
         views = []
         for name, pooled, hidden in (
             ('siglip_projector', siglip, self.siglip_hidden),

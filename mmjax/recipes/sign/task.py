@@ -303,7 +303,7 @@ def _bigrams(train: SignSequences, vocabulary: folder.Vocabulary) -> np.ndarray:
     """Returns the bigram table of the training sentences, without the words it lacks."""
     sentences = [vocabulary.encode(train.words(row)) for row in range(len(train))]
     try:
-        known = [ids[ids != folder.UNKNOWN_ID] for ids in sentences]
+        known = [ids[ids != folder.UNKNOWN_ID].tolist() for ids in sentences]
         return ngram.bigrams(known, len(vocabulary))
     except ValueError as error:
         raise UserError(f'decode.language_model: {error}') from None

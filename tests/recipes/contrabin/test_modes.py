@@ -245,6 +245,7 @@ def test_padding_rows_and_neighbours_change_no_loss(bare, fresh):
 # Options ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_precision_accumulation_and_clip_reach_the_step(cache, folder, fresh):
     def first(**changes):
         shared = dict(data__root=folder, model__dropout=0.0, optimizer__clip=1e-3)

@@ -375,7 +375,7 @@ def test_the_seed_of_the_data_draws_them_and_the_other_does_not(cache):
 
 def test_images_larger_than_max_pixels_are_faults(cache, tmp_path):
     root = Folder(tmp_path / 'root', {'train': 5, 'val': 2}).root
-    with pytest.raises(UserError, match='max_fault_share'):
+    with pytest.raises(UserError, match=r'more than the 9 allowed .* the allowed share of 0\.01'):
         build.run(tiny(cache, data__root=str(root), data__max_pixels=9))
 
 

@@ -193,7 +193,7 @@ TWICE = './images//train/item_0_0.jpg'
         (written(TABLE, b'{\n"\xff.jpg": {}}'), r'image_paths\.json line 2: not UTF-8'),
         (written(TABLE, '[' * 100_000), r'image_paths\.json cannot be read'),
         (written(TABLE, '["a.jpg"]'), r'image_paths\.json is not an object, but a list'),
-        (written(TABLE, '{}'), r"no picture of split 'train' \(splits: none\)"),
+        (written(TABLE, '{}'), r"no image of split 'train' \(splits: none\)"),
         (spoil_split, r"image_paths\.json has no image of split 'val' \(splits: train\)"),
         (spoil_entries, r"entry 1 \('images/.*_0_0\.jpg'\) has no item_id, and no entry is well"),
         (entry('../outside.jpg'), r"image_paths\.json: the path '\.\./outside\.jpg' leads outside"),

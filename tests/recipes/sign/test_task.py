@@ -395,7 +395,7 @@ def test_frames_are_packed_in_training_only_and_unless_switched_off(folder, monk
             with pytest.raises(ZeroDivisionError):
                 task.forward(variables, built.batch, stage, train=train, key=key)
         (length,) = built.data.lengths
-        expected = built.data.rooms(4)[length]  # of the rows of a micro-batch
+        expected = built.data.packed_lengths(4)[length]  # of the rows of a micro-batch
         assert [call['packed_length'] for call in calls] == [expected if pack else None, None]
 
 
