@@ -27,7 +27,7 @@ def test_mutants_are_programs_that_differ_in_one_place(mutants):
 def test_a_mutant_is_caught_and_the_program_itself_is_not(mutants, root):
     path = root / 'mmjax/recipes/sign/scores.py'
     source = path.read_text()
-    wrong = source.replace("'wer': greedy.wer", "'wer': greedy.ser")
+    wrong = source.replace("figures['lengths'] = ", "figures['length'] = ")
     assert wrong != source
     assert not mutants.caught(path, source, 120, only='test_scores')
     assert mutants.caught(path, wrong, 120, only='test_scores')
