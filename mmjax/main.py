@@ -71,7 +71,7 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
         key, text = match.groups()
         if text is None:
             text = next(arguments, None)
-        if text is None:
+        if text is None or text.startswith('--'):
             raise UserError(f'--config.{key} needs a value')
         overrides.append((key, text))
     return rest, overrides
@@ -83,8 +83,20 @@ def default_workdir(config_flag: str) -> str:
     return 'runs/' + '-'.join([pathlib.Path(path).stem, *filter(None, argument.split(','))])
 
 
-def claim(workdir, config: dict, *, overwrite: bool, may_change: re.Pattern = MAY_CHANGE) -> bool:
-    """Checks that `workdir` may hold this run; changes nothing. Returns whether one is there."""
+def claim(
+    workdir,
+    config: dict,
+    defaults: dict,
+    *,
+    overwrite: bool,
+    may_change: re.Pattern = MAY_CHANGE,
+) -> bool:
+    """Checks that `workdir` may hold this run; changes nothing. Returns whether one is there.
+
+    A key that the saved config lacks counts as its default.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f'--workdir={workdir} is a file')
     saved = workdir / 'config.json'
     if not saved.exists():
         if workdir.exists() and any(not p.name.endswith('.tmp') for p in workdir.iterdir()):
@@ -96,7 +108,7 @@ def claim(workdir, config: dict, *, overwrite: bool, may_change: re.Pattern = MA
         raise UserError(f'{saved} is not a config of mmjax') from None
     if overwrite:
         return True
-    differences = config_lib.differences(old, config)
+    differences = config_lib.differences(config_lib.with_defaults(old, defaults), config)
     changed = [difference for difference in differences if not may_change.fullmatch(difference[0])]
     if changed:
         what = '; '.join(f'{key} was {old!r}, is {new!r}' for key, old, new in changed)
@@ -116,7 +128,7 @@ def execute(argv: list[str]) -> int:
         print(parser.format_help())
         cls = config_lib.Config
         if flags.config:
-            cls = config_lib.config_class(config_lib.load(flags.config).task)
+            cls = config_lib.config_class(config_lib.load(flags.config).get('task') or '')
         print('keys of the config:')
         print(config_lib.help_text(cls))
         return 0
@@ -139,8 +151,9 @@ def execute(argv: list[str]) -> int:
     if mode != 'train' and flags.overwrite:
         raise UserError(f'--overwrite starts a run anew, --mode={mode} does not')
     may_change = READING if reads else MAY_CHANGE
+    defaults = json.loads(json.dumps(sections.to_dict(type(resolved)())))
     existing = mode != 'prepare' and claim(
-        workdir, plain, overwrite=flags.overwrite, may_change=may_change
+        workdir, plain, defaults, overwrite=flags.overwrite, may_change=may_change
     )
     if reads and not (existing or flags.init_from):
         raise UserError(f'--mode={mode} needs a trained run; {workdir} holds none')

@@ -75,7 +75,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
 def train(
     config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], **options: object
 ) -> dict:
-    """Trains in this process as `--mode=train` does; returns the content of results.json."""
+    """Trains in this process, without the checks of the command line; returns results.json."""
     folder = epath.Path(workdir)
     run = build_lib.run(config)
     modes.claim_workdir(folder, run, ['main'], anew=False)

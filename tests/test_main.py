@@ -4,10 +4,11 @@ import json
 import shutil
 
 import pytest
+from etils import epath
 
 from mmjax import testing
 from mmjax.engine import config as config_lib
-from mmjax.engine import train
+from mmjax.engine import modes, train
 from mmjax.errors import UserError
 from tests import runs
 from tests.runs import command
@@ -81,6 +82,9 @@ OVERRIDES = [
     ),
     ('stage3', {'stage.align.sampler.name': 'shuffle'}, {'sampler': {'name': 'shuffle'}}),
     ('stage3', {'stage.new.steps': '3', 'stages': 'pages,new'}, None),
+    ('stage3', {'optimizer': "{'learning_rate': .5}"}, {'optimizer': {}}),
+    ('stage3', {'stage..steps': '1'}, "'stage..steps' is not a key"),
+    ('clip_retrieval:v3', {'optimizer': "{'learning_rate': 3.0}"}, 'optimizer.learning_rate has'),
     ('stage3', {'stage.align.stepz': '5'}, "no key 'stage.align.stepz'; did you mean 'steps'?"),
     ('stage3', {'stage.align.steps': 'five'}, "stage.align.steps='five' is not an integer"),
     ('stage3', {'stage.align.optimizer.lr': '1'}, "no key 'stage.align.optimizer.lr'"),
@@ -119,10 +123,37 @@ def test_a_shadowed_key_may_be_set_together_with_the_stages_that_shadow_it():
     assert resolved.stage['align'].loss_weights['contrastive'] == 1
 
 
+def test_another_sampler_takes_none_of_the_options_of_the_old_one():
+    config = config_lib.load('stage3')
+    config_lib.override(config, [('sampler.name', 'pk'), ('sampler.k', '2')])
+    assert dict(config_lib.resolve(config).sampler) == {'name': 'pk', 'k': 2}
+    config_lib.override(config, [('sampler', "{'name': 'shuffle'}")])
+    assert dict(config_lib.resolve(config).sampler) == {'name': 'shuffle'}
+
+
+def test_a_run_is_not_overwritten_by_itself(tmp_path):
+    config = runs.toy('Thaw', 4)
+    testing.train(config, tmp_path)
+    command = modes.Command(
+        'train', epath.Path(tmp_path), existing=True, overwrite=True, init_from=str(tmp_path)
+    )
+    with pytest.raises(UserError, match='--overwrite would delete'):
+        modes.run(config_lib.resolve(config), command)
+    assert (tmp_path / 'checkpoints/4').is_dir()
+
+
+def test_a_key_that_an_old_workdir_lacks_counts_as_its_default(tmp_path):
+    defaults = {'a': {'b': 1, 'c': 2}, 'd': 3}
+    assert config_lib.with_defaults({'a': {'b': 5}}, defaults) == {'a': {'b': 5, 'c': 2}, 'd': 3}
+
+
 def test_a_fault_in_a_config_file_names_its_line(tmp_path):
     path = tmp_path / 'mine.py'
     path.write_text('def get_config(words):\n    return 1 / 0\n')
     with pytest.raises(UserError, match=r'mine.py line 2: ZeroDivisionError'):
+        config_lib.load(str(path))
+    path.write_text('def get_config(words):\n    return (\n')
+    with pytest.raises(UserError, match=r'mine.py line 2: '):
         config_lib.load(str(path))
 
 
@@ -152,6 +183,9 @@ def test_max_steps_stops_saved_and_the_same_command_continues(tmp_path):
     with pytest.raises(train.StepLimit):
         testing.train(whole, tmp_path / 'run', max_steps=5)
     assert not (tmp_path / 'run/results.json').exists()
+    with pytest.raises(train.StepLimit):  # nothing is left to do below the limit
+        testing.train(whole, tmp_path / 'run', max_steps=5)
+    assert testing.metrics(tmp_path / 'run')[-1]['step'] == 5
     assert testing.train(whole, tmp_path / 'run') == unbroken
     assert testing.metrics(tmp_path / 'run') == testing.metrics(tmp_path / 'whole')
 

@@ -42,7 +42,9 @@ class Run:
     def evaluates(self, stage: Stage, stage_step: int) -> bool:
         """Whether an evaluation is due after `stage_step` updates of a stage."""
         spec = self.config.evaluate
-        every = spec.every_steps or round(spec.every_epochs * stage.steps_per_epoch)
+        every = spec.every_steps
+        if spec.every_epochs:
+            every = max(round(spec.every_epochs * stage.steps_per_epoch), 1)
         return stage_step == stage.steps or bool(every and stage_step % every == 0)
 
     def sampler(self, stage: Stage) -> samplers.Sampler:
@@ -155,13 +157,13 @@ def run(
         abstract['params'], abstract.get('batch_stats', {}), config.rules, task.rules()
     )
     optim.check_groups(groups, plan)
-    towers_training(task.towers, dict(groups.items), plan[0])
+    towers_training(task.towers, groups.of(abstract['params']), plan[0])
     warnings += optim.warnings(groups, plan)
     return make(stages=plan, groups=groups, abstract=abstract, batch=batch)
 
 
 def _sampler(stage: Stage, data: Dataset, config: Config) -> samplers.Sampler:
-    spec = thaw(stage.sampler)
+    spec = thaw(stage.sampler) or {}
     assert isinstance(spec, dict)
     return samplers.make(
         spec,

@@ -127,6 +127,10 @@ class Evaluate:
     every_epochs: float = field(0.0, 'the same in epochs', least=0)
     at_start: bool = field(False, 'evaluate before the first update')
 
+    def check(self, where: str) -> None:
+        if self.every_steps and self.every_epochs:
+            raise UserError(f'{where}: give one of every_steps and every_epochs')
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -285,11 +289,13 @@ def find(name: str) -> pathlib.Path:
 def load(spec: str) -> ml_collections.ConfigDict:
     """Returns `get_config(words)` of 'FILE.py:words' or 'name:words', unlocked."""
     name, _, argument = spec.partition(':')
-    path = find(name)
+    path = find(name).resolve()
     try:
         config = _module(path).get_config(argument)
     except UserError:
         raise
+    except SyntaxError as error:
+        raise UserError(f'{error.filename} line {error.lineno}: {error.msg}') from error
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1]
         for entry in traceback.extract_tb(error.__traceback__):
@@ -298,9 +304,9 @@ def load(spec: str) -> ml_collections.ConfigDict:
         raise UserError(
             f'{line.filename} line {line.lineno}: {type(error).__name__}: {error}'
         ) from error
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(config, ml_collections.ConfigDict | ml_collections.FrozenConfigDict):
         raise UserError(f'{path}: get_config returns no ml_collections.ConfigDict')
-    return config.unlock()
+    return ml_collections.ConfigDict(config.to_dict(), type_safe=False)
 
 
 def _module(path: pathlib.Path) -> ModuleType:
@@ -365,9 +371,9 @@ def override(config: ml_collections.ConfigDict, changes: Sequence[tuple[str, str
         overrides, so that it would have no effect there.
     """
     cls = config_class(str(config.get('task') or ''))
-    given = {key for key, _ in changes}
-    for key, text in changes:
-        value = sections.coerce(_annotation(cls, key), text, key)
+    values = {key: sections.coerce(_annotation(cls, key), text, key) for key, text in changes}
+    given = {leaf for key, value in values.items() for leaf in _leaves(key, value)}
+    for key, value in values.items():
         *parents, leaf = key.split('.')
         where = config
         for parent in parents:
@@ -378,12 +384,24 @@ def override(config: ml_collections.ConfigDict, changes: Sequence[tuple[str, str
             for unit in _LENGTHS:
                 if unit in where and f'stage.{parents[1]}.{unit}' not in given:
                     where[unit] = None
-        if isinstance(where.get(leaf), ml_collections.ConfigDict) and isinstance(value, Mapping):
+        if parents[-1:] == ['sampler'] and leaf == 'name' and where.get('name') != value:
+            for option in set(where) - {'name'}:  # another sampler has other options
+                if f'{".".join(parents)}.{option}' not in given:
+                    del where[option]
+        replaces = leaf == 'sampler' and isinstance(value, Mapping) and 'name' in value
+        section = isinstance(where.get(leaf), ml_collections.ConfigDict)
+        if section and isinstance(value, Mapping) and not replaces:
             where[leaf].update(value)
         else:
             where[leaf] = value
     for key in sorted(given):
         _check_shadowed(config, key, given)
+
+
+def _leaves(key: str, value: object) -> list[str]:
+    if isinstance(value, Mapping):
+        return [leaf for name, one in value.items() for leaf in _leaves(f'{key}.{name}', one)]
+    return [key]
 
 
 def _check_shadowed(config: ml_collections.ConfigDict, key: str, given: set[str]) -> None:
@@ -409,6 +427,8 @@ def _annotation(cls: type, key: str) -> object:
     annotation: object = cls
     done: list[str] = []
     for part in key.split('.'):
+        if not part:
+            raise UserError(f"'{key}' is not a key of the config")
         known: Iterable[str] = ()
         where = '.'.join(done)
         if len(done) == 2 and done[0] == 'stage' and part == 'options':
@@ -466,6 +486,15 @@ def thaw(value: object) -> object:
             return {key: thaw(item) for key, item in value}
         return tuple(thaw(item) for item in value)
     return value
+
+
+def with_defaults(values: Mapping, defaults: Mapping) -> dict:
+    """Returns nested `values` with the keys of `defaults` that they lack, in sections they have."""
+    out = {**defaults, **values}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping):
+            out[name] = with_defaults(value, defaults[name])
+    return out
 
 
 def differences(old: Mapping, new: Mapping, path: str = '') -> list[tuple[str, object, object]]:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from mmjax.data import pipeline, samplers
 from mmjax.data.dataset import Dataset
@@ -23,6 +22,7 @@ from mmjax.engine.task import (
     Variables,
     join_padded,
 )
+from mmjax.errors import UserError
 from mmjax.losses.term import Term
 
 
@@ -128,30 +128,40 @@ class Weights:
         return Weights(dataclasses.replace(stage.program, loss_weights=both), now, final)
 
 
-class _Reads(dict):
+class _Reads(Mapping):
     """A batch that records which of its arrays are read."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, batch: Mapping[str, jax.Array]):
         self.names: set[str] = set()
+        self._batch = batch
 
-    def __getitem__(self, name: str) -> PyTree:
+    def __getitem__(self, name: str) -> jax.Array:
+        value = self._batch[name]
         self.names.add(name)
-        return super().__getitem__(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch)
+
+    def __len__(self) -> int:
+        return len(self._batch)
 
 
-def arrays_read(task: Task, stage: Stage, variables: Variables, batch: Mapping) -> set[str]:
-    """Returns the names of the batch's arrays that `task.terms` reads, without computing."""
-    reads = _Reads()
+def arrays_read(
+    task: Task, stage: Stage, variables: Variables, batch: Mapping
+) -> tuple[set[str], set[str]]:
+    """Returns the names of the arrays that `task.terms` reads and of its terms, by tracing."""
+    read: set[str] = set()
+    terms: set[str] = set()
 
-    def trace(variables: Variables, batch: Mapping) -> PyTree:
+    def trace(variables: Variables, batch: Mapping) -> None:
         outputs = forward(task, stage, variables, batch)
-        reads.update(batch)
-        terms = task.terms(variables, outputs, reads, stage)
-        return {name: x.total if isinstance(x, Term) else x for name, x in terms.items()}
+        reads = _Reads(batch)
+        terms.update(task.terms(variables, outputs, reads, stage))
+        read.update(reads.names)
 
     jax.eval_shape(trace, variables, dict(batch))
-    return reads.names & set(batch)
+    return read, terms
 
 
 def losses(
@@ -165,18 +175,21 @@ def losses(
     assert evaluator.dataset is not None
     parts = []
     batches = []
-    names: set[str] | None = None
+    names: set[str] = set()
     for outputs, batch in predictor.forward(weights.stage, evaluator.dataset, evaluator.batch_size):
-        if names is None:
-            names = arrays_read(task, weights.stage, predictor.variables, batch) | {'row', 'mask'}
+        if not names:
+            read, _ = arrays_read(task, weights.stage, predictor.variables, batch)
+            names = read | {'row', 'mask'}
         parts.append(outputs)
         batches.append({name: batch[name] for name in sorted(names)})
     outputs = jax.tree.map(join_padded, *parts)
     batch = jax.tree.map(join_padded, *batches)
-    rows = evaluator.loss_batches() or [np.arange(len(batch['row']))]
+    del parts, batches
+    chosen_rows = evaluator.loss_batches()
+    everything = outputs, batch
     totals: dict[str, list[float]] = {}
-    for chosen in rows:
-        part = jax.tree.map(lambda x: jnp.asarray(x[chosen]), (outputs, batch))
+    for chosen in [slice(None)] if chosen_rows is None else chosen_rows:
+        part = jax.tree.map(lambda x: jnp.asarray(x[chosen]), everything)
         for name, term in _terms(task, weights.stage, predictor.variables, *part).items():
             pair = (term.total, term.count) if isinstance(term, Term) else (term, 1.0)
             sums = totals.setdefault(name, [0.0, 0.0])
@@ -218,7 +231,10 @@ def check(
         if evaluator.dataset is None:
             continue
         batch = blank_batch(evaluator.dataset, min(evaluator.batch_size, len(evaluator.dataset)))
-        arrays_read(task, weights.stage, variables, batch)
+        _, terms = arrays_read(task, weights.stage, variables, batch)
+        for name in sorted({*weights.now, *weights.final} - terms):
+            known = ', '.join(sorted(terms))
+            raise UserError(f"loss_weights names '{name}'; this task's losses are {known}")
         for method in evaluator.methods:
             jax.eval_shape(functools.partial(getattr(task, method)), variables, batch)
 

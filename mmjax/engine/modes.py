@@ -23,6 +23,7 @@ from safetensors.numpy import save
 import mmjax
 from mmjax import sections
 from mmjax.engine import build, evaluate, logs, optim, parallel, report, step
+from mmjax.engine.checkpoint import run_of
 from mmjax.engine.config import Config
 from mmjax.engine.preemption import EXIT_CODE, Preempted
 from mmjax.engine.task import Task, Variables
@@ -71,6 +72,10 @@ def _run(config: Config, command: Command) -> int:
     workdir = command.workdir
     # A run killed before its first checkpoint has nothing to continue: its workdir starts anew.
     fresh = not command.existing or command.overwrite or not (workdir / 'checkpoints').exists()
+    if command.overwrite and command.init_from:
+        source = run_of(command.init_from)
+        if source is not None and source.resolve() == workdir.resolve():
+            raise UserError(f'--overwrite would delete {source}, which --init_from reads')
     built = build.run(
         config,
         assets=None if fresh else workdir,
@@ -206,7 +211,7 @@ def _train(built: build.Run, command: Command) -> int:
         return EXIT_CODE
     except StepLimit:
         log.message(
-            f'stopped after {command.max_steps} updates and saved; without --max_steps '
+            f'stopped at --max_steps={command.max_steps} and saved; without --max_steps '
             f'the same command continues {workdir}'
         )
         return 0

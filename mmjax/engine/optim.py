@@ -105,6 +105,14 @@ def resolve(
         if not matched[i] or (i < len(rules) and not won[i]):
             why = 'matches no parameter' if not matched[i] else 'comes after rules that took all'
             raise UserError(f"rule ('{group}', '{regex.pattern}') {why}")
+    if not missing:  # batch statistics belong to the group of their module's parameters
+        stats = set(flatten(batch_stats))
+        module = lambda path: path.rpartition('/')[0]
+        of_module = {module(path): group for path, group in items if path not in stats}
+        items = [
+            (path, of_module.get(module(path), group) if path in stats else group)
+            for path, group in items
+        ]
     if missing:
         more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
         raise UserError(f'no rule gives a group to {", ".join(missing[:5])}{more}')

@@ -90,10 +90,12 @@ def parse_weight(value: object, where: str) -> float | Ramp:
 
 
 def final_weights(config: Config) -> dict[str, float]:
-    """Returns the weights of the run's losses after every ramp, without those that are 0."""
-    weights = {
-        name: parse_weight(w, f'loss_weights.{name}') for name, w in config.loss_weights.items()
-    }
+    """Returns the weights of the run's losses after every ramp, without those that are 0.
+
+    They are those of `loss_weights`; without any, those of the last stage.
+    """
+    given = config.loss_weights or config.stage[config.stages[-1]].loss_weights
+    weights = {name: parse_weight(w, f'loss_weights.{name}') for name, w in given.items()}
     ends = {name: w.end if isinstance(w, Ramp) else w for name, w in weights.items()}
     return {name: weight for name, weight in ends.items() if weight}
 

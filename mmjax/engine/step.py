@@ -172,7 +172,8 @@ def gradients(
     dropout, by_row = keys(settings.seed, *position, rows, first)
     batch = {**batch, 'key': by_row}
     scale = state['scale'].get('value', jnp.float32(1.0))
-    train = towers_training(task.towers, dict(groups.items), stage)
+    params = optim.join(state['trainable'], state['frozen'])
+    train = towers_training(task.towers, groups.of(params), stage)
     collect = lambda tree: jax.tree.map(
         lambda x: jax.lax.all_gather(x, axis_name, tiled=True), tree
     )

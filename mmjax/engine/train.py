@@ -62,6 +62,7 @@ class Trainer:
         self.max_steps = max_steps
         self.checkpoints = Checkpoints(workdir, keep=run.config.checkpoint.keep)
         self.progress = Progress()
+        self._is_new = False  # whether there was no checkpoint to continue from
         self._compiled: dict[Stage, Any] = {}
         self._pending: tuple[int, Stage, dict[str, jax.Array], np.ndarray] | None = None
         self._cached: tuple[int, str, dict[str, np.ndarray]] = (-1, '', {})  # stage, method, arrays
@@ -80,6 +81,7 @@ class Trainer:
             if parallel.is_first():
                 logs.truncate(self.workdir / 'metrics.jsonl', -1)
             self.checkpoints.discard_after(-1)
+            self._is_new = True
             return self._fresh(init_from)
         number, meta = newest
         changed = differences(meta['data'], self.run.fingerprint)
@@ -120,12 +122,13 @@ class Trainer:
             if stage.index > at:
                 state = self._enter(state, stage)
             self._announce(state, stage)
-            at_start = stage.index == 0 and not int(state['step'])
-            if at_start and self.run.config.evaluate.at_start:
-                self._evaluate(state, stage)
+            if self._is_new and stage.index == 0 and self.run.config.evaluate.at_start:
+                self.progress.evaluate_due = True
             if self.progress.evaluate_due:
                 state = self._evaluate_and_save(state, stage)
             if not self.progress.done:
+                if self.max_steps is not None and int(state['step']) >= self.max_steps:
+                    raise StepLimit
                 state = self._stage(state, stage)
         self.checkpoints.wait()
         return state
@@ -143,10 +146,12 @@ class Trainer:
         self.progress.stop_wait = 0
         self.progress.done = False
         self.progress.sums = {}
+        previous = self.run.stages[stage.index - 1].optimizer.name
+        carried = after & before if previous == stage.optimizer.name else set()
         text = lambda names: ', '.join(sorted(names)) or 'nothing'
         self.log.message(
             f'entering stage {stage.name}: thawed {text(after - before)}; '
-            f'froze {text(before - after)}; carried the moments of {text(after & before)}'
+            f'froze {text(before - after)}; carried the moments of {text(carried)}'
         )
         return state
 
@@ -218,7 +223,7 @@ class Trainer:
                     self._log_epoch(number, stage, done)
                 evaluates = run.evaluates(stage, done)
                 preempted = self.preemption.at_step(number)
-                limited = number == self.max_steps
+                limited = self.max_steps is not None and number >= self.max_steps
                 self.progress.done = last
                 self.progress.evaluate_due = evaluates
                 due = number % run.config.checkpoint.every_steps == 0
@@ -283,6 +288,8 @@ class Trainer:
         """Adds the losses of a step to the sums of its epoch: a term weighs by its count."""
         for name, value in metrics.items():
             if name == 'loss' or name.startswith('loss/'):
+                if not math.isfinite(value):  # an overflow of float16, which is no fault
+                    continue
                 count = float(metrics.get(f'count/{name[5:]}', 1.0))
                 sums = self.progress.sums.setdefault(name, [0.0, 0.0])
                 sums[0] += float(value) * count

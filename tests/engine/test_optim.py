@@ -279,6 +279,14 @@ def test_moments_stay_where_a_step_is_not_ok():
     jax.tree.map(np.testing.assert_array_equal, run(bad, first, False), first)
 
 
+def test_batch_statistics_belong_to_the_group_of_their_module():
+    params = {'tower': {'norm': {'scale': jnp.zeros(3)}}, 'head': {'kernel': jnp.zeros((3, 2))}}
+    stats = {'tower': {'norm': {'mean': jnp.zeros(3)}}}
+    rules = (('frozen', 'tower/.*scale'),)
+    made = optim.resolve(params, stats, rules, (('all', '.*'),))
+    assert dict(made.items)['tower/norm/mean'] == 'frozen'
+
+
 def test_decay_skips_biases_norms_and_scalars():
     found = optim.flatten(optim.decays(params()))
     assert {path for path, yes in found.items() if not yes} == {

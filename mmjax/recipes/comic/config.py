@@ -130,6 +130,10 @@ class Config(config.Config):
                 f'data.image_size={self.data.image_size} is no multiple of '
                 f'model.siglip.patch_size={size}'
             )
+        if max(self.data.buckets, default=0) > self.data.max_panels:
+            raise UserError(
+                f'data.buckets={self.data.buckets} exceeds data.max_panels={self.data.max_panels}'
+            )
         if self.data.max_tokens > self.model.bert.max_length and not self.model.pretrained.bert:
             raise UserError(
                 f'data.max_tokens={self.data.max_tokens} is more than '

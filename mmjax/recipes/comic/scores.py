@@ -70,10 +70,11 @@ def _bounds(panels, contrastive_loss: float) -> dict[str, float]:
     sizes = panels.sum(1)
     floor = contrastive.supcon_floor(sizes)
     collapse_value = contrastive.supcon_collapse(int(sizes.sum()))
+    span = collapse_value - floor
     return {
         'contrastive_floor': floor,
         'contrastive_collapse': collapse_value,
-        'contrastive_fall': (collapse_value - contrastive_loss) / (collapse_value - floor),
+        'contrastive_fall': (collapse_value - contrastive_loss) / span if span else math.nan,
         'pages': len(panels),
         'panels': int(sizes.sum()),
     }
