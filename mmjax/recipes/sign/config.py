@@ -49,7 +49,7 @@ class Data(config.Data):
 
     streams: Mapping[str, tuple[int, int] | tuple[int, int, int]] = field(
         {},
-        'name → (start, end) columns, or with coordinates per landmark; {}: streams.json',
+        'name → (start, end) or (start, end, coordinates per landmark); {}: those of streams.json',
         least=0,
     )
     missing: str = field(

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from mmjax.decode import ctc as decoding
 from mmjax.engine.task import Evaluator, Scores, gather
 from mmjax.evals import alignment, posteriorgram
+from mmjax.recipes.sign.data import SignSequences
 
 DRAWN = 4  # sentences
 COUNTS = ('substitutions', 'deletions', 'insertions', 'sentences', 'words')
@@ -20,7 +21,7 @@ class SignScores(Evaluator):
 
     methods = ('decode', 'log_probs')
 
-    def __init__(self, sentences, batch_size: int):
+    def __init__(self, sentences: SignSequences, batch_size: int):
         self.dataset = sentences
         self.batch_size = batch_size
 

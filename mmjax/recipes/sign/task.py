@@ -2,10 +2,12 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from mmjax.data.prepare import cache_dir
 from mmjax.decode import ctc as decoding
@@ -17,7 +19,7 @@ from mmjax.losses import ctc, distillation
 from mmjax.losses.term import Term
 from mmjax.recipes.sign import folder
 from mmjax.recipes.sign.augment import Augmentation, Normalization
-from mmjax.recipes.sign.config import LOSSES, TEACHER_LOSSES, Config
+from mmjax.recipes.sign.config import LOSSES, TEACHER_LOSSES, Config, Network
 from mmjax.recipes.sign.data import SignSequences, prepare_sequences
 from mmjax.recipes.sign.model import PARTS, Sign, Stream, temporal_squares
 from mmjax.recipes.sign.scores import SignScores
@@ -40,7 +42,7 @@ class SignTask(Task):
 
     Config = Config
 
-    def __init__(self, config: Config, assets=None):
+    def __init__(self, config: Config, assets: epath.Path | None = None):
         self.splits, self.vocabulary, self.normalization = _splits(config, assets)
         train = self.splits['train']
         dtype = jnp.dtype(config.precision)
@@ -248,7 +250,7 @@ class SignTask(Task):
         return f'{writer.rows} sentences: {writer.path}'
 
 
-def _splits(config: Config, assets):
+def _splits(config: Config, assets: epath.Path | None):
     """Prepares the sentences; words and normalization are those of `assets`, if any.
 
     Returns ({split: SignSequences}, vocabulary, normalization).
@@ -285,8 +287,10 @@ def _splits(config: Config, assets):
     return splits, vocabulary, normalization
 
 
-def _model(network, streams, words: int, dtype) -> Sign:
-    """Builds a model of the sizes of `network` for the streams {name: (start, end)}."""
+def _model(
+    network: Network, streams: Mapping[str, tuple[int, int]], words: int, dtype: jnp.dtype
+) -> Sign:
+    """Builds a model for streams of the columns {name: (start, end)}."""
     sizes = dataclasses.asdict(network)
     width = sizes.pop('stream_width')
     widths = sizes.pop('stream_widths')

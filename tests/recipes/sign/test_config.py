@@ -192,7 +192,7 @@ def test_options_reach_what_they_name(folder):
     changes = dict(
         data__missing='none',
         data__differences=False,
-        data__around=False,
+        data__streams=dict(hands=(0, 4, 2), face=(4, 6)),
         model__teacher__cross_attention=True,
         model__student__dropout=0.4,
         precision='bfloat16',
@@ -205,4 +205,6 @@ def test_options_reach_what_they_name(folder):
     assert {str(model.dtype) for model in models.values()} == {'bfloat16'}
     normalization = built.task.normalization
     assert (normalization.how, normalization.differences) == ('none', False)
-    assert not any(normalization.coordinates.values())
+    assert normalization.coordinates == {'hands': 2, 'face': 0}
+    other = build.run(tiny('', folder, data__around=False)).task.normalization
+    assert other.differences and not any(other.coordinates.values())

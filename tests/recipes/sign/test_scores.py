@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmjax.engine import build, evaluate
+from mmjax.recipes.sign import scores
 from mmjax.recipes.sign import task as sign
 from mmjax.recipes.sign.model import temporal_squares
 from tests.decode.test_ctc import exhaustive
@@ -67,7 +68,7 @@ def test_a_beam_is_as_long_as_the_frames_allow(built, monkeypatch):
     assert lengths[0] == 90 and ids[0].tolist() == path.tolist()
 
 
-def test_scores_and_predictions_read_fetched_outputs_only(built, folder, tmp_path):
+def test_scores_and_predictions_read_fetched_outputs_only(built, folder, tmp_path, monkeypatch):
     """Outputs of a sharded model live on many hosts: `predict` fetches them, and pads the batch."""
     real = evaluate.Predictor(built.task, built.init_variables(), built.mesh)
     asked = []
@@ -78,16 +79,17 @@ def test_scores_and_predictions_read_fetched_outputs_only(built, folder, tmp_pat
             assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(outputs))
             yield outputs, batch
 
+    monkeypatch.setattr(scores, 'DRAWN', 2)  # of three
     drawn = built.evaluators['dev'].run(predict, final=True).figures
-    assert {'sentence_0', 'sentence_1', 'sentence_2', 'confusions', 'lengths'} == set(drawn)
-    assert asked == [('decode', 3), ('log_probs', 3)]
+    assert {'sentence_0', 'sentence_2', 'confusions', 'lengths'} == set(drawn)
+    assert asked == [('decode', 3), ('log_probs', 2)]
     path = folder / 'features/test/test1.npz'
     built.task.predict(predict, str(path), tmp_path)
     assert asked[2:] == [('log_probs', 1)]
     assert json.loads((tmp_path / 'glosses.json').read_text())['input'] == str(path)
     # What is drawn of a sentence stops at its end.
-    edges = drawn['sentence_1'].axes[0].images[0].get_extent()
-    assert edges[1] == FRAMES['dev'][1] - 0.5
+    edges = drawn['sentence_2'].axes[0].images[0].get_extent()
+    assert edges[1] == FRAMES['dev'][2] - 0.5
 
 
 def test_temporal_variance_is_that_of_frames_a_stride_apart():

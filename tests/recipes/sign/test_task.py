@@ -459,6 +459,11 @@ def test_frozen_parts_run_as_in_evaluation(folder, monkeypatch, rules, group, fr
             np.testing.assert_allclose(one[0][name], x, rtol=1e-5, atol=1e-6, err_msg=name)
         elif name.endswith('/head'):  # dropout is live
             assert np.abs(one[0][name] - two[0][name]).max() > 1e-4, name
+    # Micro-batches store the logits of a frozen model, and do not recompute them.
+    forward = functools.partial(task.forward, batch=batch, stage=stage, train=train)
+    traced = jax.make_jaxpr(lambda variables, key: forward(variables, key=key)[0])
+    named_frozen = 'name=frozen' in str(traced(variables, jax.random.key(0)))
+    assert named_frozen == (group != 'backbones')
     for name, x in before.items():
         same = np.array_equal(one[1][name], x)
         assert same == bool(re.match(frozen, name)), name
