@@ -128,6 +128,10 @@ class Weights:
         return Weights(dataclasses.replace(stage.program, loss_weights=both), now, final)
 
 
+# (task, program of a stage) → names, see `arrays_read`.
+_NAMES: dict[tuple[Task, Stage], tuple[set[str], set[str]]] = {}
+
+
 class _Reads(Mapping):
     """A batch that records which of its arrays are read."""
 
@@ -150,7 +154,9 @@ class _Reads(Mapping):
 def arrays_read(
     task: Task, stage: Stage, variables: Variables, batch: Mapping
 ) -> tuple[set[str], set[str]]:
-    """Returns the names of the arrays that `task.terms` reads and of its terms, by tracing."""
+    """Returns the names of the arrays that `task.terms` reads and of its terms, by tracing once."""
+    if (task, stage) in _NAMES:
+        return _NAMES[task, stage]
     read: set[str] = set()
     terms: set[str] = set()
 
@@ -161,6 +167,7 @@ def arrays_read(
         read.update(reads.names)
 
     jax.eval_shape(trace, variables, dict(batch))
+    _NAMES[task, stage] = read, terms
     return read, terms
 
 
