@@ -56,6 +56,19 @@ class Run:
         shapes = jax.eval_shape(make, self.abstract)
         return parallel.with_shardings(shapes, self.mesh)
 
+    def abstract_batch(self, stage: Stage) -> dict[str, Any]:
+        """Returns a batch of `stage` as ShapeDtypeStructs, cached outputs included."""
+        rows = parallel.rows(self.mesh)
+        struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        batch = {name: struct(x.shape, x.dtype) for name, x in self.batch.items()}
+        cached = self.task.cache(stage)
+        if cached is not None:
+            one = evaluate.blank_batch(cached.dataset, 1)
+            outputs = jax.eval_shape(getattr(self.task, cached.method), self.abstract, one)
+            for name, x in outputs.items():
+                batch[f'cached_{name}'] = struct((len(self.batch['row']), *x.shape[1:]), x.dtype)
+        return batch
+
     def init_variables(self) -> Variables:
         """Makes fresh variables on the mesh, no leaf ever whole where it is sharded."""
         key = jax.random.key(self.settings.seed)
@@ -212,16 +225,8 @@ def check(run: Run) -> None:
             groups=run.groups,
             settings=run.settings,
         )
-        cached = run.task.cache(stage)
-        batch: dict[str, Any] = dict(run.batch)
-        if cached is not None:
-            one = evaluate.blank_batch(cached.dataset, 1)
-            outputs = jax.eval_shape(getattr(run.task, cached.method), run.abstract, one)
-            for name, x in outputs.items():
-                shape = (len(batch['row']), *x.shape[1:])
-                batch[f'cached_{name}'] = jax.ShapeDtypeStruct(shape, x.dtype)
         try:
-            jax.eval_shape(call, state, batch, rates, weights)
+            jax.eval_shape(call, state, run.abstract_batch(stage), rates, weights)
         except ValueError as error:
             if 'loss_weights' in str(error):
                 raise UserError(f'stage.{stage.name}: {error}') from None

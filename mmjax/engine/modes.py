@@ -257,12 +257,11 @@ def _activations(built: build.Run, stage: Any, state: step.State) -> str:
     )
     rates = optim.rates(stage, built.groups.names, 0)
     weights = {name: np.float32(1) for name in stage.losses}
-    rows = parallel.rows(built.mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
-        for name, x in built.batch.items()
-    }
-    compiled = jax.jit(call, donate_argnums=0).lower(state, batch, rates, weights).compile()
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    update = jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
+    with jax.set_mesh(built.mesh):
+        lowered = update.lower(state, built.abstract_batch(stage), rates, weights)
+    compiled = lowered.compile()
     memory = compiled.memory_analysis()
     if memory is None:
         return 'activations unknown on this backend'
