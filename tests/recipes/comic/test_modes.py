@@ -63,6 +63,8 @@ def test_predict_answers_for_a_page_and_names_a_missing_one(model, tmp_path):
     told = built.task.predict(predictor, str(tmp_path / 'page.jpg'), tmp_path / 'out')
     found = np.load(tmp_path / 'out/embeddings.npy')
     assert found.shape == (len(panels), 64) and f'{len(panels)} panels' in told
+    lines = [line for line in told.splitlines() if line.startswith('panel ')]
+    assert [line.split()[1] for line in lines] == [str(i + 1) for i in range(len(panels))]
     expected = next(iter(predictor('encode', page, 2)))[0]['fused'][0]
     np.testing.assert_allclose(found, expected[: len(found)], rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match=r'none\.png does not exist'):

@@ -426,6 +426,20 @@ def test_a_folder_needs_prompts_and_images_to_validate_on(folder, cache):
     assert list(task.evaluators()) == ['val']
 
 
+def test_a_folder_has_the_splits_that_it_names(folder, cache):
+    (folder / 'prompts.json').write_text(json.dumps({item: f'thing {item}' for item in 'abc'}))
+    table = json.loads((folder / 'image_paths.json').read_text())
+    for index, split in enumerate(('val', 'val', 'query', 'gallery')):
+        path = f'images/{split}{index}.png'
+        Image.new('RGB', (40, 40), (90, 40 * index, 9)).save(folder / path)
+        table[path] = {'item_id': 'a', 'split': split}
+    (folder / 'image_paths.json').write_text(json.dumps(table))
+    task = build.run(tiny('v2', cache, data__root=str(folder)), data_only=True).task
+    sizes = {split: len(task.dataset(split)) for split in ('train', 'val', 'query', 'gallery')}
+    assert sizes == {'train': 5, 'val': 2, 'query': 1, 'gallery': 1}
+    assert set(task.evaluators()) == {'val', 'query_gallery'}
+
+
 def test_prepare_reports_on_the_users_folder(folder, cache, tmp_path):
     described = [{'item': item, 'color': '', 'description': ['One.', 'Two.']} for item in 'abd']
     (folder / 'descriptions.json').write_text(json.dumps([*described, described[0]]))
