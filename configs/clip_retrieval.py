@@ -10,8 +10,8 @@ Words after the colon:
   vit, rn50  the image tower (rn50; `smoke`: vit)          few  a shallow net for few items
   smoke      two tiny stages; published: ViT-B/16 or RN50, --config.model.pretrained=FOLDER
 
-Result: Rank-1 .833, mAP .776 on 60 unseen built-in items (best floor .233, .153).
-Versions compared, real products: docs/results/retrieval.md
+Results with the state of the code that they are of, versions compared, real products:
+docs/results/retrieval.md
 """
 
 from mmjax.engine import config as config_lib

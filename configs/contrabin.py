@@ -10,8 +10,8 @@ Words after the colon:
              --config.model.pretrained.anchor=FOLDER and .binary=FOLDER (model.safetensors,
              config.json, and tokenizer.json or vocab.json with merges.txt)
 
-Result: source→binary R@1 .816 among 256 unseen built-in functions (chance .004, best floor .570).
-Real C, floors, the original's names of settings: docs/results/contrabin.md
+Results with the state of the code that they are of, real C, floors, the original's names of
+settings: docs/results/contrabin.md
 """
 
 from mmjax.engine import config as config_lib

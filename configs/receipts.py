@@ -9,8 +9,8 @@ Words after the colon:
   smoke      two tiny stages, to see that everything works
   published  InternVL2.5-1B's sizes, three stages; --config.model.pretrained.language=FOLDER
 
-Result: counting accuracy .993, BLEU-4 .883 on built-in receipts (question only: .365, .433).
-Real receipts, where the tower's weights come from: docs/results/receipts.md
+Results with the state of the code that they are of, real receipts, where the tower's weights come
+from: docs/results/receipts.md
 """
 
 from mmjax.engine import config as config_lib

@@ -9,8 +9,8 @@ Words after the colon:
   distill    a teacher with two LSTM layers, then a student that follows it
   published  the original's sizes, for its streams pose, hands, face, temporal
 
-Result: WER .075 (seed 0) and .123 (seed 2) on unseen signers (nearest neighbour .412).
-Real signing, distillation, a teacher from another run: docs/results/sign.md
+Results with the state of the code that they are of, real signing, distillation, a teacher from
+another run: docs/results/sign.md
 """
 
 from mmjax.engine import config as config_lib

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -128,8 +129,9 @@ class Weights:
         return Weights(dataclasses.replace(stage.program, loss_weights=both), now, final)
 
 
-# (task, program of a stage) → names, see `arrays_read`.
-_NAMES: dict[tuple[Task, Stage], tuple[set[str], set[str]]] = {}
+_Names = tuple[set[str], set[str]]
+# task → program of a stage → names, see `arrays_read`; a task that is gone leaves nothing behind.
+_NAMES: weakref.WeakKeyDictionary[Task, dict[Stage, _Names]] = weakref.WeakKeyDictionary()
 
 
 class _Reads(Mapping):
@@ -155,8 +157,9 @@ def arrays_read(
     task: Task, stage: Stage, variables: Variables, batch: Mapping
 ) -> tuple[set[str], set[str]]:
     """Returns the names of the arrays that `task.terms` reads and of its terms, by tracing once."""
-    if (task, stage) in _NAMES:
-        return _NAMES[task, stage]
+    known = _NAMES.setdefault(task, {})
+    if stage in known:
+        return known[stage]
     read: set[str] = set()
     terms: set[str] = set()
 
@@ -167,7 +170,7 @@ def arrays_read(
         read.update(reads.names)
 
     jax.eval_shape(trace, variables, dict(batch))
-    _NAMES[task, stage] = read, terms
+    known[stage] = read, terms
     return read, terms
 
 

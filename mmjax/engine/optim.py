@@ -221,7 +221,7 @@ def schedule(spec: Optimizer, step: int, total: int, per_epoch: int = 1) -> floa
         return 1 - (1 - spec.end) * x
     if spec.schedule == 'cosine':
         return spec.end + (1 - spec.end) * _half_cosine(x)
-    if spec.schedule == 'one_cycle':  # up to 1 over the first 30 %, then down to 1e-5 (Smith 2018)
+    if spec.schedule == 'one_cycle':  # up to 1 over the first 30 %, then down to `end` (Smith 2018)
         if x < 0.3:
             return 1 / 25 + (1 - 1 / 25) * (1 - _half_cosine(x / 0.3))
         return spec.end + (1 - spec.end) * _half_cosine((x - 0.3) / 0.7)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from mmjax.errors import UserError
+from mmjax.sections import field
 
 Streams = Mapping[str, tuple[int, int]]  # name → columns [start, end)
 MISSING = ('zero', 'none')
@@ -225,39 +226,27 @@ def _around(values, absent, coordinates) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Changes normalised sequences at random; each field at 0, or 1, leaves them unchanged.
+    """Random changes of normalised sequences; a field at 0, a stretch of 1, changes nothing.
 
-    Args:
-      stretch: the length is multiplied by a number drawn from this range (a tempo of .9-1.1).
-      noise: std of normal noise on every value, in units of the features' std.
-      gain: std about 1 of a factor drawn for each feature of a sequence.
-      offset: std of a number drawn likewise and added to the feature where it is known; changes
-        have none. Both stand for other bodies and other positions of the camera.
-      stream_dropout: probability of each stream to be zero for the whole sequence; one always
-        stays.
-      feature_dropout: probability of each feature to be zero for the whole sequence.
-      time_masks: most spans of frames that are zeroed; the number is drawn from 0 up to it.
-      time_mask_share: longest span, as a fraction of the sequence.
+    `gain` and `offset` stand for other bodies and positions of the camera. Differences have no
+    offset. One stream always stays.
     """
 
-    stretch: tuple[float, float] = (0.9, 1.1)
-    noise: float = 0.1
-    gain: float = 0.0
-    offset: float = 0.0
-    stream_dropout: float = 0.05
-    feature_dropout: float = 0.05
-    time_masks: int = 2
-    time_mask_share: float = 0.1
+    stretch: tuple[float, float] = field((0.9, 1.1), 'range of the factor of its length', above=0)
+    noise: float = field(0.1, 'std of normal noise, in stds of a feature', least=0)
+    gain: float = field(0.0, 'std about 1 of a factor per feature', least=0)
+    offset: float = field(0.0, 'std of an offset per feature', least=0)
+    stream_dropout: float = field(0.05, 'probability that a stream is zero', least=0, below=1)
+    feature_dropout: float = field(0.05, 'probability that a feature is zero', least=0, below=1)
+    time_masks: int = field(2, 'spans of frames set to zero, at most', least=0)
+    time_mask_share: float = field(
+        0.1, 'longest span, as a fraction of the sentence', least=0, below=1
+    )
 
-    def __post_init__(self):
-        if len(self.stretch) != 2 or not 0 < self.stretch[0] <= 1 <= self.stretch[1]:
-            raise UserError(f'augmentation.stretch={self.stretch} is not (at most 1, at least 1)')
-        for name in ('stream_dropout', 'feature_dropout', 'time_mask_share'):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f'augmentation.{name}={getattr(self, name)} is not in [0, 1)')
-        for name in ('noise', 'gain', 'offset', 'time_masks'):
-            if getattr(self, name) < 0:
-                raise UserError(f'augmentation.{name}={getattr(self, name)} is negative')
+    def check(self, where: str) -> None:
+        low, high = self.stretch
+        if not low <= 1 <= high:
+            raise UserError(f'{where}.stretch={self.stretch} is not (at most 1, at least 1)')
 
     def __call__(
         self,

@@ -5,31 +5,11 @@ from collections.abc import Mapping
 
 from mmjax.engine import config
 from mmjax.errors import UserError
+from mmjax.recipes.sign.augment import Augmentation
 from mmjax.sections import did_you_mean, field
 
 LOSSES = ('ctc', 'teacher_ctc', 'distillation', 'smoothing')
 TEACHER_LOSSES = ('teacher_ctc', 'distillation')  # those that need a teacher
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """Random changes of a sentence in training."""
-
-    stretch: tuple[float, float] = field((0.9, 1.1), 'range of the factor of its length', above=0)
-    noise: float = field(0.03, 'std of normal noise, in stds of a feature', least=0)
-    gain: float = field(0.0, 'std about 1 of a factor per feature', least=0)
-    offset: float = field(0.0, 'std of an offset per feature', least=0)
-    stream_dropout: float = field(0.05, 'probability that a stream is zero', least=0, below=1)
-    feature_dropout: float = field(0.0, 'probability that a feature is zero', least=0, below=1)
-    time_masks: int = field(0, 'spans of frames set to zero, at most', least=0)
-    time_mask_share: float = field(
-        0.1, 'longest span, as a fraction of the sentence', least=0, below=1
-    )
-
-    def check(self, where: str) -> None:
-        low, high = self.stretch
-        if not low <= 1 <= high:
-            raise UserError(f'{where}.stretch={self.stretch} is not (at most 1, at least 1)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +41,7 @@ class Data(config.Data):
         3, 'lengths that batches are padded to, or how many at most', least=1
     )
     frame_rate: float = field(25.0, 'frames per second, for the times of predict', above=0)
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = Augmentation(noise=0.03, feature_dropout=0.0, time_masks=0)
     built_in: BuiltIn = BuiltIn()
 
 

@@ -18,7 +18,7 @@ from mmjax.errors import UserError
 from mmjax.losses import ctc, distillation
 from mmjax.losses.term import Term
 from mmjax.recipes.sign import folder
-from mmjax.recipes.sign.augment import Augmentation, Normalization
+from mmjax.recipes.sign.augment import Normalization
 from mmjax.recipes.sign.config import LOSSES, TEACHER_LOSSES, Config, Network
 from mmjax.recipes.sign.data import SignSequences, prepare_sequences
 from mmjax.recipes.sign.model import PARTS, Sign, Stream, temporal_squares
@@ -277,7 +277,7 @@ def _splits(config: Config, assets: epath.Path | None):
             name,
             vocabulary=vocabulary,
             normalization=normalization,
-            augmentation=Augmentation(**dataclasses.asdict(spec.augmentation)),
+            augmentation=spec.augmentation,
             buckets=spec.buckets,
         )
         for name in prepared.splits

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from mmjax import sections
 from mmjax.errors import UserError
 from mmjax.recipes.sign.augment import Augmentation, Normalization, missing, resampled
 from mmjax.recipes.sign.folder import Vocabulary
@@ -220,15 +221,18 @@ def test_streams_features_and_spans_of_frames_are_dropped_as_often_as_asked(norm
         ({'stretch': (0.9, 1.1, 1.2)}, r'augmentation\.stretch=\(0\.9, 1\.1, 1\.2\) is not'),
         ({'stretch': (1.1, 1.2)}, r'augmentation\.stretch=\(1\.1, 1\.2\) is not'),
         ({'stretch': (0.0, 1.2)}, r'augmentation\.stretch=\(0\.0, 1\.2\) is not'),
-        ({'stream_dropout': 1.0}, r'augmentation\.stream_dropout=1\.0 is not in \[0, 1\)'),
-        ({'noise': -0.1}, r'augmentation\.noise=-0\.1 is negative'),
-        ({'gain': -0.1}, r'augmentation\.gain=-0\.1 is negative'),
-        ({'time_masks': -1}, r'augmentation\.time_masks=-1 is negative'),
+        (
+            {'stream_dropout': 1.0},
+            r'augmentation\.stream_dropout=1\.0 is not .* and below 1',
+        ),
+        ({'noise': -0.1}, r'augmentation\.noise=-0\.1 is not a number at least 0'),
+        ({'gain': -0.1}, r'augmentation\.gain=-0\.1 is not a number at least 0'),
+        ({'time_masks': -1}, r'augmentation\.time_masks=-1 is not an integer at least 0'),
     ],
 )
 def test_values_out_of_range_are_named(wrong, message):
     with pytest.raises(UserError, match=message):
-        Augmentation(**wrong)
+        sections.parse(Augmentation, wrong, 'augmentation')
 
 
 def test_the_vocabulary_is_in_first_seen_order_and_both_directions_agree(tmp_path):
