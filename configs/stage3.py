@@ -20,11 +20,16 @@ def get_config(argument: str = ''):
     words = config_lib.words(argument, ('smoke', 'published'))
     config = config_lib.default(Config)
     config.batch_size = 16  # pages
-    config.loss_weights = dict(contrastive=1.0, reconstruction=0.5, alignment=1.0)  # published: .3
+    config.loss_weights = dict(
+        contrastive=1.0,
+        reconstruction=0.5,
+        alignment=1.0,  # published: .3
+        unimodal=0.5,  # the original has no such loss
+    )
     config.sampler = dict(name='stratified', by=dict(n_panels=2, n_text=2))
     config.optimizer.update(weight_decay=0.01, warmup_steps=50, span='run')
     config.stages = ('align', 'pages')
-    config.stage.align = dict(epochs=6.0, loss_weights=dict(contrastive=0.0, alignment=1.0))
+    config.stage.align = dict(epochs=6.0, loss_weights=dict(contrastive=0.0, unimodal=0.0))
     config.stage.pages = dict(epochs=5.0)
     config.evaluate.every_epochs = 3.0
     config.best.metric = 'val/final_loss'
@@ -43,7 +48,7 @@ def get_config(argument: str = ''):
     if 'published' in words:
         config.batch_size = 64
         config.precision = 'bfloat16'
-        config.loss_weights.alignment = 0.3
+        config.loss_weights.update(alignment=0.3, unimodal=0.0)
         config.data.update(image_size=224, max_tokens=128, vocabulary=30522, buckets=(16,))
         config.model.visual_backbone = 'both'
         config.model.siglip.update(patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)

@@ -116,33 +116,45 @@ class AdaptiveFusion(nn.Module):
     hidden: int = 512
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        norm = lambda: nn.LayerNorm(1e-5, dtype=self.dtype)
+        self.vision_norm = norm()
+        self.text_norm = norm()
+        self.composition_norm = norm()
+        self.gate_hidden = Dense(self.hidden, dtype=self.dtype)
+        # From zeros all modalities weigh the same at first: a random gate soon shuts all but the
+        # one that learns fastest, and those it shuts get no gradient.
+        self.gate = Dense(3, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+        self.residual = self.param('residual', nn.initializers.constant(0.1), ())
+
     def __call__(
         self, modalities: tuple[jax.Array, ...], present: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Fuses three arrays [rows, D] under `present` bool [rows, 3].
+        """Fuses three arrays [rows, D] under `present` bool [rows, 3]; returns as `weigh`."""
+        return self.weigh(self.normalize(modalities, present), present)
+
+    def normalize(self, modalities: tuple[jax.Array, ...], present: jax.Array) -> jax.Array:
+        """Returns the layer-normed modalities [rows, 3, D], 0 where absent.
+
+        Each has the direction of the fused embedding of a panel with this modality alone.
+        """
+        norms = (self.vision_norm, self.text_norm, self.composition_norm)
+        normed = [norm(x) for norm, x in zip(norms, modalities, strict=True)]
+        return jnp.where(present[..., None], jnp.stack(normed, -2), 0)
+
+    def weigh(self, x: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Fuses layer-normed modalities [rows, 3, D].
 
         Returns:
           (fused float32 [rows, D], gates float32 [rows, 3], 0 on absent modalities).
         """
-        names = ('vision_norm', 'text_norm', 'composition_norm')
-        normed = [
-            nn.LayerNorm(1e-5, dtype=self.dtype, name=name)(x)
-            for name, x in zip(names, modalities, strict=True)
-        ]
-        x = jnp.where(present[..., None], jnp.stack(normed, -2), 0)  # [rows, 3, D]
+        x = jnp.where(present[..., None], x, 0)
         seen = jnp.concatenate([x.reshape(x.shape[0], -1), present.astype(x.dtype)], -1)
-        gate = Dense(self.hidden, dtype=self.dtype, name='gate_hidden')(seen)
-        # From zeros all modalities weigh the same at first: a random gate soon shuts all but the
-        # one that learns fastest, and those it shuts get no gradient.
-        gate = Dense(3, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='gate')(
-            nn.gelu(gate, approximate=False)
-        )
+        gate = self.gate(nn.gelu(self.gate_hidden(seen), approximate=False))
         gates = jax.nn.softmax(jnp.where(present, gate.astype(jnp.float32), -1e4))
         gates = jnp.where(present, gates, 0.0)
-        residual = self.param('residual', nn.initializers.constant(0.1), ())
         count = jnp.maximum(present.sum(-1, keepdims=True, dtype=jnp.float32), 1.0)
-        weights = gates + residual / count  # [rows, 3]; x is 0 where absent
+        weights = gates + self.residual / count  # [rows, 3]; x is 0 where absent
         return jnp.einsum('rm,rmd->rd', weights, x.astype(jnp.float32)), gates
 
 
@@ -232,9 +244,10 @@ class ComicModel(nn.Module):
           train: tower → whether it trains, of `TOWERS`; others run as in evaluation.
 
         Returns:
-          'fused', 'vision', 'text': float32 [batch, panels, features]; 'gates': float32
-          [batch, panels, 3]. 'fused' and 'gates' are 0 on padding; 'vision' and 'text' are finite
-          everywhere and mean something where the panel has that modality.
+          'fused', 'vision', 'text': float32 [batch, panels, features]; 'alone': float32 [batch,
+          panels, 3, features], the embedding of each modality alone up to its length; 'gates':
+          float32 [batch, panels, 3]. 'fused', 'alone' and 'gates' are 0 on padding; 'vision' and
+          'text' are finite everywhere and mean something where the panel has that modality.
         """
         shape = panels.shape  # [batch, panels]
         rows = lambda x: x.reshape(-1, *x.shape[2:])
@@ -245,9 +258,15 @@ class ComicModel(nn.Module):
         hidden = masked_mean(self.bert(rows(tokens), allowed, train=train['bert']), allowed)
         text = self.text_head(tower_output(hidden, train['bert']))
         place = self.composition(rows(composition), present[:, 2], train=train['composition'])
-        fused, gates = self.fusion((vision, text, place), present)
-        outputs = {'fused': fused, 'vision': vision, 'text': text, 'gates': gates}
-        return {name: x.astype(jnp.float32).reshape(*shape, -1) for name, x in outputs.items()}
+        alone = self.fusion.normalize((vision, text, place), present)
+        fused, gates = self.fusion.weigh(alone, present)
+        outputs = {'fused': fused, 'vision': vision, 'text': text, 'gates': gates, 'alone': alone}
+        per_panel = lambda x: x.astype(jnp.float32).reshape(*shape, *x.shape[1:])
+        return {name: per_panel(x) for name, x in outputs.items()}
+
+    def fuse(self, alone: jax.Array, present: jax.Array) -> jax.Array:
+        """Fuses 'alone' of `encode` [rows, 3, features] under `present` bool [rows, 3]."""
+        return self.fusion.weigh(alone, present)[0]
 
     def reconstruct(self, context: jax.Array, train: bool) -> jax.Array:
         """Predicts hidden panels from the mean of the others: [batch, features] to the same."""

@@ -1,14 +1,21 @@
-"""Scores of the comic recipe: bounds of the losses, retrieval, collapse, two figures."""
+"""Scores of the comic recipe: bounds of losses, retrieval, collapse, modalities, two figures."""
 
+import functools
 import math
 import textwrap
+from collections.abc import Callable
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 from mmjax.engine.task import Evaluator, Scores
-from mmjax.evals import collapse, retrieval
+from mmjax.evals import collapse, gallery, modalities, retrieval
 from mmjax.losses import contrastive
+from mmjax.recipes.comic.data import MODALITIES
+
+# (alone [rows, 3, D], present bool [rows, 3]) → fused [rows, D]
+Fuse = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class PageScores(Evaluator):
@@ -16,12 +23,15 @@ class PageScores(Evaluator):
 
     Contrastive terms depend on the batch: `contrastive_collapse` and `contrastive_floor` are their
     values for equal embeddings and for perfect pages. Retrieval within the page has the panels
-    with text of pages with two of them or more as queries.
+    with text of pages with two of them or more as queries; it scores the towers. What the fused
+    embedding keeps of each modality: see `modality_scores`.
     """
 
-    def __init__(self, pages, batch_size: int):
+    def __init__(self, pages, batch_size: int, fuse):
+        """fuse: `ComicTask.fuse`."""
         self.dataset = pages
         self.batch_size = batch_size
+        self._fuse = jax.jit(fuse)
 
     def run(self, predict, *, final, results):
         outputs = results.outputs
@@ -29,6 +39,8 @@ class PageScores(Evaluator):
         has = results.batch['modality'].astype(bool)
         metrics = _bounds(panels, results.losses['contrastive'])
         metrics |= within_and_across(outputs, panels, has)
+        fuse = functools.partial(_in_chunks, functools.partial(self._fuse, predict.variables))
+        metrics |= modality_scores(fuse, outputs['alone'], has & panels[..., None])
         figures = {}
         if final:
             both = panels & has[..., 0] & has[..., 1]
@@ -103,6 +115,84 @@ def within_and_across(outputs, panels, has) -> dict[str, float | str]:
         else collapse.verdict(intra, inter, accuracy, chance, max(error, forward.chance_error))
     )
     return out
+
+
+def modality_scores(fuse: Fuse, alone: np.ndarray, has: np.ndarray) -> dict[str, float | str]:
+    """Returns what the fused embedding keeps of each modality, over panels that have all of them.
+
+    A modality that no panel of the split has is left out, as are panels that lack another one.
+
+    * `page_map`, `page_r1`: panels of the page among all panels, by the fused embedding; `_only_m`
+      and `_without_m`: by the embedding of a part of the modalities, of queries and gallery alike;
+    * `panel_r1_from_m`: the panel itself among all, by modality m alone;
+    * `swap_cosine_m`: mean cosine of a panel's embedding before and after modality m is replaced by
+      that of a panel of another page; `modality_verdict` names those that hardly move it;
+    * `twin_m`: how often modality m alone is nearer to its own panel than to the twin that differs
+      in m alone; `twin_m_by_page`: the same of the mean of the other panels of the page.
+
+    Args:
+      fuse: maps modalities [rows, 3, D] and which are present [rows, 3] to embeddings [rows, D].
+      alone: float [pages, panels, 3, D], the layer-normed modalities.
+      has: bool [pages, panels, 3], all False where there is no panel.
+    """
+    known = has.any((0, 1))
+    complete = (has | ~known).all(-1) & has.any(-1)
+    page, _ = np.nonzero(complete)
+    x = alone[complete]
+    names = {index: MODALITIES[index] for index in np.flatnonzero(known)}
+    largest = np.bincount(page).max(initial=0)
+    if len(names) < 2 or len(page) < 2 * largest:
+        return {'modality_verdict': 'too few panels with every modality'}
+    present = lambda *indices: np.isin(np.arange(3), indices)[None].repeat(len(x), 0)
+    fused = fuse(x, present(*names))
+    out: dict[str, float | str] = {}
+    subsets = {'': tuple(names)}
+    subsets |= {f'_only_{name}': (index,) for index, name in names.items()}
+    if len(names) > 2:
+        for index, name in names.items():
+            subsets[f'_without_{name}'] = tuple(other for other in names if other != index)
+    rows = np.arange(len(x))
+    for suffix, indices in subsets.items():
+        part = fuse(x, present(*indices))
+        scores = gallery.rank(part, part, page, page, query_rows=rows, gallery_rows=rows, ks=(1,))
+        out |= {f'page_map{suffix}': scores.map, f'page_r1{suffix}': scores.rank[1]}
+    # Rows are in the order of pages: `largest` rows further on is another page.
+    other = np.roll(rows, -largest)
+    sums = np.zeros((len(alone), x.shape[-1]))
+    units = fused / np.maximum(np.linalg.norm(fused, axis=1, keepdims=True), 1e-9)
+    np.add.at(sums, page, units)
+    context = sums[page] - units  # zero for the only panel of its page
+    swaps = {}
+    for index, name in names.items():
+        swapped = x.copy()
+        swapped[:, index] = x[other, index]
+        twin = fuse(swapped, present(*names))
+        swaps[name] = float(modalities.cosines(fused, twin).mean())
+        out[f'panel_r1_from_{name}'] = retrieval.paired(x[:, index], fused, ks=(1,))[1]
+        out[f'twin_{name}'] = modalities.twin_accuracy(x[:, index], fused, twin)
+        accompanied = np.linalg.norm(context, axis=1) > 1e-6
+        out[f'twin_{name}_by_page'] = modalities.twin_accuracy(
+            context[accompanied], fused[accompanied], twin[accompanied]
+        )
+    out |= {f'swap_cosine_{name}': value for name, value in swaps.items()}
+    far = float(modalities.cosines(fused, fused[other]).mean())
+    out['modality_verdict'] = modalities.verdict(swaps, far)
+    return out
+
+
+def _in_chunks(fuse: Fuse, alone: np.ndarray, present: np.ndarray, rows: int = 4096) -> np.ndarray:
+    """Returns fuse(alone, present), computed on padded chunks of one shape."""
+    rows = min(rows, len(alone))
+    parts = []
+    for start in range(0, len(alone), rows):
+        part = alone[start : start + rows]
+        pad = rows - len(part)
+        inputs = (
+            np.pad(part, ((0, pad), (0, 0), (0, 0))),
+            np.pad(present[start : start + rows], ((0, pad), (0, 0))),
+        )
+        parts.append(np.asarray(fuse(*inputs))[: len(part)])
+    return np.concatenate(parts)
 
 
 def _unit(x):

@@ -13,6 +13,7 @@ from mmjax.data import prepare, tokenizers
 from mmjax.engine.outputs import EmbeddingWriter
 from mmjax.engine.task import Task
 from mmjax.losses import contrastive, reconstruction
+from mmjax.losses.term import Term
 from mmjax.models.bert import Bert
 from mmjax.models.resnet import ResNet
 from mmjax.models.vit import ViT
@@ -36,7 +37,9 @@ class ComicTask(Task):
     (projections, composition, fusion, reconstruction).
 
     Losses: `contrastive` (SupCon of fused embeddings, labels are pages), `reconstruction` (of a
-    hidden panel from the others of its page), `alignment` (InfoNCE of image and text).
+    hidden panel from the others of its page), `alignment` (InfoNCE of image and text),
+    `unimodal` (InfoNCE of the embedding of one modality alone and the fused one of its panel, so
+    that the fusion keeps what each modality tells).
     """
 
     Config = Config
@@ -148,6 +151,7 @@ class ComicTask(Task):
             'contrastive': pull,
             'reconstruction': predict,
             'alignment': align,
+            'unimodal': _unimodal(outputs, panels[..., None] & has, options),
             **{f'contrastive_{name}': value for name, value in report.items()},
             **{f'gate_{name}': gates[i] for i, name in enumerate(comic.MODALITIES)},
             'alignment_cosine': _cosine(outputs, pairs),
@@ -163,8 +167,12 @@ class ComicTask(Task):
         )
         return {name: outputs[name] for name in ('fused', 'vision', 'text')}
 
+    def fuse(self, variables, alone, present):
+        """Fuses rows of modalities [rows, 3, features], see `ComicModel.fuse`."""
+        return self.model.apply(variables, alone, present, method='fuse')
+
     def evaluators(self):
-        return {'val': PageScores(self.dataset('val'), self.batch_size)}
+        return {'val': PageScores(self.dataset('val'), self.batch_size, self.fuse)}
 
     def predict(self, predict, inputs, output, question=None):
         """Prints which of its page's texts each panel of one page retrieves; writes embeddings.
@@ -225,8 +233,8 @@ def _packed(encode, inputs, capacity):
     order = jnp.argsort(~inputs[-1].reshape(-1), stable=True)[:capacity]
     take = lambda x: x.reshape(-1, *x.shape[2:])[order][None]
     outputs, changed = encode(*map(take, inputs))
-    empty = lambda x: jnp.zeros((pages * slots, x.shape[-1]), x.dtype)
-    put = lambda x: empty(x).at[order].set(x[0]).reshape(pages, slots, -1)
+    empty = lambda x: jnp.zeros((pages * slots, *x.shape[2:]), x.dtype)
+    put = lambda x: empty(x).at[order].set(x[0]).reshape(pages, slots, *x.shape[2:])
     return {name: put(x) for name, x in outputs.items()}, changed
 
 
@@ -281,6 +289,23 @@ def _model(config: Config, vocabulary: int) -> tuple[ComicModel, dict[str, str]]
     heads = dataclasses.asdict(spec.heads)
     model = ComicModel(**modules, **heads, visual_fusion=spec.visual_fusion, dtype=dtype)
     return model, folders
+
+
+def _unimodal(outputs, present, options):
+    """Returns the InfoNCE of each modality alone and the fused embedding, over all modalities.
+
+    A panel counts where it has another modality too; otherwise both embeddings are the same.
+    """
+    present &= present.sum(-1, keepdims=True) > 1
+    rows = lambda x: x.reshape(-1, x.shape[-1])
+    fused = rows(outputs['fused'])
+    terms = [
+        contrastive.infonce(
+            rows(outputs['alone'][..., index, :]), fused, present[..., index].reshape(-1), **options
+        )
+        for index in range(len(comic.MODALITIES))
+    ]
+    return Term(sum(term.total for term in terms), sum(term.count for term in terms))
 
 
 def _cosine(outputs, pairs):
