@@ -41,8 +41,16 @@ SWAPS = {
 
 
 def sites(tree: ast.Module) -> list[tuple[ast.AST, str]]:
-    """Returns (node, kind) of what may be changed; strings, docstrings and figures are left out."""
+    """Returns (node, kind) of what may be changed.
+
+    Strings, docstrings, figures and the `flush` of a print, which changes no output, are left out.
+    """
     out = []
+    flushes = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == 'flush'
+    }
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef) or 'figure' in ast.unparse(function).lower():
             continue
@@ -51,6 +59,8 @@ def sites(tree: ast.Module) -> list[tuple[ast.AST, str]]:
                 out.append((node, 'operator'))
             elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
                 out.append((node, 'comparison'))
+            elif id(node) in flushes:
+                continue
             elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
                 out.append((node, 'constant'))
             elif isinstance(node, ast.If | ast.IfExp):

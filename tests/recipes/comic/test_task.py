@@ -13,7 +13,7 @@ from mmjax.errors import UserError
 from mmjax.evals import collapse
 from mmjax.losses import contrastive
 from mmjax.losses.term import Term
-from mmjax.recipes.comic.scores import PageScores, within_and_across
+from mmjax.recipes.comic.scores import PageScores, modality_scores, within_and_across
 from tests import runs
 
 
@@ -154,6 +154,22 @@ def test_dropout_is_off_in_evaluation(built, variables):
     for name in ('vision', 'text', 'fused', 'predicted'):
         np.testing.assert_allclose(plain[name], evaluated[0][name], rtol=1e-5, atol=1e-5)
         assert np.abs(plain[name] - trained[name]).max() > 1e-3, name
+
+
+def test_only_training_leaves_out_panels_beyond_the_packed_capacity(built, variables, monkeypatch):
+    monkeypatch.setattr(built.task, 'panels_per_page', (1.0, 0.0))
+    batch = batch_of(built)
+    count = int(batch['panels'].sum())
+    capacity = 8
+    assert count > capacity
+    left = {}
+    for key in (jax.random.key(0), None):
+        outputs, _ = outputs_of(built, variables, built.stages[1], key, batch)
+        terms = built.task.terms(variables, outputs, batch, built.stages[1])
+        left[key is None] = int(terms['panels_left_out'])
+        present = np.abs(np.asarray(outputs['fused'])).sum(-1) > 0
+        assert present.sum() == count - left[key is None]
+    assert left == {False: count - capacity, True: 0}
 
 
 FROZEN = [
@@ -312,7 +328,7 @@ def trained_scores(cache, workdir, steps, learning_rate, **changes):
         weights, _ = train.weights_from(built, str(workdir))
         predictor = evaluate.Predictor(built.task, weights, built.mesh)
         weighing = evaluate.Weights.of(built.stages[-1], 0, built.final_weights)
-        pages = {'train': PageScores(built.task.dataset('train'), 8)}
+        pages = {'train': PageScores(built.task.dataset('train'), 8, built.task.fuse)}
         scores = evaluate.run(pages, predictor, built.task, weighing, final=False)
     return scores['train'].metrics
 
@@ -399,3 +415,85 @@ def test_a_dict_assigned_over_a_section_merges_with_its_defaults():
     resolved = config_lib.resolve(config)
     assert resolved.best.metric == 'val/loss' and resolved.best.mode == 'min'
     assert resolved.model.heads.features == 8 and resolved.model.heads.dropout == 0.1
+
+
+def brute_force(alone, has, fuse):
+    """The modality scores of `modality_scores`, one panel at a time, in float64."""
+    cosine = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    places = [tuple(p) for p in np.argwhere(has.all(-1))]
+    page = np.array([p for p, _ in places])
+    one = lambda x, *which: fuse(x[None], np.isin(np.arange(3), which)[None])[0]
+    full = [one(alone[place], 0, 1, 2) for place in places]
+    largest = np.bincount(page).max()
+    out = {'swap': [], 'text': [], 'by_page': [], 'hits': [], 'text_only': []}
+    for i, place in enumerate(places):
+        swapped = alone[place].copy()
+        swapped[1] = alone[places[(i + largest) % len(places)]][1]
+        twin = one(swapped, 0, 1, 2)
+        text = alone[place][1]
+        out['swap'].append(cosine(full[i], twin))
+        out['text'].append(cosine(text, full[i]) > cosine(text, twin))
+        mates = [
+            full[j] / np.linalg.norm(full[j]) for j in np.flatnonzero(page == page[i]) if j != i
+        ]
+        if mates:
+            out['by_page'].append(cosine(sum(mates), full[i]) > cosine(sum(mates), twin))
+            for name, rows in (('hits', full), ('text_only', [alone[p][1] for p in places])):
+                others = [j for j in range(len(places)) if j != i]
+                best = max(others, key=lambda j: cosine(rows[i], rows[j]))
+                out[name].append(page[best] == page[i])
+    return {name: np.mean(values) for name, values in out.items()}
+
+
+def test_modality_scores_are_those_of_brute_force():
+    rng = np.random.default_rng(1)
+    has = np.ones((9, 4, 3), bool)
+    has[np.arange(4) >= rng.integers(2, 5, 9)[:, None]] = False
+    has[2, 1, 1] = False  # a silent panel
+    shared = rng.normal(size=(9, 1, 3, 8))
+    alone = (shared + rng.normal(size=(9, 4, 3, 8))) * has[..., None]
+    weights = np.array([0.5, 0.3, 0.2])
+    fuse = lambda x, present: np.einsum('rmd,rm->rd', x, present * weights)
+    scores = modality_scores(fuse, alone, has)
+    expected = brute_force(alone, has, fuse)
+    assert scores['swap_cosine_text'] == pytest.approx(expected['swap'])
+    assert scores['twin_text'] == pytest.approx(expected['text'])
+    assert scores['twin_text_by_page'] == pytest.approx(expected['by_page'])
+    assert scores['page_r1'] == pytest.approx(expected['hits'])
+    assert scores['page_r1_only_text'] == pytest.approx(expected['text_only'])
+    assert scores['modality_verdict'] == 'every modality counts'
+    deaf = lambda x, present: np.einsum('rmd,rm->rd', x, present * [0.5, 1e-3, 0.2])
+    scores = modality_scores(deaf, alone, has)
+    assert scores['modality_verdict'] == 'ignores_text'
+    assert scores['swap_cosine_text'] > 0.99 > scores['swap_cosine_vision']
+    has[..., 2] = False  # pages without places are scored by the two other modalities
+    scores = modality_scores(fuse, alone * has[..., None], has)
+    assert 'twin_composition' not in scores and 'page_map_without_text' not in scores
+    assert modality_scores(fuse, alone, np.zeros_like(has)) == {
+        'modality_verdict': 'too few panels with every modality'
+    }
+
+
+def test_the_unimodal_loss_is_that_of_numpy(built, variables):
+    batch = batch_of(built)
+    outputs, _ = outputs_of(built, variables, built.stages[1], None, batch)
+    terms = built.task.terms(variables, outputs, batch, built.stages[1])
+    x = {name: np.asarray(value, np.float64) for name, value in outputs.items()}
+    unit = lambda v: v / np.linalg.norm(v, axis=-1, keepdims=True)
+    log_softmax = lambda z: z - np.log(np.exp(z).sum(1, keepdims=True))
+    present = batch['modality'] & batch['panels'][..., None]
+    present &= present.sum(-1, keepdims=True) > 1
+    losses = []
+    for index in range(3):
+        rows = present[..., index]
+        logits = unit(x['alone'][rows][:, index]) @ unit(x['fused'][rows]).T / 0.07
+        losses += [*(-np.diag(log_softmax(logits)) - np.diag(log_softmax(logits.T))) / 2]
+    np.testing.assert_allclose(terms['unimodal'].mean(), np.mean(losses), rtol=1e-4)
+    assert int(terms['unimodal'].count) == len(losses)
+    rows = present.all(-1)
+    alone = jnp.asarray(outputs['alone'])[rows]
+    fused = built.task.fuse(variables, alone, jnp.ones(alone.shape[:2], bool))
+    np.testing.assert_allclose(fused, outputs['fused'][rows], rtol=1e-5, atol=1e-5)
+    text_alone = jnp.asarray([[False, True, False]]).repeat(len(alone), 0)
+    text = built.task.fuse(variables, alone, text_alone)
+    np.testing.assert_allclose(unit(np.asarray(text)), unit(np.asarray(alone[:, 1])), atol=1e-5)

@@ -183,6 +183,21 @@ def draw_page(seed: int, split: str, index: int, *, scale: float = 1.0):
     return picture, page_type, description
 
 
+def story(
+    seed: int, split: str, index: int, panels: int
+) -> tuple[drawing.Scene, list[drawing.Happening]]:
+    """Returns what `draw_page` draws on a narrative page: its scene, and each panel's happening.
+
+    Args:
+      seed, split, index: as of `draw_page`.
+      panels: of that page.
+    """
+    rng = _streams(seed, split, index, 'story boxes words ink')['story']
+    pick(rng, _PAGE_TYPES)
+    scene = _scene(rng)
+    return scene, _happenings(rng, _cast(rng), panels)
+
+
 def page(seed: int, split: str, index: int, *, scale: float = 1.0) -> dict:
     """Returns one page as a record of the on-disk format; arguments as of `draw_page`.
 

@@ -1,5 +1,7 @@
 """Says in words what is drawn in a comic panel: a small grammar, several words for most things."""
 
+import re
+
 from mmjax.data.drawing import pick
 from mmjax.recipes.comic.synthetic.drawing import Happening, Scene
 from mmjax.recipes.comic.synthetic.figures import SPECIES, Character
@@ -51,7 +53,7 @@ _ITEM = {
     'mug': ('mug', 'cup'),
     'drum': ('drum',),
 }
-_PLACE = {
+PLACE = {
     'beach': ('on the beach', 'by the sea'),
     'forest': ('in the forest', 'among the trees'),
     'city': ('in the city', 'downtown'),
@@ -111,10 +113,20 @@ def tell(rng, scene: Scene, seen: Happening) -> str:
         who=_name(rng, seen.who),
     )
     if rng.random() < 0.25:
-        where = (pick(rng, _PLACE[scene.place]), pick(rng, _TIME[scene.time]))
+        where = (pick(rng, PLACE[scene.place]), pick(rng, _TIME[scene.time]))
         where = (*where, _WEATHER[scene.weather]) if scene.place not in ('room', 'moon') else where
         text = f'{" ".join(filter(None, where))}: {text}'
     if seen.companion is not None and rng.random() < 0.5:
         text = f'{text} {_name(rng, seen.companion)} is watching.'
     sentences = text.replace('! ', '!|').replace('? ', '?|').replace('. ', '.|').split('|')
     return ' '.join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+
+
+def kind(text: str) -> str:
+    """Returns how a text of `tell` says what is seen: 'speech', 'narration' or 'sound'."""
+    for name, forms in (('speech', _SPEECH), ('narration', _NARRATION)):
+        for form in forms:
+            parts = re.split(r'{\w+}', form.lower())
+            if re.search('.+'.join(map(re.escape, parts)), text.lower()):
+                return name
+    return 'sound'
