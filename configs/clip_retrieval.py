@@ -67,26 +67,38 @@ def get_config(argument: str = ''):
         epochs = 1.0
     if 'published' in words:
         config.batch_size = 32
-        config.precision = 'bfloat16'
+        if version != 'v1':
+            config.sampler.k = 2
         config.data.update(image_size=224, vocabulary=49408, noun='clothing item')
-        config.data.augmentation.update(min_area=0.8, ratio=1.1)
+        config.data.augmentation.update(
+            min_area=1.0,
+            ratio=1.0,
+            mirror=0.0,
+            brightness=0.0,
+            contrast=0.0,
+            saturation=0.0,
+            tint=0.0,
+        )
         config.model.features = 1024 if vision == 'rn50' else 512
         config.model.vit.update(patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)
         config.model.rn50.update(stage_sizes=(3, 4, 6, 3), width=64, heads=32, pooling='attention')
         config.model.text.update(width=512, depth=12, heads=8, mlp_width=2048)
         config.optimizer.learning_rate = 5e-5
         v3_rate = 1e-4
-        config.losses.temperature = 0.05 if version == 'v4' else 0.07
+        config.losses.temperature = 0.05 if version == 'v4' and vision == 'vit' else 0.07
         config.evaluate.every_epochs = 1.0
         epochs = {'v1': 10.0, 'v2': 20.0, 'v3': 20.0, 'v4': 50.0}[version]
-        if version == 'v4':
-            config.early_stop.update(metric='val/final_loss', patience=10)
+        config.best.update(metric='val/final_loss', mode='min')
+        patience = 10 if version == 'v4' else 3
+        config.early_stop.update(metric='val/final_loss', patience=patience)
 
     fixed = dict(temperature=0.0)  # learning rates: the temperature stays
     config.stages = ('tune',)
     config.stage.tune = dict(epochs=epochs, learning_rates=fixed)
     if version == 'v3':
         config.stage.tune.optimizer = dict(learning_rate=v3_rate)
+        if not words & {'smoke', 'staged'}:
+            config.continues = 'RUN_OF_V2'
     if version == 'v4':
         config.optimizer.update(schedule='cosine', span='run', warmup_fraction=0.1)
     if 'smoke' in words or 'staged' in words:

@@ -59,13 +59,14 @@ def get_config(argument: str = ''):
 
     if 'published' in words:
         config.batch_size = 32
-        config.data.update(max_source=512, max_comment=128, max_binary=512)
+        config.data.update(max_source=512, max_comment=64, max_binary=512)
+        config.evaluate.every_steps = 500
         for side in ('anchor', 'binary'):
             config.model[side].update(
                 width=768, depth=12, heads=12, mlp_width=3072, dropout=0.1, position_offset=2
             )
         config.model.pooling = 'first'
-        config.losses.update(softness=1.0, normalize=False)
+        config.losses.update(temperature=0.1, softness=1.0, normalize=False)
         config.optimizer.update(b2=0.999, warmup_steps=500, span='run')
         config.stages = ('naive', 'linear', 'nonlinear')
         del config.stage.anchor, config.stage.near, config.stage.naive.optimizer

@@ -38,8 +38,7 @@ def get_config(argument: str = ''):
 
     if 'published' in words:
         config.batch_size = 16  # questions
-        config.precision = 'bfloat16'
-        config.data.update(image_size=448, built_in_side=448)
+        config.data.update(image_size=448, built_in_side=448, built_in_most=5)
         config.model.update(shuffle=2, thaw_blocks=4, remat=True)
         config.model.vision.update(
             patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096, stem='patch'
@@ -47,9 +46,9 @@ def get_config(argument: str = ''):
         config.model.language.update(
             width=896, depth=24, heads=14, kv_heads=2, mlp_width=4864, theta=1e6, tied=False
         )
-        config.optimizer.learning_rate = 2e-5
+        config.optimizer.update(learning_rate=2e-5, warmup_steps=500)
         config.evaluate.every_epochs = 0.5  # more often in a stage than the patience
-        config.early_stop.update(metric='val/final_loss', patience=5, min_delta=0.01)
+        config.early_stop.update(metric='val/final_loss', patience=5, min_delta=0.01, scope='run')
         config.stages = ('heads', 'top', 'all')
         for name in config.stages:
             config.stage[name].epochs = 5.0

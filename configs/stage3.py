@@ -46,18 +46,24 @@ def get_config(argument: str = ''):
         config.checkpoint.every_steps = 5
         config.log.every_steps = 1
     if 'published' in words:
-        config.batch_size = 64
-        config.precision = 'bfloat16'
+        config.batch_size = 4
+        config.sampler = dict(name='shuffle')
         config.loss_weights.update(alignment=0.3, unimodal=0.0)
         config.data.update(image_size=224, max_tokens=128, vocabulary=30522, buckets=(16,))
         config.model.visual_backbone = 'both'
         config.model.siglip.update(patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)
         config.model.resnet.update(
-            stage_sizes=(3, 4, 6, 3), width=64, bottleneck=True, stem_kernel=7, stem_pool=True
+            stage_sizes=(3, 4, 6, 3),
+            width=64,
+            bottleneck=True,
+            stem_kernel=7,
+            stem_stride=2,
+            stem_pool=True,
         )
         config.model.bert.update(width=384, depth=6, heads=12, mlp_width=1536, max_length=512)
         config.model.heads.resnet_hidden = 1024
-        config.optimizer.learning_rate = 1e-4
+        config.optimizer.update(learning_rate=1e-4, warmup_steps=0, end=0.01)
+        config.evaluate.every_epochs = 1.0
         config.stages = ('pages',)
         config.stage.pages = dict(epochs=9.0, learning_rates=dict(vision=0.0, text=0.0))
     return config.lock()

@@ -25,6 +25,7 @@ from mmjax.errors import UserError
 from mmjax.sections import field
 
 SCHEDULES = ('constant', 'linear', 'cosine', 'cosine_restarts', 'one_cycle', 'step')
+PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # other names of them
 OPTIMIZERS = ('adamw', 'lion', 'sgd', 'adafactor', 'muon')
 
 
@@ -107,10 +108,13 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStop(Best):
-    """Leaves a stage when `metric` has not improved in `patience` evaluations."""
+    """Leaves a stage, or ends the run, when `metric` has not improved in some evaluations."""
 
     metric: str = field('', "'<evaluator>/<metric>'; '' never stops")
     patience: int = field(0, 'evaluations without improvement', least=0)
+    scope: str = field(
+        'stage', 'what ends; run: patience goes on from stage to stage', choices=('stage', 'run')
+    )
 
     def check(self, where: str) -> None:
         if self.metric and self.patience < 1:
@@ -217,6 +221,7 @@ class Config:
     rules: tuple[tuple[str, str], ...] = field((), "(group, regex) pairs before the recipe's own")
     loss_weights: Mapping[str, object] = field({}, 'term → number or dict(start=, end=)')
     sampler: Mapping[str, object] = field({'name': 'shuffle'}, 'name and options of the sampler')
+    continues: str = field('', 'what --init_from must name, for a run that goes on; empty: nothing')
     stages: tuple[str, ...] = field((), 'names of the stages, in order')
     stage: Mapping[str, StageConfig] = field({}, 'name → what the stage does')
     optimizer: Optimizer = Optimizer()
@@ -342,6 +347,9 @@ def resolve(config: Mapping, cls: type[Config] | None = None) -> Config:
     """Checks a config as a whole and returns it as the typed config of its recipe."""
     if cls is None:
         cls = config_class(str(config.get('task') or ''))
+    precision = config.get('precision')
+    if isinstance(precision, str):
+        config = {**config, 'precision': PRECISIONS.get(precision, precision)}
     resolved = sections.parse(cls, config)
     if not resolved.stages:
         raise UserError('stages is empty: name at least one stage')

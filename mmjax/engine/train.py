@@ -38,6 +38,7 @@ class Progress:
     stop_best: float | None = None  # of the early-stopping metric in this stage
     stop_wait: int = 0  # evaluations since it improved
     done: bool = False  # the stage is over, by length or early
+    over: bool = False  # the run is, early
     evaluate_due: bool = False  # the evaluation at this step is not done
     skipped: int = 0  # updates that were not finite
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # of this epoch
@@ -130,6 +131,8 @@ class Trainer:
                 if self.max_steps is not None and int(state['step']) >= self.max_steps:
                     raise StepLimit
                 state = self._stage(state, stage)
+            if self.progress.over:
+                break
         self.checkpoints.wait()
         return state
 
@@ -142,8 +145,9 @@ class Trainer:
         shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
         state = jax.jit(make, out_shardings=shardings)(state)
         after = set(state['moments'])
-        self.progress.stop_best = None
-        self.progress.stop_wait = 0
+        if stage.early_stop.scope == 'stage':
+            self.progress.stop_best = None
+            self.progress.stop_wait = 0
         self.progress.done = False
         self.progress.sums = {}
         previous = self.run.stages[stage.index - 1].optimizer.name
@@ -361,8 +365,10 @@ class Trainer:
                 progress.stop_wait += 1
             if progress.stop_wait >= stage.early_stop.patience and not progress.done:
                 progress.done = True
+                progress.over = stage.early_stop.scope == 'run'
+                what = 'the run' if progress.over else f'stage {stage.name}'
                 self.log.message(
-                    f'stage {stage.name} stops early: {stage.early_stop.metric} has not improved '
+                    f'{what} stops early: {stage.early_stop.metric} has not improved '
                     f'on {progress.stop_best} in {progress.stop_wait} evaluations'
                 )
         self._reset_clock()
@@ -418,7 +424,7 @@ class Trainer:
             which = 'best'
         elif self.progress.best:
             self.log.message('the best checkpoint is gone: the last weights are scored instead')
-        stage = self.run.stages[-1]
+        stage = self.run.stages[int(state['stage'])]
         scores = self.scores(variables, stage, stage.steps, final=True)
         number = int(state['step'])
         skipped = dict(self.run.data.skipped)

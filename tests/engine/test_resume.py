@@ -11,10 +11,11 @@ import pytest
 from etils import epath
 
 from mmjax.engine import build, logs, train
+from mmjax.engine import config as config_lib
 from mmjax.engine.checkpoint import Checkpoints
 from mmjax.errors import UserError
 from tests.kills import digest, finish, kill_at_random_moments, newest, start
-from tests.runs import lines, run, toy
+from tests.runs import command, lines, run, toy
 
 
 @pytest.fixture(scope='module')
@@ -147,6 +148,38 @@ def test_early_stopping_moves_on_to_the_next_stage_and_keeps_the_best(tmp_path):
     assert steps['head'] == list(range(1, 7)) and steps['all'] == list(range(7, 13))
     assert results['best']['metric'] == 'val/mse' and results['weights'] == 'best'
     assert results['final']['val']['mse'] == pytest.approx(results['best']['value'], rel=1e-5)
+
+
+def test_early_stopping_may_end_the_run(tmp_path):
+    """Patience goes on from stage to stage; a run that is over stays over."""
+    stop = dict(metric='val/mse', mode='min', patience=3, min_delta=10.0, scope='run')
+    config = toy('Thaw', evaluate__every_steps=2, early_stop=stop)
+    config.stages = ('head', 'all', 'more')
+    config.stage = dict(head=dict(steps=4), all=dict(steps=20), more=dict(steps=4))
+    results = run(config, tmp_path)
+    # Evaluations at 2 and 4, then at 6 and 8: three after the first do not beat it.
+    assert [(l['step'], l['stage']) for l in lines(tmp_path)][-1] == (8, 'all')
+    assert list(results['stages']) == ['head', 'all']
+    before = len(lines(tmp_path))
+    again = run(config, tmp_path)
+    assert again['final'] == results['final'] and len(lines(tmp_path)) == before
+
+
+def test_a_config_that_continues_a_run_needs_one(tmp_path):
+    result = command('--config=clip_retrieval:v3', f'--workdir={tmp_path / "run"}')
+    assert result.returncode == 1
+    assert 'this config continues another run: give --init_from=RUN_OF_V2' in result.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('name', 'meaning'),
+    [('no', 'float32'), ('fp16', 'float16'), ('bf16', 'bfloat16'), ('bfloat16', 'bfloat16')],
+)
+def test_precision_has_the_names_of_the_originals(name, meaning):
+    config = toy('Thaw')
+    config_lib.override(config, [('precision', name)])
+    assert config_lib.resolve(config).precision == meaning
 
 
 def test_init_from_takes_weights_and_starts_anew(tmp_path):

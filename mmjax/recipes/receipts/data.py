@@ -42,6 +42,7 @@ def prepare_receipts(
     seed: int = 0,
     synthetic_sizes: Mapping[str, int] | None = None,
     synthetic_side: int = 112,
+    synthetic_most: int = 3,
     max_pixels: int = images.MAX_PIXELS,
     **options: Unpack[prepare.Options],
 ) -> PreparedReceipts:
@@ -51,8 +52,8 @@ def prepare_receipts(
 
     Args:
       root: folder in the format of `receipts_folder`; None draws the built-in images.
-      seed, synthetic_sizes, synthetic_side: of the built-in images: split → how many, and their
-        side in pixels.
+      seed, synthetic_sizes, synthetic_side, synthetic_most: of the built-in images: split → how
+        many, their side in pixels, and the most receipts in one.
       options: of `prepare.prepare`.
 
     Raises:
@@ -64,8 +65,9 @@ def prepare_receipts(
         sizes = pictures.catalogue(synthetic_sizes or {}, splits)
         kind = 'synthetic'
         code = prepare.source_digest(*GENERATOR)
-        settings = [seed, sorted(sizes.items()), synthetic_side, code]
-        records = functools.partial(pictures.records, seed=seed, sizes=sizes, side=synthetic_side)
+        settings = [seed, sorted(sizes.items()), synthetic_side, synthetic_most, code]
+        drawn = {'sizes': sizes, 'side': synthetic_side, 'most': synthetic_most}
+        records = functools.partial(pictures.records, seed=seed, **drawn)
     else:
         folder = receipts_folder.open_folder(root, splits)
         kind = 'folder'

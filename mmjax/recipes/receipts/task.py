@@ -254,6 +254,7 @@ def _splits(config: Config, assets: epath.Path | None):
         seed=spec.seed,
         synthetic_sizes=dataclasses.asdict(spec.built_in),
         synthetic_side=spec.built_in_side,
+        synthetic_most=spec.built_in_most,
         max_fault_share=spec.max_fault_share,
         max_pixels=spec.max_pixels,
         wait=jax.process_index() > 0,

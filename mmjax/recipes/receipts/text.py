@@ -50,6 +50,8 @@ TEMPLATES = {
             'I see one.',
             'Two receipts here.',
             'There are three.',
+            'I see four.',
+            'Five of them here.',
         ),
         (
             'How many receipts are in this picture?',
@@ -58,6 +60,8 @@ TEMPLATES = {
             'Just one receipt.',
             'I see two.',
             'Three of them.',
+            'Four receipts.',
+            'There are five.',
         ),
         (
             'Count the receipts.',
@@ -66,6 +70,8 @@ TEMPLATES = {
             'One receipt only.',
             'I count two.',
             'Three in all.',
+            'Four altogether.',
+            'I count five.',
         ),
         (
             'What is the number of receipts?',
@@ -74,6 +80,8 @@ TEMPLATES = {
             'Just one.',
             'Exactly two receipts.',
             'There are three here.',
+            'It is four.',
+            'Exactly five.',
         ),
         (
             'How many receipts does the photo show?',
@@ -82,6 +90,8 @@ TEMPLATES = {
             'A single one.',
             'Two of them.',
             'Three receipts here.',
+            'Four lie there.',
+            'Five receipts.',
         ),
     ),
     'exist': (
@@ -154,7 +164,7 @@ def pair(kind: str, wording: int, it: str, value: int | str) -> tuple[str, str]:
       kind: one of TEMPLATES.
       wording: from 0 to 9.
       it: how the question calls the receipt, such as 'the left receipt'.
-      value: what is true: a number for count (0 to 3), exist (0, 1), items (0 to 10) and total,
+      value: what is true: a number for count (0 to 5), exist (0, 1), items (0 to 10) and total,
         else words.
     """
     asked, answers = TEMPLATES[kind][wording // 2][wording % 2], TEMPLATES[kind][wording // 2][2:]

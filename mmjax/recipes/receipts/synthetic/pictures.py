@@ -1,11 +1,11 @@
 """Built-in pictures of receipts with true questions and answers: pure functions of numbers.
 
-A picture is a function of (seed, split, index): a table with no to three receipts and enough of
-other things that their number says nothing. Of a receipt are drawn its store (a colour and a sign:
-'Red Star'), two to five goods with prices, the total in dollars, how it was paid, and a date too
-small to be asked for. Its values are the number of goods and the total, its layout is where the
-sign and the total stand. Store, values and layout together belong to one split: what val and test
-show has been in train in every pair of the three, and never together.
+A picture is a function of (seed, split, index): a table with no to three (or five) receipts and
+enough of other things that their number says nothing. Of a receipt are drawn its store (a colour
+and a sign: 'Red Star'), two to five goods with prices, the total in dollars, how it was paid, and
+a date too small to be asked for. Its values are the number of goods and the total, its layout is
+where the sign and the total stand. Store, values and layout together belong to one split: what val
+and test show has been in train in every pair of the three, and never together.
 
 Each picture has three questions. One counts; of some pictures another does, in other words, and as
 often whatever the count is. The rest ask of a receipt or whether there is one. Words come from a
@@ -33,10 +33,10 @@ from mmjax.recipes.receipts.synthetic.drawing import LAYOUTS, PAYMENTS, SIGNS, T
 SPLITS = {'train': (0, 1, 2, 3), 'val': (4,), 'test': (5,)}  # split → sixths of the combinations
 UNITS = 112  # to a side of a picture
 _CHUNK = 128  # pictures that a process draws at a time
-MOST = 3  # receipts in a picture
 ITEMS, TOTALS = range(2, 6), range(2, 10)
 DETAILS = ('store', 'items', 'total', 'payment')
-_CHANCES = (0.28, 0.32, 0.22, 0.18)  # of 0 to 3 receipts
+# Most receipts in a picture → probabilities of 0, 1, … receipts.
+COUNTS = {3: (0.28, 0.32, 0.22, 0.18), 5: (0.2, 0.2, 0.15, 0.15, 0.15, 0.15)}
 _AGAIN = 0.3  # of the pictures are counted twice: counts must not tell how often they are asked for
 _EXIST = 0.75  # of the other pictures with a receipt to be named are asked whether there is one
 _APART = 13.0  # units between the left (right) receipt and the next, to be called so
@@ -95,14 +95,19 @@ def _receipt(rng: np.random.Generator, split: str) -> Receipt:
     return dataclasses.replace(what, layout=LAYOUTS[place])
 
 
-def scene(seed: int, split: str, index: int) -> list[Placed]:
-    """Draws what a picture shows, receipts last; two never lie in the same sixth of the table."""
+def scene(seed: int, split: str, index: int, most: int = 3) -> list[Placed]:
+    """Draws what a picture shows, receipts last; two never lie in the same sixth of the table.
+
+    Args:
+      seed, split, index: as of `picture`.
+      most: receipts in a picture, a key of COUNTS.
+    """
     if seed < 0 or index < 0:
         raise ValueError(f'seed and index must not be negative, got {seed} and {index}')
     if split not in SPLITS:
         raise ValueError(f'no split {split!r}: {", ".join(SPLITS)}')
     rng = _stream('scene', seed, split, index)
-    count = int(np.searchsorted(np.cumsum(_CHANCES)[:-1], rng.random(), side='right'))
+    count = int(np.searchsorted(np.cumsum(COUNTS[most])[:-1], rng.random(), side='right'))
     # Papers in all do not tell how many of them are receipts.
     others = int(rng.integers(max(0, 2 - count), 7 - count))
     kinds = [pick(rng, THINGS) for _ in range(others)]
@@ -129,14 +134,14 @@ def receipts(placed: Sequence[Placed]) -> list[Placed]:
     return sorted((p for p in placed if isinstance(p.what, Receipt)), key=lambda p: p.x)
 
 
-def questions(seed: int, split: str, index: int) -> list[dict]:
-    """Asks three questions of a picture.
+def questions(seed: int, split: str, index: int, most: int = 3) -> list[dict]:
+    """Asks three questions of a picture; arguments as of `scene`.
 
     Returns:
       [{'question', 'answer', 'kind': of TEMPLATES, 'template': from 1}], the first of kind count.
     """
     rng = _stream('words', seed, split, index)
-    shown = receipts(scene(seed, split, index))
+    shown = receipts(scene(seed, split, index, most))
     subjects = []
     if len(shown) == 1:
         subjects = [('the receipt', shown[0].what)]
@@ -167,7 +172,7 @@ def questions(seed: int, split: str, index: int) -> list[dict]:
     return asked
 
 
-def picture(seed: int, split: str, index: int, *, side: int = 112) -> bytes:
+def picture(seed: int, split: str, index: int, *, side: int = 112, most: int = 3) -> bytes:
     """Draws a picture.
 
     Args:
@@ -175,11 +180,13 @@ def picture(seed: int, split: str, index: int, *, side: int = 112) -> bytes:
       split: one of SPLITS.
       index: of the picture, not negative.
       side: width and height in pixels; print can be read from about 300 on.
+      most: as of `scene`.
 
     Returns:
       A JPEG file of `side` × `side` pixels.
     """
-    placed, rng = scene(seed, split, index), _stream('draw', seed, split, index)
+    placed = scene(seed, split, index, most)
+    rng = _stream('draw', seed, split, index)
     scale = 2 * side / UNITS  # drawn at twice the size, against jagged edges
     canvas = drawing.table(rng, side).resize((2 * side, 2 * side), Image.Resampling.BILINEAR)
     for one in placed:
@@ -203,15 +210,15 @@ def picture(seed: int, split: str, index: int, *, side: int = 112) -> bytes:
 
 
 def records(
-    split: str, report: FaultReport, *, seed: int, sizes: Mapping[str, int], side: int
+    split: str, report: FaultReport, *, seed: int, sizes: Mapping[str, int], side: int, most: int
 ) -> Iterator[dict]:
     """Yields the records of a split, a row per question; the first of an image holds it."""
     size = sizes[split]
     report.rows = 3 * size
-    draw = functools.partial(picture, seed, split, side=side)
+    draw = functools.partial(picture, seed, split, side=side, most=most)
     for number, image in enumerate(processes.ordered(draw, range(size), chunk=_CHUNK)):
-        count = len(receipts(scene(seed, split, number)))
-        for pair, entry in enumerate(questions(seed, split, number)):
+        count = len(receipts(scene(seed, split, number, most)))
+        for pair, entry in enumerate(questions(seed, split, number, most)):
             record = {'question': entry['question'], 'answer': entry['answer']}
             record |= {'count': count, 'pair': pair, 'line': number, 'picture': number}
             record['image_path'] = f'{split}_{number:05d}.jpg'
