@@ -61,7 +61,7 @@ def get_config(argument: str = ''):
             stem_pool=True,
         )
         config.model.bert.update(width=384, depth=6, heads=12, mlp_width=1536, max_length=512)
-        config.model.heads.resnet_hidden = 1024
+        config.model.heads.update(resnet_hidden=1024, fusion_projection=False)
         config.optimizer.update(learning_rate=1e-4, warmup_steps=0, end=0.01)
         config.evaluate.every_epochs = 1.0
         config.stages = ('pages',)

@@ -111,9 +111,14 @@ class AdaptiveFusion(nn.Module):
     x are the layer-normed modalities, 0 where absent; g = softmax of a gate that sees them all
     and the mask, absent ones at −1e4; ρ is learnt and starts at 0.1. A row that has no modality
     gives zeros.
+
+    With `projection`, its width, each modality goes through a linear layer before its norm. The
+    alignment loss makes a panel's image and text equal, so that what only one of them tells has
+    no place in their common space; the layers lead out of it.
     """
 
     hidden: int = 512
+    projection: int | None = None
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -121,6 +126,11 @@ class AdaptiveFusion(nn.Module):
         self.vision_norm = norm()
         self.text_norm = norm()
         self.composition_norm = norm()
+        if self.projection:
+            projection = lambda: Dense(self.projection, dtype=self.dtype)
+            self.vision_projection = projection()
+            self.text_projection = projection()
+            self.composition_projection = projection()
         self.gate_hidden = Dense(self.hidden, dtype=self.dtype)
         # From zeros all modalities weigh the same at first: a random gate soon shuts all but the
         # one that learns fastest, and those it shuts get no gradient.
@@ -138,6 +148,9 @@ class AdaptiveFusion(nn.Module):
 
         Each has the direction of the fused embedding of a panel with this modality alone.
         """
+        if self.projection:
+            layers = (self.vision_projection, self.text_projection, self.composition_projection)
+            modalities = tuple(layer(x) for layer, x in zip(layers, modalities, strict=True))
         norms = (self.vision_norm, self.text_norm, self.composition_norm)
         normed = [norm(x) for norm, x in zip(norms, modalities, strict=True)]
         return jnp.where(present[..., None], jnp.stack(normed, -2), 0)
@@ -189,6 +202,7 @@ class ComicModel(nn.Module):
     resnet_hidden: int = 1024
     composition_hidden: int = 256
     gate_hidden: int = 512
+    fusion_projection: bool = False
     reconstruction_hidden: int = 1024
     visual_fusion: str = 'attention'
     dropout: float = 0.1
@@ -209,7 +223,9 @@ class ComicModel(nn.Module):
         self.composition = CompositionEncoder(
             self.composition_hidden, self.features, self.dropout, self.dtype
         )
-        self.fusion = AdaptiveFusion(self.gate_hidden, self.dtype)
+        self.fusion = AdaptiveFusion(
+            self.gate_hidden, self.features if self.fusion_projection else None, self.dtype
+        )
         self.reconstruction = ReconstructionHead(
             self.reconstruction_hidden, self.dropout, self.dtype
         )
