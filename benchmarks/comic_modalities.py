@@ -10,6 +10,7 @@ both tell (the action). Writes benchmarks/results/comic_modalities.json.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -21,43 +22,78 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from mmjax.engine import build, config, evaluate, train
 from mmjax.evals import gallery, probe, retrieval
+from mmjax.recipes.comic.data import MODALITIES
 from mmjax.recipes.comic.scores import PageScores
 from mmjax.recipes.comic.synthetic import pages, words
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN_PAGES = 600
+ATTRIBUTES = ('how it is said', 'action', 'place', 'item colour')
 
 
-def embeddings(built, predictor, weights, split: str, limit: int):
-    """Returns ({name: [n, D]} of panels with every modality, their page [n], their attributes)."""
+@dataclasses.dataclass(frozen=True)
+class Panels:
+    """The panels of a split that have every modality.
+
+    embeddings: name → [n, D]; page: [n]; labels: attribute → [n]; probed: attribute → bool [n],
+    False where the text tells what only the image should.
+    """
+
+    embeddings: dict[str, np.ndarray]
+    page: np.ndarray
+    labels: dict[str, np.ndarray]
+    probed: dict[str, np.ndarray]
+
+
+def collect(built, predictor, weights, split: str, limit: int | None = None) -> Panels:
+    """Embeds the first pages of a split, and recalls what was drawn and said in their panels."""
     data = built.task.dataset(split)
-    data = data.subset(np.arange(min(limit, len(data)))) if hasattr(data, 'subset') else data
-    scores = PageScores(data, built.task.batch_size, built.task.fuse)
-    results = evaluate.losses(predictor, built.task, scores, weights)
-    has = results.batch['modality'].astype(bool) & results.batch['panels'][..., None].astype(bool)
-    complete = has.all(-1)
-    page, panel = np.nonzero(complete)
-    out = {name: results.outputs[name][complete] for name in ('fused', 'vision', 'text')}
-    alone = results.outputs['alone'][complete]
-    out |= {
-        f'{name} alone': alone[:, index] for index, name in enumerate(('vision', 'text', 'place'))
-    }
-    labels = {'how it is said': [], 'action': [], 'place': [], 'item colour': []}
-    told = {'place': [], 'item colour': []}
-    for row, at in zip(page, panel, strict=True):
-        record = data.record(int(results.batch['row'][row]))
+    data = data.subset(np.arange(min(limit or len(data), len(data))))
+    evaluator = PageScores(data, built.task.batch_size, built.task.fuse)
+    results = evaluate.losses(predictor, built.task, evaluator, weights)
+    panels = results.batch['panels'].astype(bool)
+    complete = panels & results.batch['modality'].astype(bool).all(-1)
+    outputs = {name: x[complete] for name, x in results.outputs.items() if x.ndim > 2}
+    embeddings = {name: outputs[name] for name in ('fused', 'vision', 'text')}
+    embeddings |= {f'{m} alone': outputs['alone'][:, i] for i, m in enumerate(MODALITIES)}
+    rows = []
+    for page, panel in zip(*np.nonzero(complete), strict=True):
+        record = data.record(int(results.batch['row'][page]))
         *_, name, number = record['canonical_id'].split('__')
-        scene, happenings = pages.story(
-            built.config.data.seed, name, int(number), len(record['boxes'])
+        seed = built.config.data.seed
+        scene, happenings = pages.story(seed, name, int(number), len(record['boxes']))
+        seen = happenings[panel]
+        text = record['texts'][panel].lower()
+        place = any(form in text for form in words.PLACE[scene.place])
+        labels = (words.kind(text), seen.action, scene.place, seen.item_colour)
+        rows.append((*labels, True, True, not place, seen.item_colour not in text))
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    return Panels(
+        embeddings,
+        np.nonzero(complete)[0],
+        dict(zip(ATTRIBUTES, columns[:4], strict=True)),
+        dict(zip(ATTRIBUTES, columns[4:], strict=True)),
+    )
+
+
+def probes(train: Panels, val: Panels) -> dict[str, dict[str, float]]:
+    """Returns attribute → accuracy of a linear probe on each embedding; of the commonest value."""
+    out = {}
+    for name in ATTRIBUTES:
+        values, numbers = np.unique(
+            np.concatenate([train.labels[name], val.labels[name]]), return_inverse=True
         )
-        seen, text = happenings[at], record['texts'][at].lower()
-        labels['how it is said'].append(words.kind(text))
-        labels['action'].append(seen.action)
-        labels['place'].append(scene.place)
-        labels['item colour'].append(seen.item_colour)
-        told['item colour'].append(seen.item_colour in text)
-        told['place'].append(any(form in text for form in words.PLACE[scene.place]))
-    return out, page, {k: np.array(v) for k, v in labels.items()}, told
+        fitted, scored = np.split(numbers, [len(train.page)])
+        a, b = train.probed[name], val.probed[name]
+        accuracy = lambda of: (
+            probe.linear_probe(
+                train.embeddings[of][a], fitted[a], val.embeddings[of][b], scored[b], decay=10.0
+            ).accuracy
+        )
+        out[name] = {of: round(accuracy(of), 3) for of in ('fused', 'vision', 'text')}
+        counts = np.bincount(scored[b], minlength=len(values))
+        out[name]['commonest'] = round(float(counts.max() / counts.sum()), 3)
+    return out
 
 
 def measure(folder: pathlib.Path) -> dict:
@@ -67,50 +103,25 @@ def measure(folder: pathlib.Path) -> dict:
         variables, _ = train.weights_from(built, str(folder))
         predictor = evaluate.Predictor(built.task, variables, built.mesh)
         weights = evaluate.Weights.of(built.stages[-1], 0, built.final_weights)
-        fitted, _, known, told_in_training = embeddings(
-            built, predictor, weights, 'train', TRAIN_PAGES
-        )
-        x, page, labels, told = embeddings(built, predictor, weights, 'val', 10**9)
-    rows = np.arange(len(page))
-    rank = lambda name: gallery.rank(
-        x[name], x[name], page, page, query_rows=rows, gallery_rows=rows
-    )
-    ap = {name: rank(name) for name in x}
-    single = {name: scores.map for name, scores in ap.items() if name != 'fused'}
-    best = max(single, key=single.__getitem__)
-    gain = ap['fused'].ap - ap[best].ap
-    error = retrieval.bootstrap_by_group(gain, page[ap['fused'].scored])
-    probes = {}
-    for name in labels:
-        train_rows = ~np.array(told_in_training.get(name, np.zeros(len(fitted['fused']), bool)))
-        rows = ~np.array(told.get(name, np.zeros(len(page), bool)))
-        probes[name] = {
-            of: round(
-                probe.linear_probe(
-                    fitted[of][train_rows],
-                    np.unique(np.append(known[name], labels[name]), return_inverse=True)[1][
-                        : len(known[name])
-                    ][train_rows],
-                    x[of][rows],
-                    np.unique(np.append(known[name], labels[name]), return_inverse=True)[1][
-                        len(known[name]) :
-                    ][rows],
-                    decay=10.0,
-                ).accuracy,
-                3,
-            )
-            for of in ('fused', 'vision', 'text')
-        }
-        counts = np.unique(labels[name][rows], return_counts=True)[1]
-        probes[name]['majority'] = round(float(counts.max() / counts.sum()), 3)
+        fitted = collect(built, predictor, weights, 'train', TRAIN_PAGES)
+        val = collect(built, predictor, weights, 'val')
+    rows = np.arange(len(val.page))
+    ranked = {
+        name: gallery.rank(x, x, val.page, val.page, query_rows=rows, gallery_rows=rows)
+        for name, x in val.embeddings.items()
+    }
+    best = max((name for name in ranked if name != 'fused'), key=lambda name: ranked[name].map)
+    gain = ranked['fused'].ap - ranked[best].ap
     final = json.loads((folder / 'results.json').read_text())['final']['val']
     return {
         'seed': built.config.seed,
-        'page_map': {name: round(scores.map, 4) for name, scores in ap.items()},
+        'page_map': {name: round(scores.map, 4) for name, scores in ranked.items()},
         'best_single': best,
         'gain': round(float(gain.mean()), 4),
-        'gain_standard_error': round(error, 4),
-        'probes': probes,
+        'gain_standard_error': round(
+            retrieval.bootstrap_by_group(gain, val.page[ranked['fused'].scored]), 4
+        ),
+        'probes': probes(fitted, val),
         'scores': {k: round(v, 4) if isinstance(v, float) else v for k, v in final.items()},
     }
 
