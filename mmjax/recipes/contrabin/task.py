@@ -254,10 +254,7 @@ class ContraBinTask(Task):
         if not self.compiled:
             return ''
         folder, table = self.compiled
-        output.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.iterdir()):
-            if not path.name.startswith('.'):  # left by a preparation that was killed
-                shutil.copy(path, output / path.name)
+        shutil.copytree(folder, output, dirs_exist_ok=True)
         return f'{table}\n\nwritten: {output}'
 
 
@@ -312,11 +309,10 @@ def open_splits(
     available = code.SPLITS
     if spec.c_files:
         from mmjax.recipes.contrabin.c_projects import prepare as c_projects
-        from mmjax.recipes.contrabin.c_projects.compiled import compile_once
 
         options = {'seed': spec.seed, 'wait': wait, **dataclasses.asdict(spec.compile)}
         progress = progress_lines('compiling', 'files')
-        root, report = compile_once(spec.c_files, cache, progress=progress, **options)
+        root, report = c_projects.compile_once(spec.c_files, cache, progress=progress, **options)
         compiled = root, c_projects.table(report)
         available = report['rows']
         for name in ('train', 'val'):

@@ -5,7 +5,6 @@ import subprocess
 
 import pytest
 
-from mmjax.errors import UserError
 from mmjax.recipes.contrabin.c_projects import canonical, parse
 
 pytest.importorskip('tree_sitter_c')
@@ -191,8 +190,6 @@ def test_assembly_keeps_names_and_classes_on_demand():
     for name, kind in (('%rdi', '%r64'), ('%r9d', '%r32'), ('%rax', '%r64')):
         expected = expected.replace(name, kind)
     assert text == expected
-    with pytest.raises(UserError, match="registers is 'all'"):
-        canonical.canonical_assembly(lines, 'f', registers='all')
 
 
 MODULE = """

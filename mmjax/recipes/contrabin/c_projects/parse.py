@@ -5,7 +5,6 @@ object file shows which of them was compiled.
 """
 
 import dataclasses
-import functools
 import hashlib
 import re
 from collections import Counter
@@ -119,21 +118,14 @@ def clean_comment(text: str) -> str:
     return ' '.join(' '.join(lines).split())
 
 
-@functools.cache
-def _language() -> Any:
+def _parser() -> Any:
+    """Returns a parser of one call: a parser is not for several threads."""
     try:
         import tree_sitter
         import tree_sitter_c
     except ImportError as error:
         raise UserError(f"reading C needs {error.name}: pip install 'mmjax[code]'") from error
-    return tree_sitter.Language(tree_sitter_c.language())
-
-
-def _parser() -> Any:
-    language = _language()
-    import tree_sitter
-
-    return tree_sitter.Parser(language)  # one a call: a parser is not for several threads
+    return tree_sitter.Parser(tree_sitter.Language(tree_sitter_c.language()))
 
 
 def _function(text: bytes, siblings: list[Any], position: int) -> CFunction | None:
