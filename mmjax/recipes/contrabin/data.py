@@ -44,10 +44,8 @@ def prepare_code(
       options: of `prepare.prepare`.
 
     Raises:
-      UserError: a split without a file, too many faults of rows, or other `registers`.
+      UserError: a split without a file, or too many faults of rows.
     """
-    if registers not in ('keep', 'class'):
-        raise UserError(f"data.compile.registers '{registers}' is not keep or class")
     if root is None:
         from mmjax.recipes.contrabin.synthetic import catalogue
 
@@ -187,8 +185,6 @@ class CodeFunctions(prepare.PreparedDataset):
           `<text>` int32 [length] and `<text>_mask` bool [length] for each text of TEXTS;
           has_comment bool; identity and comment_id int32, equal if those of the index are.
         """
-        if not self._tokenizers:
-            raise ValueError('CodeFunctions has no tokenizers yet: see with_tokens')
         record = self.record(row)
         example = {}
         for text in TEXTS:

@@ -99,11 +99,11 @@ class ContraBinTask(Task):
 
     def pretrained(self, variables):
         params = dict(variables['params'])
-        folders = {side: folder for side, folder in self.pretrained_folders.items() if folder}
-        for side, folder in folders.items():
-            loaded, _ = bert_weights.load(folder)
-            params[side] = files.graft(params[side], loaded, folder)
-        return {**variables, 'params': params} if folders else variables
+        for side, folder in self.pretrained_folders.items():
+            if folder:
+                loaded, _ = bert_weights.load(folder)
+                params[side] = files.graft(params[side], loaded, folder)
+        return {**variables, 'params': params}
 
     def forward(self, variables, batch, stage, *, train, key):
         losses = set(stage.losses)
@@ -222,14 +222,14 @@ class ContraBinTask(Task):
         other = 'source' if kind == 'binary' else 'binary'
         embeddings, _ = gather(predict, 'encode', functions, self.batch_size)
         (cosines,), (rows,) = gallery.search(query, embeddings[other], 10)
-        lines = [f'nearest to this {kind}, by {other}, in split {split.split}:']
         nearest = []
-        for rank, (row, cosine) in enumerate(zip(rows, cosines, strict=True), start=1):
-            record = functions.record(int(row))
-            entry = {name: record[name] for name in ('name', 'path', 'comment')}
-            nearest.append({**entry, 'cosine': float(cosine)})
+        lines = [f'nearest to this {kind}, by {other}, in split {split.split}:']
+        for row, cosine in zip(rows.tolist(), cosines.tolist(), strict=True):
+            record = functions.record(row)
+            nearest.append({key: record[key] for key in ('name', 'path', 'comment')})
+            nearest[-1]['cosine'] = cosine
             comment = ' '.join(record['comment'].split())
-            lines.append(f'{rank:2d}  {cosine:.3f}  {record["name"]}  {comment:.70}')
+            lines.append(f'{len(nearest):2d}  {cosine:.3f}  {record["name"]}  {comment:.70}')
         write_prediction(output, 'nearest', {'query': inputs, 'nearest': nearest})
         return '\n'.join(lines)
 

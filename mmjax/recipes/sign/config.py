@@ -44,6 +44,10 @@ class Data(config.Data):
     augmentation: Augmentation = Augmentation(noise=0.03, feature_dropout=0.0, time_masks=0)
     built_in: BuiltIn = BuiltIn()
 
+    def check(self, where: str) -> None:
+        if self.buckets == ():
+            raise UserError(f'{where}.buckets=() names no length in frames')
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:

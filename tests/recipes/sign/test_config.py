@@ -90,6 +90,7 @@ WRONG = [
     (dict(data__missing='nan'), "data.missing='nan' is not one of 'zero', 'none'"),
     (dict(data__buckets=0), 'data.buckets=0 is not an integer at least 1'),
     (dict(data__buckets=(32, 0)), r'data.buckets=\(32, 0\) is not .* integers at least 1'),
+    (dict(data__buckets=()), r'data.buckets=\(\) names no length'),
     (dict(data__streams=('hands', 0, 4)), r'data.streams=\(.*\) is not a mapping from names'),
     (dict(data__streams=dict(hands=(4,))), r'data.streams.hands=\(4,\) is not a tuple of 2'),
     (dict(data__streams=dict(hands=(-1, 4))), r'data.streams.hands=\(-1, 4\) is not .* least 0'),
