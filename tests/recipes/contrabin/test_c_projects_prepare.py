@@ -89,8 +89,7 @@ def test_every_reason_is_counted(made):
     output, report, _ = made
     assert report == json.loads((output / 'report.json').read_text())
     assert report['files'] == {
-        'link_inside': 2,
-        'link_outside': 1,
+        'link': 2,
         'no_file': 1,
         'too_large': 1,
         'found': 9,

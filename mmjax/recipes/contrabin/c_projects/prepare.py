@@ -150,25 +150,25 @@ def prepare(
         flag that is not there, or no row at all.
     """
     root = tables.data_root(root).resolve()
-    projects = build.find_projects(root)
+    files, headers, skipped = build.find_projects(root)
     found = build.find_compiler(compiler)
     options = (build.check_flags(flags), time_limit, root)
     builders = {
-        project: build.Builder(found, root / project, tuple(headers), *options)
-        for project, headers in projects.headers.items()
+        project: build.Builder(found, root / project, folders, *options)
+        for project, folders in headers.items()
     }
     note = ''
-    if split_by == 'project' and len(projects.files) < 3:
+    if split_by == 'project' and len(files) < 3:
         split_by = 'file'
-        note = f'split by file: {len(projects.files)} projects make no three splits'
-    parts = _assign(projects.files, root, split_by, val, test, seed)
+        note = f'split by file: {len(files)} projects make no three splits'
+    parts = _assign(files, root, split_by, val, test, seed)
     form = functools.partial(canonical.canonical_assembly, registers=registers)
     if found.kind == 'clang':
         form = canonical.canonical_llvm
     write = functools.partial(form, symbols=symbols)
     bounds = (min_instructions, max_instructions)
     make = lambda job: _make(job[1], root, builders[job[0]], levels, bounds, write)
-    counts = Counter({('files', reason): n for reason, n in projects.skipped.items()})
+    counts = Counter({('files', reason): n for reason, n in skipped.items()})
     examples: dict[str, list[str]] = {}
     seen: set[bytes] = set()
     pool = futures.ThreadPoolExecutor(workers)  # threads: they wait for compilers
