@@ -264,7 +264,7 @@ def _make(
         text = file.read_bytes()
         build.check_text(text, name)
         counts['files', 'not_utf8'] += text.decode(errors='ignore').encode() != text
-        defined = functions(text, name)
+        defined = functions(text)
         times = Counter(function.comment for function in defined if not function.fault)
         for function in defined:
             reason = function.fault or _comment_problem(function, times)
