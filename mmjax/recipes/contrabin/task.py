@@ -65,13 +65,10 @@ class ContraBinTask(Task):
         pack = config.model.pack and jax.device_count() == 1
         rows = config.batch_size // config.accumulation
         self.packed_lengths = self.splits['train'].packed_lengths(rows) if pack else {}
-        self.pretrained_folders = dataclasses.asdict(config.model.pretrained)
         self.model = build(config, {text: t.size for text, t in self.tokenizers.items()})
-        self.losses = config.losses
+        self.config = config
         final = stages.final_weights(config)
         self.weights = {name: weight for name, weight in final.items() if name in PRIMARY}
-        self.batch_size = config.batch_size
-        self.pool = config.evaluate_pool
 
     def dataset(self, split):
         return self.splits[split]
@@ -99,7 +96,7 @@ class ContraBinTask(Task):
 
     def pretrained(self, variables):
         params = dict(variables['params'])
-        for side, folder in self.pretrained_folders.items():
+        for side, folder in dataclasses.asdict(self.config.model.pretrained).items():
             if folder:
                 loaded, _ = bert_weights.load(folder)
                 params[side] = files.graft(params[side], loaded, folder)
@@ -151,11 +148,12 @@ class ContraBinTask(Task):
         mask = batch['mask']
         both = mask & batch['has_comment']
         comment_id = batch['comment_id']
-        options = {'temperature': self.losses.temperature, 'chunk': self.losses.chunk}
+        losses = self.config.losses
+        options = {'temperature': losses.temperature, 'chunk': losses.chunk}
         primary = functools.partial(
             interpolation.primary,
-            softness=self.losses.softness,
-            normalize=self.losses.normalize,
+            softness=losses.softness,
+            normalize=losses.normalize,
             **options,
         )
         # Functions of one comment are no wrong answers to it; of one source there is one per batch.
@@ -188,7 +186,7 @@ class ContraBinTask(Task):
         They have length 1 where the losses normalize.
         """
         x = self._embed(variables, batch, EVALUATION, None, text)
-        if self.losses.normalize:
+        if self.config.losses.normalize:
             x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
         return x
 
@@ -200,9 +198,14 @@ class ContraBinTask(Task):
 
     def evaluators(self):
         train = self.splits['train']
-        normalize = self.losses.normalize
+        options = (
+            self.weights,
+            self.config.batch_size,
+            self.config.evaluate_pool,
+            self.config.losses.normalize,
+        )
         return {
-            name: CodeScores(functions, train, self.weights, self.batch_size, self.pool, normalize)
+            name: CodeScores(functions, train, *options)
             for name, functions in self.splits.items()
             if name != 'train'
         }
@@ -220,7 +223,7 @@ class ContraBinTask(Task):
         split = self.splits.get('test', self.splits['val'])
         functions = split.subset(split.one_each())
         other = 'source' if kind == 'binary' else 'binary'
-        embeddings, _ = gather(predict, 'encode', functions, self.batch_size)
+        embeddings, _ = gather(predict, 'encode', functions, self.config.batch_size)
         (cosines,), (rows,) = gallery.search(query, embeddings[other], 10)
         nearest = []
         lines = [f'nearest to this {kind}, by {other}, in split {split.split}:']
@@ -239,7 +242,7 @@ class ContraBinTask(Task):
         keys = ('opt_level', 'name', 'path', 'label')
         with EmbeddingWriter(output, sum(map(len, self.splits.values()))) as writer:
             for name, split in self.splits.items():
-                outputs, _ = gather(predict, 'encode', split, self.batch_size)
+                outputs, _ = gather(predict, 'encode', split, self.config.batch_size)
                 records = map(split.record, range(len(split)))
                 entries = [{'split': name, **{k: record[k] for k in keys}} for record in records]
                 writer.add(outputs['binary'], entries)
@@ -272,13 +275,12 @@ def _lambda_statistics(means, variances, mask):
 
 def _read_query(inputs: str) -> tuple[str, str]:
     """Returns (which of source, comment and binary, the text) of `--input`."""
-    path = pathlib.Path(inputs)
-    suffix = path.suffix.lower()
+    suffix = pathlib.Path(inputs).suffix.lower()
     kind = SUFFIXES.get(suffix, 'comment')
     text = inputs
     if os.path.isfile(inputs):  # Path.is_file raises where a sentence is too long for a name
         try:
-            text = path.read_text('utf-8', errors='replace')
+            text = pathlib.Path(inputs).read_text('utf-8', errors='replace')
         except OSError as error:
             raise UserError(f'{inputs} cannot be read: {error.strerror}') from error
     elif any(map(str.isspace, inputs)):

@@ -94,10 +94,11 @@ def prepare_sequences(
 
         built_in = {n: (*span, skeleton.COORDINATES) for n, span in skeleton.STREAMS.items()}
         streams = streams or sign_streams.check(built_in, 'sign_skeleton')
-        for name, (_, end, _) in streams.items():
-            if end > skeleton.FEATURES:
-                width = skeleton.FEATURES
-                raise UserError(f'data.streams: {name!r} ends at {end}, the built-in has {width}')
+        last, (_, end, _) = list(streams.items())[-1]
+        if end > skeleton.FEATURES:
+            raise UserError(
+                f'data.streams: {last!r} ends at {end}, the built-in has {skeleton.FEATURES}'
+            )
         sizes = dict(synthetic_sizes or {})
         plan = sentences.catalogue(seed, sizes)
         splits = tuple(plan)

@@ -82,12 +82,11 @@ class Vocabulary:
         """Returns int32 [words]: 1 … len − 1, or UNKNOWN_ID; never the blank."""
         return np.array([self._ids.get(word, UNKNOWN_ID) for word in words], np.int32)
 
-    def decode(self, ids: Iterable[int]) -> tuple[str, ...]:
-        """Reverses `encode`; UNKNOWN_ID becomes '<unknown>', an id beyond raises IndexError."""
-        ids = [int(i) for i in ids]
-        if beyond := [i for i in ids if not UNKNOWN_ID <= i < len(self)]:
-            raise IndexError(f'id {beyond[0]} in a vocabulary of {len(self)} words')
-        return tuple(UNKNOWN if i == UNKNOWN_ID else self.words[i] for i in ids)
+    def decode(self, ids: np.typing.ArrayLike) -> tuple[str, ...]:
+        """Reverses `encode`; UNKNOWN_ID becomes '<unknown>'."""
+        return tuple(
+            UNKNOWN if i == UNKNOWN_ID else self.words[i] for i in np.asarray(ids).tolist()
+        )
 
 
 @dataclasses.dataclass(frozen=True)
