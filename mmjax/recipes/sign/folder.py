@@ -233,12 +233,11 @@ def _read_table(path: pathlib.Path) -> tuple[list[Row], list[tuple[int, str]]]:
 
 def _width(root: pathlib.Path, rows: dict[str, list[Row]]) -> tuple[int, str]:
     """Returns F of the first file that can be read, and that file's name."""
-    fault = None
-    for split, sentences in rows.items():
-        for row in sentences[:100]:
-            path = _features(root, split, row)
-            try:
-                return read_features(path).shape[1], '/'.join(path.parts[-3:])
-            except RecordError as error:
-                fault = fault or error
-    raise UserError(f'{root}: of the first hundred files of a split none can be read: {fault}')
+    files = [_features(root, split, row) for split in rows for row in rows[split][:100]]
+    faults = []
+    for path in files:
+        try:
+            return read_features(path).shape[1], '/'.join(path.parts[-3:])
+        except RecordError as error:
+            faults.append(error)
+    raise UserError(f'{root}: of the first hundred files of a split none can be read: {faults[0]}')

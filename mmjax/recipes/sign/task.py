@@ -19,7 +19,7 @@ from mmjax.losses import ctc, distillation
 from mmjax.losses.term import Term
 from mmjax.recipes.sign import folder
 from mmjax.recipes.sign.augment import Normalization
-from mmjax.recipes.sign.config import LOSSES, TEACHER_LOSSES, Config, Network
+from mmjax.recipes.sign.config import TEACHER_LOSSES, Config, Network
 from mmjax.recipes.sign.data import SignSequences, prepare_sequences
 from mmjax.recipes.sign.model import PARTS, Sign, Stream, temporal_squares
 from mmjax.recipes.sign.scores import SignScores
@@ -27,7 +27,7 @@ from mmjax.recipes.sign.scores import SignScores
 VOCABULARY = 'vocabulary.txt'
 NORMALIZATION = 'normalization.npz'
 # The losses that need the logits of each model.
-NEEDED_BY = {'student': {*LOSSES} - {'teacher_ctc'}, 'teacher': {*TEACHER_LOSSES}}
+NEEDED_BY = {'student': {'ctc', 'distillation', 'smoothing'}, 'teacher': {*TEACHER_LOSSES}}
 
 
 class SignTask(Task):
@@ -216,10 +216,7 @@ class SignTask(Task):
 
     def predict(self, predict, inputs, output, question=None):
         """Reads the glosses of one `.npz` (key `features`, [T, F]) with their times."""
-        path = pathlib.Path(inputs)
-        if not path.is_file():
-            raise UserError(f'{inputs} does not exist')
-        features = folder.read_features(path, self.normalization.width)
+        features = folder.read_features(pathlib.Path(inputs), self.normalization.width)
         one = self.splits['train'].with_features(features)
         ((log_probs, batch),) = predict('log_probs', one, 1)
         greedy = decoding.greedy(log_probs, batch['frames'])
@@ -234,8 +231,9 @@ class SignTask(Task):
         ]
         beams = decoding.beam_search(log_probs, batch['frames'], **self.beam_options)
         best = self.vocabulary.decode(np.asarray(beams.ids[0, 0])[: int(beams.lengths[0, 0])])
-        content = {'input': inputs, 'glosses': glosses, 'beam': list(best)}
-        write_prediction(output, 'glosses', content)
+        write_prediction(
+            output, 'glosses', {'input': inputs, 'glosses': glosses, 'beam': list(best)}
+        )
         lines = [f'{g["start"]:7.2f} s – {g["end"]:6.2f} s  {g["gloss"]}' for g in glosses]
         return '\n'.join([*lines, f'beam search: {" ".join(best)}'])
 
@@ -281,8 +279,7 @@ def _splits(config: Config, assets: epath.Path | None):
         )
         for name in prepared.splits
     }
-    train = splits['train']
-    train.skipped['infeasible'] = train.counts['unalignable_rows']
+    splits['train'].skipped['infeasible'] = splits['train'].counts['unalignable_rows']
     return splits, vocabulary, normalization
 
 

@@ -88,12 +88,12 @@ def functions(text: bytes) -> list[CFunction]:
 
 def content_key(source: str, name: str) -> bytes:
     """Returns a hash of a function without comments, white space and its own name."""
-    tokens = []
-    for match in _TOKEN.finditer(source.encode()):
-        if match.lastgroup == 'word' and match[0] == name.encode():
-            tokens.append(b'self')
-        elif match.lastgroup not in ('comment', 'blank'):
-            tokens.append(match[0])
+    own = name.encode()
+    tokens = [
+        b'self' if match.lastgroup == 'word' and match[0] == own else match[0]
+        for match in _TOKEN.finditer(source.encode())
+        if match.lastgroup not in ('comment', 'blank')
+    ]
     return hashlib.sha256(b' '.join(tokens)).digest()
 
 
