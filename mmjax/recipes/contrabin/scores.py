@@ -40,7 +40,7 @@ class CodeScores(Evaluator):
       normalize: whether embeddings are used with length 1.
     """
 
-    methods = ('embed_binary', 'interpolation_weights')
+    methods = ('embed_binary',)
 
     def __init__(
         self,
@@ -88,11 +88,9 @@ class CodeScores(Evaluator):
         figures = {}
         if final:
             labels = [self.dataset.record(row)['label'] for row in range(rows)]
-            weights, _ = gather(predict, self.methods[1], self.dataset, self.batch_size)
             figures = {
                 'similarity': similarity(outputs, self.pools[0], has),
                 'projection': projection(outputs, has, labels),
-                'interpolation': histogram(weights, has),
             }
         return Scores(metrics, figures)
 
@@ -233,16 +231,4 @@ def projection(outputs: Mapping[str, np.ndarray], has: np.ndarray, labels: Seque
             right.scatter(*points['binary'][rows].T, s=6, color=[colour], label=label)
     if known:
         right.legend(fontsize=6, loc='upper left', bbox_to_anchor=(1, 1))
-    return figure
-
-
-def histogram(weights: Mapping[str, np.ndarray], has: np.ndarray) -> Figure:
-    """Draws how often λ, float [functions] by kind of interpolation, has which value."""
-    figure = Figure(figsize=(6, 3), layout='constrained')
-    figure.set_label('Weight of the source in the interpolation with its comment, by function.')
-    axis = figure.subplots()
-    for kind, values in weights.items():
-        axis.hist(values[has], bins=np.linspace(0, 1, 51), alpha=0.6, label=kind)
-    axis.set(xlabel='λ', ylabel='functions')
-    axis.legend()
     return figure

@@ -26,7 +26,7 @@ from mmjax.pretrained import bert as bert_weights
 from mmjax.pretrained import files
 from mmjax.recipes.contrabin import data as code
 from mmjax.recipes.contrabin.config import Config
-from mmjax.recipes.contrabin.model import ENCODERS, KINDS, TOWERS, build
+from mmjax.recipes.contrabin.model import ENCODERS, TOWERS, build
 from mmjax.recipes.contrabin.scores import CodeScores
 
 PRIMARY = ('source_binary', 'comment_binary')  # losses that every stage of the curriculum has
@@ -189,12 +189,6 @@ class ContraBinTask(Task):
         if self.config.losses.normalize:
             x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
         return x
-
-    def interpolation_weights(self, variables, batch):
-        """Returns λ of each row in both interpolations, mean of its coordinates: float [batch]."""
-        pair = [self._embed(variables, batch, EVALUATION, None, t) for t in ('source', 'comment')]
-        apply = lambda kind: self._apply(variables, None, 'interpolated', *pair, kind, False)
-        return {kind: apply(kind)[1].mean(-1) for kind in KINDS}
 
     def evaluators(self):
         train = self.splits['train']
@@ -368,8 +362,8 @@ def choose_tokenizers(
     make = functools.partial(tokenizers.train_tokenizer, lower_case=False)
     if 'anchor' not in chosen:
         rows = train.one_each()
-        rows = rows[code.sample(len(rows), TOKENIZER_ROWS, spec.seed)]
-        pairs = ((text, train.record(row)) for row in rows for text in ('source', 'comment'))
+        drawn = rows[code.sample(len(rows), TOKENIZER_ROWS, spec.seed)]
+        pairs = ((text, train.record(row)) for row in drawn for text in ('source', 'comment'))
         texts = (code.as_read(text, record[text]) for text, record in pairs)
         chosen['anchor'] = make(texts, spec.vocabulary)
     if 'binary' not in chosen:
