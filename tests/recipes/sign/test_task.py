@@ -23,7 +23,6 @@ from mmjax.errors import UserError
 from mmjax.models.layers import MaskedBatchNorm
 from mmjax.models.mobilenet1d import PUBLISHED
 from mmjax.recipes.sign import task as sign
-from mmjax.recipes.sign.config import LOSSES
 from mmjax.recipes.sign.model import EVALUATION, PARTS, Sign
 from mmjax.recipes.sign.scores import SignScores
 from tests import runs
@@ -34,6 +33,7 @@ SENTENCES = {
     'test': ['B', 'A C D'],
 }
 FRAMES = {'train': [12, 9, 3, 30, 14, 11, 8, 28, 26, 31], 'dev': [13, 30, 10], 'test': [9, 24]}
+LOSSES = ('ctc', 'teacher_ctc', 'distillation', 'smoothing')
 INFEASIBLE = {'train': 1, 'dev': 1, 'test': 0}  # 'B B A' needs 4 frames; 'NEW' has no symbol
 
 
