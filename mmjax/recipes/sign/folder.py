@@ -169,6 +169,8 @@ def read_features(path: pathlib.Path, width: int | None = None) -> np.ndarray:
         raise RecordError('missing_features', f'{name} does not exist')
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            if 'features' not in arrays:
+                raise ValueError(f"it has no 'features', but {arrays.files}")
             features = arrays['features']
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds
         raise RecordError('unreadable_features', f'{name} cannot be read: {error}') from error

@@ -69,7 +69,11 @@ def without(name, column):
 @pytest.mark.parametrize(
     ('spoil', 'options', 'message'),
     [
-        (without('train', 'signer|'), (), 'train.corpus.csv: the columns are id|annotation'),
+        (
+            without('train', 'signer|'),
+            (),
+            "train.corpus.csv has no column 'signer' (columns: id, annotation)",
+        ),
         (
             lambda r: np.savez(r / 'features/train/train1.npz', features=np.ones((9, 6), int)),
             (),

@@ -110,7 +110,6 @@ WRONG = [
         dict(stage__train__sampler=dict(name='bucketed', by='length')),
         r'^stage.train.sampler.stretch=1.0 is less',
     ),
-    (dict(loss_weights=dict(ctc=1.0, smothing=1.0)), "loss_weights.smothing.*mean 'smoothing'"),
     (dict(loss_weights=dict(ctc=1.0, distillation=0.5)), '^loss_weights.distillation=0.5 needs'),
     (
         dict(stage__train__loss_weights=dict(teacher_ctc=1.0)),

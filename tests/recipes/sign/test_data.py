@@ -214,7 +214,7 @@ def half_empty(more):
         (
             lambda f: f.write('train', 2, x=np.ones(3)),
             'unreadable_features',
-            'features is not a file',
+            "no 'features', but",
         ),
         (lambda f: f.write('train', 2, features=np.ones((4, F), int)), 'malformed_features', 'int'),
         (
