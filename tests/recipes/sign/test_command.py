@@ -77,7 +77,7 @@ def without(name, column):
         (
             lambda r: np.savez(r / 'features/train/train1.npz', features=np.ones((9, 6), int)),
             (),
-            'features/train/train1.npz: features are int64, not float16, float32',
+            'features/train/train1.npz: features are int64 (9, 6), not float16, float32',
         ),
         (
             lambda r: (r / 'annotations/dev.corpus.csv').write_text('id|signer|annotation'),
