@@ -45,11 +45,12 @@ def check_image(root: pathlib.Path, path: str, max_pixels: int) -> tuple[int, in
 
 
 def csv_rows(
-    path: pathlib.Path, columns: Sequence[str], **dialect: Any
+    path: pathlib.Path, columns: Sequence[str], *, optional: Sequence[str] = (), **dialect: Any
 ) -> Iterator[tuple[int, list[str], str]]:
     """Streams a CSV table; its columns may stand in any order, and others beside them.
 
     Args:
+      optional: those of the columns that may be empty.
       dialect: of `csv.reader`, such as its delimiter.
 
     Yields:
@@ -77,8 +78,9 @@ def csv_rows(
                     problem = f'has {len(fields)} fields, the header {len(header)}'
                 else:
                     values = [fields[position].strip() for position in positions]
-                    if not all(values):
-                        problem = f'has an empty {columns[values.index("")]}'
+                    for column, value in zip(columns, values, strict=True):
+                        if not value and column not in optional:
+                            problem = problem or f'has an empty {column}'
                 yield reader.line_num, values, problem
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} is not a CSV table in UTF-8: {error}') from error

@@ -215,7 +215,7 @@ def _read_table(path: pathlib.Path) -> tuple[list[Row], list[tuple[int, str]]]:
     rows: dict[str, Row] = {}
     malformed = []
     for line, values, problem in tables.csv_rows(
-        path, _COLUMNS, delimiter='|', quoting=csv.QUOTE_NONE
+        path, _COLUMNS, optional=('signer',), delimiter='|', quoting=csv.QUOTE_NONE
     ):
         if problem:
             malformed.append((line, problem))

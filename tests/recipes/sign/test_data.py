@@ -251,6 +251,12 @@ def test_faults_of_rows_are_named_or_left_out_and_counted(folder, tmp_path, spoi
     assert [data.example(row, RNG, False)['length'] for row in range(4)] == [10, 13, 19, 22]
 
 
+def test_a_sentence_may_have_no_signer(folder, tmp_path):
+    rewritten(TRAIN, lambda t: t.replace('signer0', '').replace('signer1', ' '))(folder)
+    data = split_of(folder.prepare(tmp_path / 'cache'))
+    assert len(data) == 5 and [data.record(row)['signer'] for row in range(5)] == [''] * 5
+
+
 def test_values_not_finite_are_counted_missing_and_zero(folder, tmp_path):
     half_empty(0)(folder)
     huge = frames_of('train', 1).astype(np.float64)
