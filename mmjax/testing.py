@@ -120,7 +120,7 @@ def check_forward(run: Run, rows: int = 4) -> None:
     * Terms are finite, and padding rows change none of them.
     """
     task = run.task
-    stage = run.stages[-1].program
+    stage = run.stages[-1].compile_key
     variables = run.init_variables()
     batch = first_batch(run, rows)
     count = len(batch['row'])

@@ -15,7 +15,7 @@ from mmjax.data.dataset import Dataset
 from mmjax.engine import config as config_lib
 from mmjax.engine import evaluate, optim, parallel, stages, step
 from mmjax.engine.checkpoint import run_of
-from mmjax.engine.config import Config, thaw
+from mmjax.engine.config import Config
 from mmjax.engine.stages import Stage
 from mmjax.engine.task import Evaluator, Task, Variables, towers_training
 from mmjax.errors import UserError
@@ -176,10 +176,8 @@ def run(
 
 
 def _sampler(stage: Stage, data: Dataset, config: Config) -> samplers.Sampler:
-    spec = thaw(stage.sampler) or {}
-    assert isinstance(spec, dict)
     return samplers.make(
-        spec,
+        stage.sampler,
         data.index,
         len(data),
         config.batch_size,
@@ -214,14 +212,14 @@ def check(run: Run) -> None:
 
     A wrong loss name and a fault in a method of an evaluator end the run here.
     """
-    for stage in {stage.program: stage for stage in run.stages}.values():
+    for stage in {stage.compile_key: stage for stage in run.stages}.values():
         state = run.abstract_state(stage)
         weights = {name: np.float32(1) for name in stage.losses}
         rates = optim.rates(stage, run.groups.names, 0)
         call = functools.partial(
             step.train_step,
             task=run.task,
-            stage=stage.program,
+            stage=stage.compile_key,
             groups=run.groups,
             settings=run.settings,
         )
@@ -231,5 +229,5 @@ def check(run: Run) -> None:
             if 'loss_weights' in str(error):
                 raise UserError(f'stage.{stage.name}: {error}') from None
             raise
-        weighing = evaluate.Weights.of(stage, 0, run.final_weights)
+        weighing = evaluate.LossWeights.of(stage, 0, run.final_weights)
         evaluate.check(run.evaluators, run.task, weighing, run.abstract)

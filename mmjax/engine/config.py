@@ -468,26 +468,6 @@ def help_text(cls: type[Config]) -> str:
 # Values ---------------------------------------------------------------------------------------
 
 
-def hashable(value: object) -> object:
-    """Turns nested dicts and lists to sorted tuples of pairs and tuples."""
-    if isinstance(value, Mapping):
-        return tuple((key, hashable(value[key])) for key in sorted(value))
-    if isinstance(value, list | tuple):
-        return tuple(hashable(item) for item in value)
-    return value
-
-
-def thaw(value: object) -> object:
-    """Undoes `hashable`: tuples of (name, value) pairs become dicts again."""
-    if isinstance(value, tuple):
-        if value and all(
-            isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in value
-        ):
-            return {key: thaw(item) for key, item in value}
-        return tuple(thaw(item) for item in value)
-    return value
-
-
 def with_defaults(values: Mapping, defaults: Mapping) -> dict:
     """Returns nested `values` with the keys of `defaults` that they lack, in sections they have."""
     out = {**defaults, **values}

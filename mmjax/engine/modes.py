@@ -119,7 +119,7 @@ def _read(built: build.Run, command: Command) -> int:
         )
         if mode == 'evaluate':
             stage = built.stages[-1]
-            weights = evaluate.Weights.of(stage, stage.steps, built.final_weights)
+            weights = evaluate.LossWeights.of(stage, stage.steps, built.final_weights)
             scores = evaluate.run(built.evaluators, predictor, built.task, weights, final=True)
             text = json.dumps({name: s.metrics for name, s in scores.items()}, indent=1)
         elif mode == 'embed':
@@ -242,8 +242,8 @@ def dry_run(built: build.Run) -> str:
             rate = f'{row["rate"]:g}' if row['rate'] else 'frozen'
             lines.append(f'  {row["group"]}: {row["parameters"]:,} parameters, rate {rate}')
         state = built.abstract_state(stage)
-        moments = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state['moments']))
-        lines.append(f'  moments {_mib(moments)}, {_activations(built, stage, state)}')
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state['opt_state']))
+        lines.append(f'  optimizer state {_mib(size)}, {_activations(built, stage, state)}')
     return '\n'.join(lines)
 
 
@@ -251,7 +251,7 @@ def _activations(built: build.Run, stage: Any, state: step.State) -> str:
     call = functools.partial(
         step.train_step,
         task=built.task,
-        stage=stage.program,
+        stage=stage.compile_key,
         groups=built.groups,
         settings=built.settings,
     )

@@ -13,7 +13,6 @@ from mmjax.engine.config import (
     Optimizer,
     Ramp,
     StageConfig,
-    hashable,
 )
 from mmjax.errors import UserError
 
@@ -22,18 +21,19 @@ _Section = TypeVar('_Section')
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a run. Hashable; its position (index, start, steps) takes no part in equality.
+    """One stage of a run. Hashable; its sampler and position (index, start, steps) take no part in
+    equality.
 
-    What is traced gets its `program` in its place.
+    What is traced gets its `compile_key` in its place.
     """
 
     name: str
     learning_rates: tuple[tuple[str, float], ...]  # group → multiple of the base rate; 0 freezes
     loss_weights: tuple[tuple[str, float | Ramp], ...]
     optimizer: Optimizer
-    sampler: object = ()  # `hashable` form of the sampler's options
     options: object = NoOptions()  # of the recipe: an instance of its `StageOptions`
     early_stop: EarlyStop = dataclasses.field(default_factory=EarlyStop)
+    sampler: Mapping[str, object] = dataclasses.field(default_factory=dict, compare=False)
     index: int = dataclasses.field(default=0, compare=False)
     start: int = dataclasses.field(default=0, compare=False)  # planned updates before it
     steps: int = dataclasses.field(default=0, compare=False)
@@ -48,8 +48,8 @@ class Stage:
         return self.rate(group) > 0
 
     @property
-    def program(self) -> 'Stage':
-        """What a compiled step depends on: stages whose programs are equal share one.
+    def compile_key(self) -> 'Stage':
+        """What a compiled step depends on: stages whose keys are equal share one.
 
         It has no name, sampler, position and early stop; rates and weights, which arrive as
         arguments of the step, are 0 or 1.
@@ -125,7 +125,7 @@ def _stage(config: Config, name: str, index: int) -> Stage:
             for term in sorted(weights)
         ),
         optimizer=_merge(config.optimizer, spec.optimizer, f'{where}.optimizer'),
-        sampler=hashable(sampler),
+        sampler=sampler,
         options=sections.parse(config.StageOptions, spec.options, f'{where}.options'),
         early_stop=_merge(config.early_stop, spec.early_stop, f'{where}.early_stop'),
         index=index,

@@ -33,7 +33,7 @@ class Settings:
 def create(variables: Mapping, stage: Stage, groups: optim.Groups, settings: Settings) -> State:
     """Makes the state at the start of a run, in the shape that `stage` gives it.
 
-    {step, stage, stage_step: int32; trainable, frozen, batch_stats: trees; moments; ema: averages
+    {step, stage, stage_step: int32; trainable, frozen, batch_stats, opt_state: trees; ema: averages
     of the trainable tree, {} when off; scale: {value, streak} of float16's loss scale, or {}}.
     """
     trainable, frozen = groups.split(variables['params'], stage)
@@ -46,18 +46,18 @@ def create(variables: Mapping, stage: Stage, groups: optim.Groups, settings: Set
         'trainable': trainable,
         'frozen': frozen,
         'batch_stats': dict(variables.get('batch_stats', {})),
-        'moments': optim.moments(trainable, groups, stage.optimizer),
+        'opt_state': optim.init(trainable, groups, stage.optimizer),
         'ema': jax.tree.map(jnp.copy, trainable) if settings.ema else {},
         'scale': {'value': jnp.float32(2.0**15), 'streak': zero()} if scaled else {},
     }
 
 
-def enter(state: State, stage: Stage, groups: optim.Groups, settings: Settings) -> State:
-    """Re-splits the state for the next stage; moments and averages carry where learning goes on."""
+def enter_stage(state: State, stage: Stage, groups: optim.Groups, settings: Settings) -> State:
+    """Splits the state anew for `stage`; groups that go on learning keep moments and averages."""
     params = optim.join(state['trainable'], state['frozen'])
     trainable, frozen = groups.split(params, stage)
-    fresh = optim.moments(trainable, groups, stage.optimizer)
-    moments, _ = optim.enter(state['moments'], fresh)
+    fresh = optim.init(trainable, groups, stage.optimizer)
+    opt_state, _ = optim.carry(state['opt_state'], fresh)
     ema = {}
     if settings.ema:
         before = optim.flatten(state['ema'])
@@ -70,7 +70,7 @@ def enter(state: State, stage: Stage, groups: optim.Groups, settings: Settings) 
         'stage_step': jnp.zeros((), jnp.int32),
         'trainable': trainable,
         'frozen': frozen,
-        'moments': moments,
+        'opt_state': opt_state,
         'ema': ema,
     }
 
@@ -250,8 +250,8 @@ def train_step(
     before = optim.flatten(state['batch_stats'])
     stats = optim.unflatten({p: before[p] if p in frozen_stats else x for p, x in flat.items()})
     ok = jnp.isfinite(loss) & jnp.isfinite(norm) & _finite(stats)
-    updates, moments = optim.update(
-        grads, state['moments'], state['trainable'], rates, stage.optimizer, groups, norm, ok
+    updates, opt_state = optim.update(
+        grads, state['opt_state'], state['trainable'], rates, stage.optimizer, groups, norm, ok
     )
     keep = lambda new, old: cpu.materialize(jnp.where(ok, new, old))
     trained = optax.apply_updates(state['trainable'], updates)
@@ -261,7 +261,7 @@ def train_step(
         mix = lambda average, weight: settings.ema * average + (1 - settings.ema) * weight
         new['ema'] = jax.tree.map(mix, state['ema'], trained)
     new = jax.tree.map(keep, new, {name: state[name] for name in new})
-    new |= {'trainable': trained, 'moments': moments}
+    new |= {'trainable': trained, 'opt_state': opt_state}
     scale, overflow = _rescale(state['scale'], ok)
     fault = ~ok & ~overflow
     out = {

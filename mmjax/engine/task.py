@@ -153,7 +153,7 @@ class Task(abc.ABC):
         """Maps rows to a pytree of small per-row outputs [batch, …] and new batch statistics.
 
         Args:
-          stage: the `program` of a stage: its options and losses, but no name.
+          stage: the `compile_key` of a stage: its options and losses, but no name.
           train: tower → whether it trains; one that does not runs as in evaluation. Outputs of
             frozen towers that are costly go through `tower_output`.
           key: for dropout; None in evaluation, where `train` is False for all towers.

@@ -120,7 +120,7 @@ class Trainer:
         at = int(state['stage'])
         for stage in self.run.stages[at:]:
             if stage.index > at:
-                state = self._enter(state, stage)
+                state = self._enter_stage(state, stage)
             self._announce(state, stage)
             if self._is_new and stage.index == 0 and self.run.config.evaluate.at_start:
                 self.progress.evaluate_due = True
@@ -133,15 +133,15 @@ class Trainer:
         self.checkpoints.wait()
         return state
 
-    def _enter(self, state: step.State, stage: Stage) -> step.State:
+    def _enter_stage(self, state: step.State, stage: Stage) -> step.State:
         """Re-splits the state for `stage` and says what thawed, froze and was carried."""
-        before = set(state['moments'])
+        before = set(state['opt_state'])
         make = functools.partial(
-            step.enter, stage=stage, groups=self.run.groups, settings=self.run.settings
+            step.enter_stage, stage=stage, groups=self.run.groups, settings=self.run.settings
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
         state = jax.jit(make, out_shardings=shardings)(state)
-        after = set(state['moments'])
+        after = set(state['opt_state'])
         self.progress.stop_best = None
         self.progress.stop_wait = 0
         self.progress.done = False
@@ -168,18 +168,18 @@ class Trainer:
         self.log.message(optim.table(self.run.abstract['params'], self.run.groups, stage))
 
     def _step(self, stage: Stage) -> Any:
-        if stage.program not in self._compiled:
+        if stage.compile_key not in self._compiled:
             shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
             call = functools.partial(
                 step.train_step,
                 task=self.run.task,
-                stage=stage.program,
+                stage=stage.compile_key,
                 groups=self.run.groups,
                 settings=self.run.settings,
             )
             made = jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
-            self._compiled[stage.program] = made
-        return self._compiled[stage.program]
+            self._compiled[stage.compile_key] = made
+        return self._compiled[stage.compile_key]
 
     def _stage(self, state: step.State, stage: Stage) -> step.State:
         run = self.run
@@ -384,7 +384,7 @@ class Trainer:
     def scores(
         self, variables: Variables, stage: Stage, stage_step: int, *, final: bool
     ) -> dict[str, evaluate.Scores]:
-        weights = evaluate.Weights.of(stage, stage_step, self.run.final_weights)
+        weights = evaluate.LossWeights.of(stage, stage_step, self.run.final_weights)
         predictor = self._predictor(variables)
         return evaluate.run(self.run.evaluators, predictor, self.run.task, weights, final=final)
 

@@ -32,7 +32,7 @@ def _state(step: int = 1, frozen: bool = True):
         'trainable': {'head': {'kernel': array(3, 4), 'bias': array(4).astype(jnp.bfloat16)}},
         'frozen': {'tower': {'kernel': array(2, 2)}} if frozen else {},
         'batch_stats': {'norm': {'mean': array(4)}},
-        'moments': {'mu': {'head/kernel': array(3, 4)}, 'nu': {}},
+        'opt_state': {'mu': {'head/kernel': array(3, 4)}, 'nu': {}},
         'ema': {},
         'seen': jnp.asarray([True, False]),
     }

@@ -192,7 +192,7 @@ def test_updates_equal_optax_adamw_with_a_rate_and_decay_a_group():
         ),
     )
     state = oracle.init(theirs)
-    moments = optim.moments(ours, groups(), this.optimizer)
+    moments = optim.init(ours, groups(), this.optimizer)
     for seed in range(5):
         grads = params(seed + 1)
         updates, state = oracle.update(grads, state, theirs)
@@ -242,7 +242,7 @@ def test_every_rule_follows_optax_group_by_group(name):
     )
     ours = theirs = params()
     state = oracle.init(theirs)
-    moments = optim.moments(ours, groups(), this.optimizer)
+    moments = optim.init(ours, groups(), this.optimizer)
     for seed in range(4):
         grads = params(seed + 1)
         updates, state = oracle.update(grads, state, theirs)
@@ -256,21 +256,21 @@ def test_every_rule_follows_optax_group_by_group(name):
 def test_moments_of_every_rule_are_carried_for_groups_that_keep_learning(name):
     first = stage([('tower', 0.0), ('last', 0.0)], name=name)
     trainable, _ = groups().split(params(), first)
-    moments = optim.moments(trainable, groups(), first.optimizer)
+    moments = optim.init(trainable, groups(), first.optimizer)
     grads, _ = groups().split(params(1), first)
     _, moments = update(first, grads, moments, trainable)
-    fresh = optim.moments(params(), groups(), first.optimizer)
-    entered, carried = optim.enter(moments, fresh)
+    fresh = optim.init(params(), groups(), first.optimizer)
+    entered, carried = optim.carry(moments, fresh)
     assert carried == ['head'] and set(entered) == {'tower', 'last', 'head'}
     jax.tree.map(np.testing.assert_array_equal, entered['head'], moments['head'])
     jax.tree.map(np.testing.assert_array_equal, entered['tower'], fresh['tower'])
-    other = optim.moments(params(), groups(), Optimizer(name='sgd' if name != 'sgd' else 'lion'))
-    assert optim.enter(moments, other)[1] == []
+    other = optim.init(params(), groups(), Optimizer(name='sgd' if name != 'sgd' else 'lion'))
+    assert optim.carry(moments, other)[1] == []
 
 
 def test_moments_stay_where_a_step_is_not_ok():
     this = stage([('tower', 0.1), ('last', 0.01)])
-    moments = optim.moments(params(), groups(), this.optimizer)
+    moments = optim.init(params(), groups(), this.optimizer)
     run = jax.jit(lambda grads, moments, ok: update(this, grads, moments, params(), ok)[1])
     first = run(params(1), moments, True)
     head = first['head']
@@ -302,12 +302,12 @@ def test_moments_are_carried_and_a_group_that_enters_starts_at_count_zero():
     first = stage([('tower', 0.0), ('last', 0.0)])
     second = stage([('tower', 1.0), ('last', 0.0)], clip=0.0)
     trainable, _ = groups().split(params(), first)
-    moments = optim.moments(trainable, groups(), first.optimizer)
+    moments = optim.init(trainable, groups(), first.optimizer)
     for seed in range(50):
         grads, _ = groups().split(params(seed), first)
         _, moments = update(first, grads, moments, trainable)
     trainable, _ = groups().split(params(), second)
-    entered, carried = optim.enter(moments, optim.moments(trainable, groups(), second.optimizer))
+    entered, carried = optim.carry(moments, optim.init(trainable, groups(), second.optimizer))
     assert carried == ['head'] and int(entered['head']['count']) == 50
     jax.tree.map(np.testing.assert_array_equal, entered['head'], moments['head'])
     assert int(entered['tower']['count']) == 0 and 'last' not in entered

@@ -87,7 +87,7 @@ else:
 built = build.run(config)
 stage = built.stages[-1]
 call = functools.partial(
-    step.train_step, task=built.task, stage=stage.program, groups=built.groups,
+    step.train_step, task=built.task, stage=stage.compile_key, groups=built.groups,
     settings=built.settings,
 )
 variables = jax.tree.map(np.asarray, built.init_variables())

@@ -138,12 +138,12 @@ def test_rows_come_back_in_order_and_keep_their_key():
 def test_frozen_leaves_are_bit_identical_and_have_no_moments():
     state, call, rates, weights, *_ = setup(stage(towers=0.0))
     before = jax.tree.map(np.asarray, state['frozen'])
-    assert set(state['moments']) == {'head'} == set(state['trainable'])
+    assert set(state['opt_state']) == {'head'} == set(state['trainable'])
     for seed in range(5):
         state, _ = jax.jit(call)(state, batch(seed), rates, weights)
     jax.tree.map(np.testing.assert_array_equal, before, state['frozen'])
     leaves = {'head/image/kernel', 'head/text/kernel'}
-    assert set(optim.flatten(state['moments']['head']['mu'])) == leaves
+    assert set(optim.flatten(state['opt_state']['head']['mu'])) == leaves
 
 
 def flops(this, **settings):
@@ -184,7 +184,7 @@ def test_an_update_that_is_not_finite_is_never_accepted(fault):
         before = jax.tree.map(np.asarray, state)
         state, metrics = jax.jit(call)(state, bad, rates, weights)
         assert not metrics['ok']
-        for name in ('trainable', 'moments'):
+        for name in ('trainable', 'opt_state'):
             jax.tree.map(np.testing.assert_array_equal, before[name], state[name])
     assert int(state['step']) == 3  # the position moves on, the weights do not
 
@@ -240,7 +240,7 @@ def test_entering_a_stage_keeps_weights_and_moments_and_restarts_its_position():
     for seed in range(3):
         state, _ = jax.jit(call)(state, batch(seed), rates, weights)
     second = stage(towers=0.1)
-    entered = step.enter(state, second, groups, settings)
+    entered = step.enter_stage(state, second, groups, settings)
     jax.tree.map(
         np.testing.assert_array_equal,
         step.variables(state)['params'],
@@ -248,10 +248,10 @@ def test_entering_a_stage_keeps_weights_and_moments_and_restarts_its_position():
     )
     assert int(entered['step']) == 3 and int(entered['stage_step']) == 0
     np.testing.assert_array_equal(
-        entered['moments']['head']['nu']['head']['text']['kernel'],
-        state['moments']['head']['nu']['head']['text']['kernel'],
+        entered['opt_state']['head']['nu']['head']['text']['kernel'],
+        state['opt_state']['head']['nu']['head']['text']['kernel'],
     )
-    assert int(entered['moments']['towers']['count']) == 0
+    assert int(entered['opt_state']['towers']['count']) == 0
 
 
 def test_steps_of_one_stage_trace_once():
