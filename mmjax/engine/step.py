@@ -167,9 +167,11 @@ def gradients(
 ) -> tuple[PyTree, jax.Array, dict[str, Term | jax.Array], PyTree]:
     """Returns (gradients of the trainable tree, loss, terms, new batch statistics)."""
     rows = batch['row'].shape[0]
-    first = jax.lax.axis_index(axis_name) * rows if axis_name else 0
+    device = jax.lax.axis_index(axis_name) if axis_name else 0
     position = state['stage'], state['stage_step']
-    dropout, by_row = keys(settings.seed, *position, rows, first)
+    dropout, by_row = keys(settings.seed, *position, rows, device * rows)
+    if axis_name:
+        dropout = jax.random.fold_in(dropout, device)
     batch = {**batch, 'key': by_row}
     scale = state['scale'].get('value', jnp.float32(1.0))
     params = optim.join(state['trainable'], state['frozen'])
@@ -226,8 +228,8 @@ def train_step(
     that the order of examples stays a function of it.
 
     Args:
-      axis_name: the mapped axis under `jax.pmap`, where each device has its rows of the batch;
-        None under `jax.jit`, where arrays are global.
+      axis_name: the mapped axis under `jax.pmap`, where each device has its rows of the batch and
+        its own key for dropout; None under `jax.jit`, where arrays are global.
     """
     grads, loss, terms, stats = gradients(
         task,

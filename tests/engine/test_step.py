@@ -271,3 +271,26 @@ def test_steps_of_one_stage_trace_once():
 def test_a_term_without_active_items_is_zero_with_a_zero_gradient():
     mean = lambda x: Term(x * 0.0, jnp.float32(0)).mean()
     assert float(mean(3.0)) == 0.0 and float(jax.grad(mean)(3.0)) == 0.0
+
+
+class Noisy(Towers):
+    """Puts the draws of dropout into the outputs, and their values by row into a diagnostic."""
+
+    def forward(self, variables, batch, stage, *, train, key):
+        out, stats = super().forward(variables, batch, stage, train=train, key=key)
+        return out | {'dropout': jax.random.normal(key, (len(batch['row']),))}, stats
+
+    def terms(self, variables, outputs, batch, stage):
+        return super().terms(variables, outputs, batch, stage) | {'dropout': outputs['dropout']}
+
+
+def test_each_device_of_a_mapped_step_draws_its_own_dropout():
+    this = stage()
+    state, call, rates, weights, *_ = setup(this, Noisy())
+    local = {name: x.reshape(2, B // 2, *x.shape[1:]) for name, x in batch().items()}
+    mapped = jax.vmap(
+        functools.partial(call, axis_name='devices'), (None, 0, None, None), axis_name='devices'
+    )
+    _, metrics = mapped(state, local, rates, weights)
+    first, second = np.split(np.asarray(metrics['dropout'][0]), 2)  # gathered from both devices
+    assert not set(first) & set(second)
