@@ -26,6 +26,12 @@ from mmjax.sections import field
 
 SCHEDULES = ('constant', 'linear', 'cosine', 'cosine_restarts', 'one_cycle', 'step')
 OPTIMIZERS = ('adamw', 'lion', 'sgd', 'adafactor', 'muon')
+# Keys that not every optimizer uses, and those that do.
+_USED_BY = {
+    'b1': ('adamw', 'lion', 'sgd', 'muon'),
+    'b2': ('adamw', 'lion', 'muon'),
+    'eps': ('adamw', 'muon'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,13 @@ class Optimizer:
             raise UserError(f'{where}: give one of period_steps and period_epochs')
         if self.schedule in ('cosine_restarts', 'step') and not periods:
             raise UserError(f"{where}.schedule '{self.schedule}' needs period_steps or _epochs")
+        for key, names in _USED_BY.items():
+            value = getattr(self, key)
+            if self.name not in names and value != getattr(Optimizer, key):
+                raise UserError(
+                    f"{where}.{key}={value} has no effect with {where}.name='{self.name}': only "
+                    f'{", ".join(names)} use it'
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -211,6 +211,32 @@ def test_norm_is_that_of_all_leaves_together():
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize(('key', 'value'), [('b1', 0.9999), ('b2', 0.5), ('eps', 1e-3)])
+def test_a_key_that_changes_no_update_is_refused(name, key, value):
+    """Updates tell which keys an optimizer uses; of the others only the default is accepted."""
+
+    def updates(**spec):
+        this = stage(name=name, **spec)
+        weights = params()
+        state = optim.init(weights, groups(), this.optimizer)
+        for seed in (1, 2):
+            out, state = update(this, params(seed), state, weights)
+        return jax.tree.leaves(out)
+
+    used = any((a != b).any() for a, b in zip(updates(), updates(**{key: value}), strict=True))
+    spec = Optimizer(name=name, **{key: value})
+    if used:
+        spec.check('optimizer')
+    else:
+        message = (
+            rf"^optimizer\.{key}={value} has no effect with optimizer\.name='{name}': only adam"
+        )
+        with pytest.raises(UserError, match=message):
+            spec.check('optimizer')
+    Optimizer(name=name).check('optimizer')
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
 def test_every_rule_follows_optax_group_by_group(name):
     """With clip and decay off; muon on matrices, Adam elsewhere."""
     this = stage([('tower', 0.5)], name=name, clip=0.0)
