@@ -173,6 +173,7 @@ def describe(built: build.Run, command: Sequence[str]) -> dict[str, Any]:
         f'{jax.process_count()} process(es)',
         'plan': plan,
         'data': {'train': built.fingerprint},
+        'verdicts': built.task.verdicts,
     }
 
 

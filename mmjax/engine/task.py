@@ -112,9 +112,11 @@ class Task(abc.ABC):
     and `key` (a PRNG key per row, from the step and the row's place in the global batch).
 
     Config: the recipe's config class; the constructor gets an instance.
+    verdicts: word among the scores → ('good', 'warn' or 'bad'; a sentence on it), for the report.
     """
 
     Config: ClassVar[type[config.Config]] = config.Config
+    verdicts: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     def __init__(self, config: config.Config, assets: epath.Path | None = None):
         """Opens the data and builds the model; `assets`: a folder with saved assets, if any."""
