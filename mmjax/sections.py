@@ -14,10 +14,11 @@ Mapping[str, X], another such dataclass, and unions of these.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
-import math
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,7 @@ def describe(cls: type, prefix: str = '') -> list[tuple[str, str, str, str]]:
     """Lists the leaves of a section in order of declaration, for --help.
 
     Returns:
-      (dotted key, type with range or choices, default, meaning) of each. `<name>` in a key stands
+      (dotted key, what its value may be, default, meaning) of each. `<name>` in a key stands
       for any name; a required key has the default 'required'.
     """
     return _leaves(cls, prefix, MISSING)
@@ -187,10 +188,8 @@ def _convert(annotation: Any, value: Any, where: str, limits: Mapping[str, Any])
         return _plain(value)
     if _is_union(annotation):
         for arm in typing.get_args(annotation):
-            try:
+            with contextlib.suppress(_Mismatch):
                 return _convert(arm, value, where, limits)
-            except _Mismatch:
-                pass
         raise _Mismatch
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
@@ -208,10 +207,11 @@ def _convert(annotation: Any, value: Any, where: str, limits: Mapping[str, Any])
             return _section(annotation, value, where, MISSING)
     elif origin is Mapping:
         if _is_mapping(value):
-            return {
-                _name(key, where): _entry(arguments[1], one, _join(where, key), limits)
-                for key, one in value.items()
-            }
+            for key in value:
+                if not isinstance(key, str):
+                    raise UserError(f'{where} has the key {key!r}, which is not a string')
+            entry = lambda key: _entry(arguments[1], value[key], _join(where, key), limits)
+            return {key: entry(key) for key in value}
     elif annotation is types.NoneType:
         if value is None:
             return None
@@ -223,23 +223,18 @@ def _convert(annotation: Any, value: Any, where: str, limits: Mapping[str, Any])
 
 
 def _scalar(annotation: Any, value: Any, limits: Mapping[str, Any]) -> Any:
-    is_bool = isinstance(value, bool)
-    number = isinstance(value, numbers.Real) and not is_bool
-    if annotation is int and number and isinstance(value, numbers.Integral):
-        value = int(value)
-    elif annotation is float and number:
-        try:
-            value = float(value)
-        except OverflowError:
-            raise _Mismatch from None
-        if not math.isfinite(value):
-            raise _Mismatch
-    elif annotation not in (str, bool) or not isinstance(value, annotation):
-        raise _Mismatch
     if annotation in (int, float):
+        kind = numbers.Integral if annotation is int else numbers.Real
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise _Mismatch
+        if annotation is float and not abs(value) <= sys.float_info.max:  # NaN too
+            raise _Mismatch
+        value = annotation(value)
         for name, (_, holds) in _BOUNDS.items():
             if name in limits and not holds(value, limits[name]):
                 raise _Mismatch
+    elif not isinstance(value, annotation):
+        raise _Mismatch
     if value not in limits.get('choices', (value,)):
         raise _Mismatch
     return value
@@ -253,17 +248,9 @@ def _entry(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -
         raise _error(annotation, value, where, limits) from None
 
 
-def _name(key: object, where: str) -> str:
-    if not isinstance(key, str):
-        raise UserError(f'{where} has the key {key!r}, which is not a string')
-    return key
-
-
 def _item_types(arguments: tuple, count: int) -> list:
     if arguments[-1:] == (...,):
         return [arguments[0]] * count
-    if arguments == ((),):
-        arguments = ()
     if count != len(arguments):
         raise _Mismatch
     return list(arguments)
@@ -275,40 +262,23 @@ def _from_text(annotation: Any, text: str, where: str) -> Any:
         fixed = lambda arm: arm is types.NoneType or typing.get_origin(arm) is Literal
         arms = sorted(typing.get_args(annotation), key=lambda arm: (arm is str, not fixed(arm)))
         for arm in arms:
-            try:
+            with contextlib.suppress(_Mismatch):
                 return _from_text(arm, text, where)
-            except _Mismatch:
-                pass
         raise _Mismatch
-    origin = typing.get_origin(annotation)
     if annotation is str:
         return text
     if annotation is bool:
-        if text.lower() not in _BOOLEANS:
-            raise _Mismatch
-        return _BOOLEANS[text.lower()]
-    if annotation in (int, float):
-        try:
-            return _scalar(annotation, annotation(text), {})
-        except ValueError:
-            raise _Mismatch from None
-    if annotation is types.NoneType:
-        if text != 'None':
-            raise _Mismatch
-        return None
+        return _convert(bool, _BOOLEANS.get(text.lower()), where, {})
+    origin = typing.get_origin(annotation)
     if origin is Literal:
-        for one in typing.get_args(annotation):
-            if str(one) == text:
-                return one
-        raise _Mismatch
+        words = {str(one): one for one in typing.get_args(annotation)}
+        return _convert(annotation, words.get(text), where, {})
     if origin is tuple:
         return _tuple_from_text(annotation, text.strip(), where)
     value = _literal(text)
     if annotation is object:
         return text if value is MISSING else value
-    if dataclasses.is_dataclass(annotation):
-        if not isinstance(value, dict):
-            raise _Mismatch
+    if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
         return value
     return _convert(annotation, value, where, {})
 
@@ -348,7 +318,7 @@ def _leaves(cls: Any, prefix: str, base: Any) -> list[tuple[str, str, str, str]]
         section = _section_of(annotation)
         if section is not annotation:
             text = 'required' if default is MISSING else repr(_plain(default))
-            kind = _type_text(annotation, one.metadata)
+            kind = _allowed(annotation, one.metadata)
             out.append((key, kind, text, one.metadata.get('help', '')))
         if section:
             out += _leaves(section, key, default)
@@ -356,30 +326,6 @@ def _leaves(cls: Any, prefix: str, base: Any) -> list[tuple[str, str, str, str]]
             section = _section_of(typing.get_args(annotation)[1])
             out += _leaves(section, f'{key}.<name>', MISSING) if section else []
     return out
-
-
-def _type_text(annotation: Any, limits: Mapping[str, Any]) -> str:
-    """Returns a type as --help shows it: `float, at least 0`, `'adamw' | 'lion'`."""
-    return ', '.join(filter(None, [_type_name(annotation, limits), _bounds(limits)]))
-
-
-def _type_name(annotation: Any, limits: Mapping[str, Any]) -> str:
-    origin = typing.get_origin(annotation)
-    arguments = typing.get_args(annotation)
-    if _is_union(annotation):
-        return ' | '.join(_type_name(arm, limits) for arm in arguments)
-    if origin is Literal:
-        return ' | '.join(map(repr, arguments))
-    if origin is tuple:
-        items = ['...' if item is ... else _type_name(item, limits) for item in arguments]
-        return f'tuple[{", ".join(items)}]'
-    if origin is Mapping:
-        return f'Mapping[str, {_type_name(arguments[1], limits)}]'
-    if annotation is types.NoneType:
-        return 'None'
-    if annotation in _WORDS and 'choices' in limits:
-        return ' | '.join(map(repr, limits['choices']))
-    return annotation.__name__
 
 
 def _allowed(annotation: Any, limits: Mapping[str, Any], many: bool = False) -> str:
@@ -410,14 +356,8 @@ def _allowed(annotation: Any, limits: Mapping[str, Any], many: bool = False) -> 
         return f'{words + " out of" if many else "one of"} ' + ', '.join(
             map(repr, limits['choices'])
         )
-    bounds = _bounds(limits) if annotation in (int, float) else ''
-    return f'{words} {bounds}'.strip()
-
-
-def _bounds(limits: Mapping[str, Any]) -> str:
-    return ' and '.join(
-        f'{words} {limits[name]}' for name, (words, _) in _BOUNDS.items() if name in limits
-    )
+    names = [name for name in _BOUNDS if name in limits and annotation in (int, float)]
+    return f'{words} {" and ".join(f"{_BOUNDS[name][0]} {limits[name]}" for name in names)}'.strip()
 
 
 def _error(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -> UserError:
