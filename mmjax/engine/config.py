@@ -6,7 +6,6 @@ ranges, choices and unknown keys are checked there and nowhere else.
 """
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -452,10 +451,9 @@ def _annotation(cls: type, key: str) -> object:
             hints = typing.get_type_hints(annotation)
             known = [f.name for f in dataclasses.fields(annotation)]
             if part not in known:
-                close = difflib.get_close_matches(part, known, 1)
-                hint = f"did you mean '{close[0]}'?" if close else f'known: {", ".join(known)}'
+                hint = sections.did_you_mean(part, known) or f'; known: {", ".join(known)}'
                 full = f'{where}.{part}' if where else part
-                raise UserError(f"the config has no key '{full}'; {hint}")
+                raise UserError(f"the config has no key '{full}'{hint}")
             annotation = hints[part]
         elif typing.get_origin(annotation) is Mapping:
             annotation = typing.get_args(annotation)[1]
@@ -467,11 +465,8 @@ def _annotation(cls: type, key: str) -> object:
 
 def help_text(cls: type[Config]) -> str:
     """Returns a line per key: name, type, default, meaning."""
-    rows = sections.describe(cls)
-    for name, text, default, meaning in sections.describe(StageConfig, 'stage.NAME'):
-        rows.append((name, text, default, meaning))
-    for name, text, default, meaning in sections.describe(cls.StageOptions, 'stage.NAME.options'):
-        rows.append((name, text, default, meaning))
+    rows = sections.describe(cls) + sections.describe(StageConfig, 'stage.NAME')
+    rows += sections.describe(cls.StageOptions, 'stage.NAME.options')
     return '\n'.join(
         f'  --config.{key}={default}\n      {meaning} ({text})'
         for key, text, default, meaning in rows

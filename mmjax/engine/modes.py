@@ -2,7 +2,6 @@
 
 import atexit
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import math
@@ -249,19 +248,11 @@ def dry_run(built: build.Run) -> str:
 
 
 def _activations(built: build.Run, stage: Any, state: step.State) -> str:
-    call = functools.partial(
-        step.train_step,
-        task=built.task,
-        stage=stage.compile_key,
-        groups=built.groups,
-        settings=built.settings,
-    )
     rates = optim.rates(stage, built.groups.names, 0)
     weights = {name: np.float32(1) for name in stage.losses}
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    update = jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
+    batch = built.abstract_batch(stage)
     with jax.set_mesh(built.mesh):
-        lowered = update.lower(state, built.abstract_batch(stage), rates, weights)
+        lowered = built.compiled_step(stage).lower(state, batch, rates, weights)
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     if memory is None:

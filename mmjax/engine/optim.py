@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -80,44 +81,32 @@ def resolve(
     earlier ones are errors.
     """
     compiled = []
-    for rule in (*rules, *defaults):
-        if len(rule) != 2 or not all(isinstance(part, str) for part in rule):
-            raise UserError(f'config.rules holds (group, regex) pairs, not {rule!r}')
+    for group, regex in (*rules, *defaults):
         try:
-            compiled.append((rule[0], re.compile(rule[1])))
+            compiled.append((group, re.compile(regex)))
         except re.error as error:
-            raise UserError(
-                f"config.rules: '{rule[1]}' is no regular expression: {error}"
-            ) from None
-    matched = [0] * len(compiled)
-    won = [0] * len(compiled)
-    items = []
-    missing = []
-    for path in dict.fromkeys((*flatten(params), *flatten(batch_stats))):
-        hits = [i for i, (_, regex) in enumerate(compiled) if regex.fullmatch(path)]
-        for i in hits:
-            matched[i] += 1
-        if hits:
-            won[hits[0]] += 1
-            items.append((path, compiled[hits[0]][0]))
-        else:
-            missing.append(path)
-    for i, (group, regex) in enumerate(compiled):
-        if not matched[i] or (i < len(rules) and not won[i]):
-            why = 'matches no parameter' if not matched[i] else 'comes after rules that took all'
-            raise UserError(f"rule ('{group}', '{regex.pattern}') {why}")
-    if not missing:  # batch statistics belong to the group of their module's parameters
-        stats = set(flatten(batch_stats))
-        module = lambda path: path.rpartition('/')[0]
-        of_module = {module(path): group for path, group in items if path not in stats}
-        items = [
-            (path, of_module.get(module(path), group) if path in stats else group)
-            for path, group in items
-        ]
+            raise UserError(f"config.rules: '{regex}' is no regular expression: {error}") from None
+    stats = flatten(batch_stats)
+    hits = {
+        path: [i for i, (_, regex) in enumerate(compiled) if regex.fullmatch(path)]
+        for path in dict.fromkeys((*flatten(params), *stats))
+    }
+    matched = set(itertools.chain(*hits.values()))
+    first = {found[0] for found in hits.values() if found}
+    for i, (group, pattern) in enumerate(compiled):
+        if i not in matched or (i < len(rules) and i not in first):
+            why = 'comes after rules that took all' if i in matched else 'matches no parameter'
+            raise UserError(f"rule ('{group}', '{pattern.pattern}') {why}")
+    missing = [path for path, found in hits.items() if not found]
     if missing:
         more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
         raise UserError(f'no rule gives a group to {", ".join(missing[:5])}{more}')
-    return Groups(tuple(items))
+    label = {path: compiled[found[0]][0] for path, found in hits.items()}
+    module = lambda path: path.rpartition('/')[0]
+    of_module = {module(path): label[path] for path in label if path not in stats}
+    # Batch statistics belong to the group of their module's parameters.
+    label |= {path: of_module.get(module(path), label[path]) for path in stats}
+    return Groups(tuple(label.items()))
 
 
 def check_groups(groups: Groups, stages: Sequence[Stage]) -> None:
@@ -305,23 +294,19 @@ def _muon(spec: Optimizer) -> Transformation:
     matrices = _from_optax(muon)
     others = _adam(spec)
 
+    part = lambda tree, rank_2: unflatten(
+        {path: x for path, x in flatten(tree).items() if (x.ndim == 2) == rank_2}
+    )
+
     def init(params: Tree) -> Tree:
-        return {'muon': matrices.init(_of_rank_2(params)), 'adam': others.init(_not_2(params))}
+        return {'muon': matrices.init(part(params, True)), 'adam': others.init(part(params, False))}
 
     def update(gradients: Tree, state: Tree, params: Tree, *, ok: jax.Array) -> tuple[Tree, Tree]:
-        one, muon = matrices.update(_of_rank_2(gradients), state['muon'], _of_rank_2(params), ok=ok)
-        two, adam = others.update(_not_2(gradients), state['adam'], _not_2(params), ok=ok)
+        one, muon = matrices.update(part(gradients, True), state['muon'], part(params, True), ok=ok)
+        two, adam = others.update(part(gradients, False), state['adam'], part(params, False), ok=ok)
         return join(one, two), {'muon': muon, 'adam': adam}
 
     return Transformation(init, update)
-
-
-def _of_rank_2(tree: Tree) -> Tree:
-    return unflatten({path: x for path, x in flatten(tree).items() if x.ndim == 2})
-
-
-def _not_2(tree: Tree) -> Tree:
-    return unflatten({path: x for path, x in flatten(tree).items() if x.ndim != 2})
 
 
 def transformation(spec: Optimizer) -> Transformation:
@@ -361,7 +346,7 @@ def by_group(tree: Tree, groups: Groups) -> dict[str, dict]:
     return {name: unflatten(parts[name]) for name in sorted(parts)}
 
 
-def carry(old: Tree, fresh: Tree) -> tuple[dict, list[str]]:
+def carry(old: Tree, fresh: Tree) -> dict:
     """Carries the optimizer state of the groups that keep learning into the next stage.
 
     Args:
@@ -369,12 +354,11 @@ def carry(old: Tree, fresh: Tree) -> tuple[dict, list[str]]:
       fresh: a new one for the next stage.
 
     Returns:
-      (optimizer state, the groups that were carried). That of another update rule is not carried.
+      `fresh`, with the old state of the groups that have one of the same update rule.
     """
     shapes = lambda tree: jax.tree.map(jnp.shape, dict(tree))
-    same = lambda name: shapes(old[name]) == shapes(fresh[name])
-    carried = sorted(name for name in set(old) & set(fresh) if same(name))
-    return {**fresh, **{name: old[name] for name in carried}}, carried
+    same = lambda name: name in old and shapes(old[name]) == shapes(fresh[name])
+    return {name: old[name] if same(name) else fresh[name] for name in fresh}
 
 
 def norm(tree: PyTree) -> jax.Array:

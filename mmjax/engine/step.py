@@ -54,25 +54,14 @@ def create(variables: Mapping, stage: Stage, groups: optim.Groups, settings: Set
 
 def enter_stage(state: State, stage: Stage, groups: optim.Groups, settings: Settings) -> State:
     """Splits the state anew for `stage`; groups that go on learning keep moments and averages."""
-    params = optim.join(state['trainable'], state['frozen'])
-    trainable, frozen = groups.split(params, stage)
-    fresh = optim.init(trainable, groups, stage.optimizer)
-    opt_state, _ = optim.carry(state['opt_state'], fresh)
-    ema = {}
+    new = create(variables(state), stage, groups, settings)
+    new['opt_state'] = optim.carry(state['opt_state'], new['opt_state'])
     if settings.ema:
         before = optim.flatten(state['ema'])
-        fresh = optim.flatten(trainable)
-        ema = optim.unflatten({path: before.get(path, leaf) for path, leaf in fresh.items()})
+        fresh = optim.flatten(new['ema'])
+        new['ema'] = optim.unflatten({path: before.get(path, x) for path, x in fresh.items()})
     index = jnp.full((), stage.index, jnp.int32)
-    return {
-        **state,
-        'stage': index,
-        'stage_step': jnp.zeros((), jnp.int32),
-        'trainable': trainable,
-        'frozen': frozen,
-        'opt_state': opt_state,
-        'ema': ema,
-    }
+    return {**new, 'step': state['step'], 'stage': index, 'scale': state['scale']}
 
 
 def variables(state: State, *, averaged: bool = False) -> dict[str, Any]:

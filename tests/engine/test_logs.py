@@ -85,7 +85,6 @@ def test_lines_are_strict_json_in_order_and_exact(tmp_path):
 def test_a_value_that_is_no_scalar_is_refused_by_name(tmp_path):
     log = quiet(tmp_path)
     for values, message in (
-        ({'step': 3}, "'step'"),
         ({'x': [1.0]}, "'x'"),
         ({'x': None}, "'x'"),
         ({'x': np.zeros(2)}, "'x'"),
@@ -206,7 +205,6 @@ def test_write_json_is_strict_ordered_and_readable(tmp_path):
     value = {
         'z': 1,
         'a': (np.float32(0.5), math.nan, -np.inf),
-        'path': tmp_path,
         'none': None,
         'array': np.arange(3),
         'jax': jnp.ones((1, 2)),
@@ -217,9 +215,9 @@ def test_write_json_is_strict_ordered_and_readable(tmp_path):
     path = tmp_path / 'new' / 'x.json'
     logs.write_json(path, value)
     actual = strict(path.read_text())
-    assert list(actual) == ['z', 'a', 'path', 'none', 'array', 'jax', 'page', 'bad', '3']
+    assert list(actual) == ['z', 'a', 'none', 'array', 'jax', 'page', 'bad', '3']
     assert actual['a'] == [0.5, 'nan', '-inf'] and actual['array'] == [0, 1, 2]
-    assert actual['jax'] == [[1.0, 1.0]] and actual['path'] == str(tmp_path)
+    assert actual['jax'] == [[1.0, 1.0]]
     assert actual['bad'] == '\udcff' and '漫画' in path.read_text()
 
 
@@ -228,7 +226,6 @@ def test_write_json_is_strict_ordered_and_readable(tmp_path):
     [
         ({'a': [1, {2}]}, r'x\.json\.a\[1\] is a set'),
         ({'a': 1j}, r'x\.json\.a is a complex'),
-        ({1: 0, '1': 0}, 'two keys'),
     ],
 )
 def test_what_json_cannot_hold_is_named_and_changes_nothing(tmp_path, value, where):
@@ -285,8 +282,6 @@ def test_results(tmp_path):
     assert actual == strict((tmp_path / 'results.json').read_text())
     assert list(actual) == ['best', 'weights', 'final', 'stages', 'skipped']
     assert list(actual['stages']) == ['b', 'a'] and actual['final']['val']['x'] == 'nan'
-    with pytest.raises(ValueError, match="'best' or 'last'"):
-        logs.write_results(tmp_path, best=None, final={}, stages={}, skipped={}, weights='newest')
     with pytest.raises(ValueError, match='val/r1 is not a number'):
         logs.write_results(
             tmp_path, best=None, final={'val': {'r1': [1]}}, stages={}, skipped={}, weights='last'

@@ -286,12 +286,13 @@ def test_moments_of_every_rule_are_carried_for_groups_that_keep_learning(name):
     grads, _ = groups().split(params(1), first)
     _, moments = update(first, grads, moments, trainable)
     fresh = optim.init(params(), groups(), first.optimizer)
-    entered, carried = optim.carry(moments, fresh)
-    assert carried == ['head'] and set(entered) == {'tower', 'last', 'head'}
+    entered = optim.carry(moments, fresh)
+    assert set(entered) == {'tower', 'last', 'head'}
     jax.tree.map(np.testing.assert_array_equal, entered['head'], moments['head'])
     jax.tree.map(np.testing.assert_array_equal, entered['tower'], fresh['tower'])
+    assert any(x.any() for x in jax.tree.leaves(entered['head']))
     other = optim.init(params(), groups(), Optimizer(name='sgd' if name != 'sgd' else 'lion'))
-    assert optim.carry(moments, other)[1] == []
+    jax.tree.map(np.testing.assert_array_equal, optim.carry(moments, other), other)
 
 
 def test_moments_stay_where_a_step_is_not_ok():
@@ -333,8 +334,8 @@ def test_moments_are_carried_and_a_group_that_enters_starts_at_count_zero():
         grads, _ = groups().split(params(seed), first)
         _, moments = update(first, grads, moments, trainable)
     trainable, _ = groups().split(params(), second)
-    entered, carried = optim.carry(moments, optim.init(trainable, groups(), second.optimizer))
-    assert carried == ['head'] and int(entered['head']['count']) == 50
+    entered = optim.carry(moments, optim.init(trainable, groups(), second.optimizer))
+    assert int(entered['head']['count']) == 50
     jax.tree.map(np.testing.assert_array_equal, entered['head'], moments['head'])
     assert int(entered['tower']['count']) == 0 and 'last' not in entered
     grads, _ = groups().split(params(9), second)

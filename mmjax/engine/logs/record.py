@@ -20,7 +20,6 @@ from mmjax.engine.logs.screen import Screen
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_RESERVED = ('step', 'stage', 'epoch')
 _REMOTE_SECONDS = 30.0  # an object store cannot append: the whole log is sent, at most this often
 
 
@@ -58,12 +57,10 @@ class Logs:
     def write(self, step: int, stage: str, epoch: float, values: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl; TensorBoard gets numbers as scalars, strings as text.
 
-        Raises ValueError if `values` names step, stage or epoch, or holds something else.
+        Raises ValueError if `values` holds something else.
         """
         if not self._enabled:
             return
-        if reserved := [name for name in _RESERVED if name in values]:
-            raise ValueError(f"'{reserved[0]}' is set by the log itself and cannot be a value")
         line = {'step': int(step), 'stage': stage, 'epoch': float(epoch), **values}
         line = files.plain(line, 'metrics.jsonl')
         if wrong := [name for name in line if not isinstance(line[name], int | float | str)]:

@@ -89,7 +89,7 @@ def draw(
     diagnostics = {key: [train[key], *evaluations.pop(key, [])] for key in other}
     for title, series in _by_stem(evaluations, len(colours) > 1).items():
         add('Scores', title, series)
-    add('Schedules', 'learning rate', family('lr'), log=True, zero='frozen')
+    add('Schedules', 'learning rate', family('lr'), log=True, gaps=True)
     add('Schedules', 'loss weight', family('weight'))
     norms = family('grad_norm', 1)
     if 'grad_norm' in train:
