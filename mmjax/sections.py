@@ -74,27 +74,63 @@ def field(
     limits = {'least': least, 'above': above, 'most': most, 'below': below, 'choices': choices}
     metadata = {'help': help} | {key: value for key, value in limits.items() if value is not None}
     if type(default).__hash__ is None:  # a mapping, a list
-        return dataclasses.field(default_factory=lambda: _plain(default), metadata=metadata)
+        return dataclasses.field(default_factory=lambda: to_dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type[T], values: Mapping[str, object], where: str = '') -> T:
+def parse(cls: type[T], values: Mapping[str, object], where: str = '', base: object = MISSING) -> T:
     """Builds a section from what the user wrote.
 
-    Keys that `values` lacks take the declared defaults, those of nested sections too; a mapping
-    with open keys replaces its default. At the end a section's method `check(where)`, if any, may
-    raise UserError for what relates two fields.
+    Keys that `values` lacks take the defaults, those of nested sections too; a mapping with open
+    keys replaces its default. At the end a section's method `check(where)`, if any, may raise
+    UserError for what relates two fields.
 
     Args:
       cls: a dataclass.
-      values: nested mappings, `ml_collections.ConfigDict` included.
+      values: nested mappings, `ml_collections.ConfigDict` included; or an instance.
       where: the dotted key of the section, '' for the whole config.
+      base: a section with the defaults; without one they are those declared.
 
     Raises:
       UserError: an unknown or missing key, a wrong type, a value out of range or not a choice; one
         sentence with the dotted key, the value and what is allowed.
     """
-    return _section(cls, values, where, MISSING)
+    if isinstance(values, cls):
+        return values
+    if not _is_mapping(values):
+        raise _error(cls, values, where, {})
+    given = dict(values.items())
+    hints = typing.get_type_hints(cls)
+    fields = {one.name: one for one in dataclasses.fields(cls) if one.init}
+    for name, value in given.items():
+        if name not in fields:
+            raise UserError(
+                f'unknown key {_join(where, name)}={to_dict(value)!r}; known keys'
+                f'{" of " + where if where else ""}: {", ".join(fields) or "none"}'
+                + did_you_mean(name, list(fields))
+            )
+    arguments = {}
+    for name, one in fields.items():
+        key = _join(where, name)
+        default = _default(one, base)
+        section = _section_of(hints[name])
+        if name not in given:
+            if default is MISSING:
+                if section is not hints[name]:
+                    raise UserError(
+                        f'{key} is missing: it needs {_allowed(hints[name], one.metadata)}'
+                        + (f' ({one.metadata["help"]})' if one.metadata.get('help') else '')
+                    )
+                default = parse(section, {}, key)
+            arguments[name] = default
+        elif section and _is_mapping(given[name]):
+            arguments[name] = parse(section, given[name], key, default)
+        else:
+            arguments[name] = _entry(hints[name], given[name], key, one.metadata)
+    result = cls(**arguments)
+    if hasattr(result, 'check'):
+        result.check(where)
+    return result
 
 
 def coerce(annotation: object, text: str, where: str) -> object:
@@ -113,65 +149,43 @@ def coerce(annotation: object, text: str, where: str) -> object:
         raise _error(annotation, text, where, {}) from None
 
 
-def describe(cls: type, prefix: str = '') -> list[tuple[str, str, str, str]]:
+def describe(cls: Any, prefix: str = '', base: Any = MISSING) -> list[tuple[str, str, str, str]]:
     """Lists the leaves of a section in order of declaration, for --help.
 
+    Args:
+      cls: a dataclass.
+      prefix: the dotted key of the section.
+      base: a section with the defaults; without one they are those declared.
+
     Returns:
-      (dotted key, what its value may be, default, meaning) of each. `<name>` in a key stands
-      for any name; a required key has the default 'required'.
+      (dotted key, what its value may be, default, meaning) of each. `<name>` in a key stands for
+      any name; a required key has the default 'required'.
     """
-    return _leaves(cls, prefix, MISSING)
-
-
-def to_dict(section: object) -> dict[str, Any]:
-    """Converts a section to nested plain dicts; tuples stay tuples."""
-    return _plain(section)
+    hints = typing.get_type_hints(cls)
+    out = []
+    for one in dataclasses.fields(cls):
+        if not one.init:
+            continue
+        annotation = hints[one.name]
+        key = _join(prefix, one.name)
+        default = _default(one, base)
+        section = _section_of(annotation)
+        if section is not annotation:
+            text = 'required' if default is MISSING else repr(to_dict(default))
+            kind = _allowed(annotation, one.metadata)
+            out.append((key, kind, text, one.metadata.get('help', '')))
+        if section:
+            out += describe(section, key, default)
+        elif typing.get_origin(annotation) is Mapping:
+            section = _section_of(typing.get_args(annotation)[1])
+            out += describe(section, f'{key}.<name>') if section else []
+    return out
 
 
 def did_you_mean(word: object, known: Sequence[object]) -> str:
     """Returns "; did you mean 'x'?" for the known word closest to `word`, or ''."""
     close = difflib.get_close_matches(str(word), [str(one) for one in known], 1)
     return f"; did you mean '{close[0]}'?" if close else ''
-
-
-def _section(cls: Any, values: Any, where: str, base: Any) -> Any:
-    """Builds the dataclass `cls`; `base` holds its defaults, MISSING for those declared."""
-    if isinstance(values, cls):
-        return values
-    if not _is_mapping(values):
-        raise _error(cls, values, where, {})
-    given = dict(values.items())
-    hints = typing.get_type_hints(cls)
-    fields = {one.name: one for one in dataclasses.fields(cls) if one.init}
-    for name, value in given.items():
-        if name not in fields:
-            raise UserError(
-                f'unknown key {_join(where, name)}={_plain(value)!r}; known keys'
-                f'{" of " + where if where else ""}: {", ".join(fields) or "none"}'
-                + did_you_mean(name, list(fields))
-            )
-    arguments = {}
-    for name, one in fields.items():
-        key = _join(where, name)
-        default = _default(one, base)
-        section = _section_of(hints[name])
-        if name not in given:
-            if default is MISSING:
-                if section is not hints[name]:
-                    raise UserError(
-                        f'{key} is missing: it needs {_allowed(hints[name], one.metadata)}'
-                        + (f' ({one.metadata["help"]})' if one.metadata.get('help') else '')
-                    )
-                default = _section(section, {}, key, MISSING)
-            arguments[name] = default
-        elif section and _is_mapping(given[name]):
-            arguments[name] = _section(section, given[name], key, default)
-        else:
-            arguments[name] = _entry(hints[name], given[name], key, one.metadata)
-    result = cls(**arguments)
-    if hasattr(result, 'check'):
-        result.check(where)
-    return result
 
 
 def _default(one: dataclasses.Field, base: Any) -> Any:
@@ -185,7 +199,7 @@ def _default(one: dataclasses.Field, base: Any) -> Any:
 def _convert(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -> Any:
     """Returns `value` as the declared type; raises _Mismatch, or UserError for a nested key."""
     if annotation is object:
-        return _plain(value)
+        return to_dict(value)
     if _is_union(annotation):
         for arm in typing.get_args(annotation):
             with contextlib.suppress(_Mismatch):
@@ -204,7 +218,7 @@ def _convert(annotation: Any, value: Any, where: str, limits: Mapping[str, Any])
             return tuple(_convert(item, one, where, limits) for item, one in pairs)
     elif dataclasses.is_dataclass(annotation):
         if _is_mapping(value) or type(value) is annotation:
-            return _section(annotation, value, where, MISSING)
+            return parse(annotation, value, where)
     elif origin is Mapping:
         if _is_mapping(value):
             for key in value:
@@ -306,28 +320,6 @@ def _literal(text: str) -> Any:
         return MISSING
 
 
-def _leaves(cls: Any, prefix: str, base: Any) -> list[tuple[str, str, str, str]]:
-    hints = typing.get_type_hints(cls)
-    out = []
-    for one in dataclasses.fields(cls):
-        if not one.init:
-            continue
-        annotation = hints[one.name]
-        key = _join(prefix, one.name)
-        default = _default(one, base)
-        section = _section_of(annotation)
-        if section is not annotation:
-            text = 'required' if default is MISSING else repr(_plain(default))
-            kind = _allowed(annotation, one.metadata)
-            out.append((key, kind, text, one.metadata.get('help', '')))
-        if section:
-            out += _leaves(section, key, default)
-        elif typing.get_origin(annotation) is Mapping:
-            section = _section_of(typing.get_args(annotation)[1])
-            out += _leaves(section, f'{key}.<name>', MISSING) if section else []
-    return out
-
-
 def _allowed(annotation: Any, limits: Mapping[str, Any], many: bool = False) -> str:
     """Says what a value may be: 'an integer at least 1', 'a tuple of 2 numbers'."""
     origin = typing.get_origin(annotation)
@@ -366,7 +358,7 @@ def _error(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -
         known += typing.get_args(arm) if typing.get_origin(arm) is Literal else []
     hint = did_you_mean(value, known) if isinstance(value, str) else ''
     allowed = _allowed(annotation, limits)
-    return UserError(f'{where or "the config"}={_plain(value)!r} is not {allowed}{hint}')
+    return UserError(f'{where or "the config"}={to_dict(value)!r} is not {allowed}{hint}')
 
 
 def _section_of(annotation: Any) -> Any:
@@ -383,14 +375,14 @@ def _is_mapping(value: object) -> bool:
     return isinstance(value, Mapping) or hasattr(value, 'items')
 
 
-def _plain(value: Any) -> Any:
-    """Replaces sections and mappings by plain dicts."""
+def to_dict(value: Any) -> Any:
+    """Replaces sections and mappings, also nested ones, by plain dicts; tuples stay tuples."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {one.name: to_dict(getattr(value, one.name)) for one in dataclasses.fields(value)}
     if _is_mapping(value):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: to_dict(one) for key, one in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_plain(one) for one in value)
+        return type(value)(to_dict(one) for one in value)
     return value
 
 

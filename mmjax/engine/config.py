@@ -23,7 +23,7 @@ from mmjax import sections
 from mmjax.errors import UserError
 from mmjax.sections import field
 
-SCHEDULES = ('constant', 'linear', 'cosine', 'cosine_restarts', 'one_cycle', 'step')
+SCHEDULES = ('constant', 'linear', 'cosine', 'cosine_restarts')
 OPTIMIZERS = ('adamw', 'lion', 'sgd', 'adafactor', 'muon')
 # Keys that not every optimizer uses, and those that do.
 _USED_BY = {
@@ -54,10 +54,9 @@ class Optimizer:
     warmup_epochs: float = field(0.0, 'the same in epochs', least=0)
     warmup_fraction: float = field(0.0, 'the same as a fraction of the span', least=0, most=1)
     warmup_init: float = field(0.0, 'multiple of the rate at the first update', least=0)
-    period_steps: int = field(0, 'updates per period of cosine_restarts and step', least=0)
+    period_steps: int = field(0, 'updates per period of cosine_restarts', least=0)
     period_epochs: float = field(0.0, 'the same in epochs', least=0)
-    period_factor: float = field(1.0, 'cosine_restarts: growth of each period', least=1)
-    gamma: float = field(0.1, 'step: factor at the end of each period', above=0)
+    period_factor: float = field(1.0, 'growth of each period', least=1)
     weight_decay: float = field(
         0.0, 'decoupled; not on biases, norms and scalars', least=0, most=1e3
     )
@@ -72,7 +71,7 @@ class Optimizer:
         periods = bool(self.period_steps) + bool(self.period_epochs)
         if periods > 1:
             raise UserError(f'{where}: give one of period_steps and period_epochs')
-        if self.schedule in ('cosine_restarts', 'step') and not periods:
+        if self.schedule == 'cosine_restarts' and not periods:
             raise UserError(f"{where}.schedule '{self.schedule}' needs period_steps or _epochs")
         for key, names in _USED_BY.items():
             value = getattr(self, key)

@@ -211,13 +211,7 @@ def schedule(spec: Optimizer, step: int, total: int, per_epoch: int = 1) -> floa
         return 1 - (1 - spec.end) * x
     if spec.schedule == 'cosine':
         return spec.end + (1 - spec.end) * _half_cosine(x)
-    if spec.schedule == 'one_cycle':  # up to 1 over the first 30 %, then down to `end` (Smith 2018)
-        if x < 0.3:
-            return 1 / 25 + (1 - 1 / 25) * (1 - _half_cosine(x / 0.3))
-        return spec.end + (1 - spec.end) * _half_cosine((x - 0.3) / 0.7)
     period = max(_steps(spec, 'period', total, per_epoch), 1.0)
-    if spec.schedule == 'step':
-        return spec.gamma ** (t // period)
     while t >= period:  # cosine with restarts (Loshchilov & Hutter 2017)
         t, period = t - period, period * spec.period_factor
     return spec.end + (1 - spec.end) * _half_cosine(t / period)

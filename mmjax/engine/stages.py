@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 from mmjax import sections
 from mmjax.engine.config import (
@@ -15,8 +14,6 @@ from mmjax.engine.config import (
     StageConfig,
 )
 from mmjax.errors import UserError
-
-_Section = TypeVar('_Section')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +121,14 @@ def _stage(config: Config, name: str, index: int) -> Stage:
             (term, parse_weight(weights[term], f'{where}.loss_weights.{term}'))
             for term in sorted(weights)
         ),
-        optimizer=_merge(config.optimizer, spec.optimizer, f'{where}.optimizer'),
+        optimizer=sections.parse(Optimizer, spec.optimizer, f'{where}.optimizer', config.optimizer),
         sampler=sampler,
         options=sections.parse(config.StageOptions, spec.options, f'{where}.options'),
-        early_stop=_merge(config.early_stop, spec.early_stop, f'{where}.early_stop'),
+        early_stop=sections.parse(
+            EarlyStop, spec.early_stop, f'{where}.early_stop', config.early_stop
+        ),
         index=index,
     )
-
-
-def _merge(section: _Section, changes: Mapping[str, object], where: str) -> _Section:
-    return sections.parse(type(section), {**sections.to_dict(section), **changes}, where)
 
 
 def unused(config: Config) -> list[str]:

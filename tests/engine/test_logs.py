@@ -416,7 +416,18 @@ def test_time_left_follows_recent_steps_of_the_stage(monkeypatch):
     monkeypatch.setattr(screen.time, 'monotonic', lambda: now[0])
     seen = screen.Screen(None)
     for step in range(1, 301):
-        seen.progress('a' if step <= 200 else 'b', int(step > 200), 2, 0.0, step, 1000, '')
+        late = step > 200
+        seen.progress(
+            stage='b' if late else 'a',
+            index=int(late),
+            stages=2,
+            epoch=0.0,
+            step=step,
+            steps=1000,
+            loss=1.0,
+            rate=1e-3,
+            examples_per_second=10.0,
+        )
         if step in (1, 201):  # the first call of a stage cannot know
             assert seen._seconds_left(1) is None
         now[0] += 1.0 if step < 200 else 3.0

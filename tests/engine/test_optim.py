@@ -124,14 +124,6 @@ ORACLES = {
             [optax.cosine_decay_schedule(1.0, 30 * 2**i) for i in range(3)], [30, 90]
         ),
     ),
-    'step': (
-        dict(schedule='step', period_epochs=5.0, gamma=0.5),
-        optax.piecewise_constant_schedule(1.0, {50: 0.5, 100: 0.5, 150: 0.5}),
-    ),
-    'one-cycle': (
-        dict(schedule='one_cycle', end=1 / 25e4),
-        optax.cosine_onecycle_schedule(N, 1.0, 0.3, 25.0, 1e4),
-    ),
 }
 
 
@@ -143,7 +135,7 @@ def test_schedules_equal_optax(name):
     np.testing.assert_allclose(ours, [float(oracle(t)) for t in range(N)], atol=2e-6)
 
 
-@pytest.mark.parametrize('schedule', ['linear', 'cosine', 'one_cycle'])
+@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
 def test_decay_ends_exactly_on_its_end(schedule):
     assert (
         optim.schedule(Optimizer(learning_rate=1.0, schedule=schedule, warmup_steps=W), N, N) == 0.0
