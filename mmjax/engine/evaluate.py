@@ -1,5 +1,6 @@
 """Evaluation: a task's methods over a split, the losses of a split, the scores of evaluators."""
 
+import collections
 import dataclasses
 import functools
 import weakref
@@ -136,23 +137,16 @@ _Names = tuple[set[str], set[str]]
 _NAMES: weakref.WeakKeyDictionary[Task, dict[Stage, _Names]] = weakref.WeakKeyDictionary()
 
 
-class _Reads(Mapping):
+class _Reads(collections.UserDict):
     """A batch that records which of its arrays are read."""
 
     def __init__(self, batch: Mapping[str, jax.Array]):
+        super().__init__(batch)
         self.names: set[str] = set()
-        self._batch = batch
 
     def __getitem__(self, name: str) -> jax.Array:
-        value = self._batch[name]
         self.names.add(name)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._batch)
-
-    def __len__(self) -> int:
-        return len(self._batch)
+        return super().__getitem__(name)
 
 
 def arrays_read(

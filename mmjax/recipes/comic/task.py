@@ -248,7 +248,7 @@ def _pages(config: Config, assets: epath.Path | None):
         wait=jax.process_index() > 0,
     )
     names = ('image_size', 'max_tokens', 'buckets', 'use_composition')
-    names += ('hidden_tokens', 'hidden_texts', 'hidden_places')
+    names += ('hidden_tokens', 'hidden_texts', 'hidden_compositions')
     options = {name: getattr(spec, name) for name in names}
     options['augmentation'] = spec.augmentation
     splits = {name: comic.ComicPages(prepared, name, **options) for name in ('train', 'val')}

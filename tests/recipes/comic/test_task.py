@@ -248,7 +248,7 @@ def test_the_context_of_the_reconstruction_may_be_stopped(cache, stop):
 
 @pytest.mark.parametrize(
     ('key', 'column'),
-    [('hidden_tokens', 'text'), ('hidden_texts', 'text'), ('hidden_places', 'place')],
+    [('hidden_tokens', 'text'), ('hidden_texts', 'text'), ('hidden_compositions', 'place')],
 )
 def test_hidden_parts_are_hidden_in_training_alone(cache, key, column):
     built = build.run(tiny(cache, **{f'data__{key}': 1.0}))
