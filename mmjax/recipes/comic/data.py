@@ -135,8 +135,8 @@ class ComicPages(prepare.PreparedDataset):
           buckets: panels a batch may be padded to, for the samplers; none: max_panels.
           use_composition: False leaves the composition out (zeros, modality absent): an ablation.
           augmentation: applied when training; None for none.
-          hidden_tokens, hidden_texts, hidden_compositions: fraction of the tokens, of the panels' whole
-            texts and of their compositions that are hidden at random in training.
+          hidden_tokens, hidden_texts, hidden_compositions: fraction of the tokens, of the panels'
+            whole texts and of their compositions that are hidden at random in training.
           cache_bytes: memory, in each process, for decoded pages, so that a small set is decoded
             only in the first epoch; 0 for none.
         """
