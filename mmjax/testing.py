@@ -8,7 +8,6 @@ def test_my_recipe(tmp_path):
     results = testing.train(config, tmp_path / 'run')
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 
@@ -89,7 +88,7 @@ def train(
 
 def metrics(workdir: str | os.PathLike[str], prefix: str = 'loss') -> list[dict]:
     """Returns the lines of metrics.jsonl that have `prefix`: step, stage and what begins so."""
-    lines = map(json.loads, (epath.Path(workdir) / 'metrics.jsonl').read_text().splitlines())
+    lines, _ = logs.read(epath.Path(workdir) / 'metrics.jsonl')
     keep = lambda key: key in ('step', 'stage') or key.split('/')[0] == prefix
     return [{k: v for k, v in line.items() if keep(k)} for line in lines if prefix in line]
 

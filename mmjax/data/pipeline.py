@@ -154,7 +154,7 @@ def _close(reference: 'weakref.ref[Batches]') -> None:
 
 
 class Batches:
-    """Iterates over local batches; `close()` (or leaving `with`) ends its threads and processes.
+    """Iterates over local batches; `close()` ends its threads and processes.
 
     A fault ends the iteration: UserError for data (naming the row), RuntimeError for code.
     """
@@ -188,19 +188,10 @@ class Batches:
         if self._closed:
             raise StopIteration
         try:
-            if self._started or not self._workers:
-                batch = next(self._iterator)
-            else:
-                batch = self._first()
-        except StopIteration:
+            batch = next(self._iterator) if self._started or not self._workers else self._first()
+        except (StopIteration, UserError, RuntimeError) as error:
             self.close()
-            raise
-        except (UserError, _PicklableError):
-            self.close()
-            raise
-        except RuntimeError as error:
-            self.close()
-            if 'terminated unexpectedly' not in str(error):
+            if isinstance(error, _PicklableError) or 'terminated unexpectedly' not in str(error):
                 raise
             raise UserError(
                 f'a loader process died ({error}): exit code -9 may be a lack of memory, -7 of '

@@ -1,6 +1,7 @@
 """Evaluation: a task's methods over a split, the losses of a split, the scores of evaluators."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import weakref
@@ -104,15 +105,13 @@ class Predictor:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        try:
+        with contextlib.closing(host):
             for batch, _ in pipeline.to_device(host, parallel.rows(self._mesh)):
                 self._check()
                 outputs = call(self.variables, batch)
                 outputs, batch = parallel.fetch((outputs, dict(batch)))
                 real = batch['mask']
                 yield jax.tree.map(lambda x: x[real], (outputs, batch))
-        finally:
-            host.close()
 
 
 @dataclasses.dataclass(frozen=True)
