@@ -113,7 +113,7 @@ def parse(cls: type[T], values: Mapping[str, object], where: str = '', base: obj
     for name, one in fields.items():
         key = _join(where, name)
         default = _default(one, base)
-        section = _section_of(hints[name])
+        section = section_of(hints[name])
         if name not in given:
             if default is MISSING:
                 if section is not hints[name]:
@@ -169,7 +169,7 @@ def describe(cls: Any, prefix: str = '', base: Any = MISSING) -> list[tuple[str,
         annotation = hints[one.name]
         key = _join(prefix, one.name)
         default = _default(one, base)
-        section = _section_of(annotation)
+        section = section_of(annotation)
         if section is not annotation:
             text = 'required' if default is MISSING else repr(to_dict(default))
             kind = _allowed(annotation, one.metadata)
@@ -177,7 +177,7 @@ def describe(cls: Any, prefix: str = '', base: Any = MISSING) -> list[tuple[str,
         if section:
             out += describe(section, key, default)
         elif typing.get_origin(annotation) is Mapping:
-            section = _section_of(typing.get_args(annotation)[1])
+            section = section_of(typing.get_args(annotation)[1])
             out += describe(section, f'{key}.<name>') if section else []
     return out
 
@@ -361,7 +361,7 @@ def _error(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -
     return UserError(f'{where or "the config"}={to_dict(value)!r} is not {allowed}{hint}')
 
 
-def _section_of(annotation: Any) -> Any:
+def section_of(annotation: Any) -> Any:
     """Returns the dataclass that an annotation is, or is a union with; None if it is another."""
     arms = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     return next((arm for arm in arms if dataclasses.is_dataclass(arm)), None)

@@ -15,7 +15,7 @@ import traceback
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import ml_collections
 
@@ -203,7 +203,7 @@ class StageConfig:
     learning_rates: Mapping[str, float] = field(
         {}, 'group → multiple of the rate; 0 freezes; 1 if not named', least=0, most=1e3
     )
-    loss_weights: Mapping[str, object] = field({}, 'overrides of loss_weights')
+    loss_weights: Mapping[str, float | Ramp] = field({}, 'overrides of loss_weights')
     optimizer: Mapping[str, object] = field({}, 'overrides of optimizer')
     sampler: Mapping[str, object] = field({}, 'overrides of sampler')
     early_stop: Mapping[str, object] = field({}, 'overrides of early_stop')
@@ -226,7 +226,7 @@ class Config:
     quick_compile: bool = field(False, 'optimise compiled programs little, for short runs')
     ema: float = field(0.0, 'decay of averaged weights for evaluation; 0 is off', least=0, below=1)
     rules: tuple[tuple[str, str], ...] = field((), "(group, regex) pairs before the recipe's own")
-    loss_weights: Mapping[str, object] = field({}, 'term → number or dict(start=, end=)')
+    loss_weights: Mapping[str, float | Ramp] = field({}, 'term → number or dict(start=, end=)')
     sampler: Mapping[str, object] = field({'name': 'shuffle'}, 'name and options of the sampler')
     stages: tuple[str, ...] = field((), 'names of the stages, in order')
     stage: Mapping[str, StageConfig] = field({}, 'name → what the stage does')
@@ -433,32 +433,30 @@ def _check_shadowed(config: ml_collections.ConfigDict, key: str, given: set[str]
         )
 
 
-def _annotation(cls: type, key: str) -> object:
+def _annotation(cls: type[Config], key: str) -> object:
     """Returns the declared type of a dotted key."""
-    annotation: object = cls
-    done: list[str] = []
-    for part in key.split('.'):
+    annotation: Any = cls
+    parts = key.split('.')
+    for depth, part in enumerate(parts):
+        where = '.'.join(parts[:depth])
+        full = f'{where}.{part}' if where else part
         if not part:
             raise UserError(f"'{key}' is not a key of the config")
-        known: Iterable[str] = ()
-        where = '.'.join(done)
-        if len(done) == 2 and done[0] == 'stage' and part == 'options':
-            annotation = cls.StageOptions  # type: ignore[attr-defined]  # cls is a Config here
-        elif len(done) == 2 and done[0] == 'stage' and part in _PARTIAL:
-            annotation = _PARTIAL[part]
-        elif dataclasses.is_dataclass(annotation):
-            hints = typing.get_type_hints(annotation)
-            known = [f.name for f in dataclasses.fields(annotation)]
+        of_stage = {**_PARTIAL, 'options': cls.StageOptions} if depth == 2 else {}
+        section = sections.section_of(annotation)
+        if parts[0] == 'stage' and part in of_stage:
+            annotation = of_stage[part]
+        elif section:
+            hints = typing.get_type_hints(section)
+            known = [f.name for f in dataclasses.fields(section)]
             if part not in known:
                 hint = sections.did_you_mean(part, known) or f'; known: {", ".join(known)}'
-                full = f'{where}.{part}' if where else part
                 raise UserError(f"the config has no key '{full}'{hint}")
             annotation = hints[part]
         elif typing.get_origin(annotation) is Mapping:
             annotation = typing.get_args(annotation)[1]
         elif annotation is not object:
             raise UserError(f"the config has no key '{key}': {where} has no keys")
-        done.append(part)
     return annotation
 
 

@@ -77,23 +77,13 @@ class Stage:
         }
 
 
-def parse_weight(value: object, where: str) -> float | Ramp:
-    """Returns a loss weight: a number, or a ramp given as dict(start=, end=)."""
-    if isinstance(value, Mapping):
-        return sections.parse(Ramp, value, where)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f'{where}={value!r} must be a number or dict(start=, end=)')
-    return float(value)
-
-
 def final_weights(config: Config) -> dict[str, float]:
     """Returns the weights of the run's losses after every ramp, without those that are 0.
 
     They are those of `loss_weights`; without any, those of the last stage.
     """
     given = config.loss_weights or config.stage[config.stages[-1]].loss_weights
-    weights = {name: parse_weight(w, f'loss_weights.{name}') for name, w in given.items()}
-    ends = {name: w.end if isinstance(w, Ramp) else w for name, w in weights.items()}
+    ends = {name: w.end if isinstance(w, Ramp) else w for name, w in given.items()}
     return {name: weight for name, weight in ends.items() if weight}
 
 
@@ -117,10 +107,7 @@ def _stage(config: Config, name: str, index: int) -> Stage:
     return Stage(
         name=name,
         learning_rates=tuple(sorted(spec.learning_rates.items())),
-        loss_weights=tuple(
-            (term, parse_weight(weights[term], f'{where}.loss_weights.{term}'))
-            for term in sorted(weights)
-        ),
+        loss_weights=tuple((term, weights[term]) for term in sorted(weights)),
         optimizer=sections.parse(Optimizer, spec.optimizer, f'{where}.optimizer', config.optimizer),
         sampler=sampler,
         options=sections.parse(config.StageOptions, spec.options, f'{where}.options'),

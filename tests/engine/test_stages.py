@@ -117,7 +117,7 @@ def test_stages_share_a_compile_key_unless_what_is_traced_differs(changes, same)
             dict(stages=('z',), stage=dict(z=dict(steps=1, optimizer=dict(learning_rte=1.0)))),
             "did you mean 'learning_rate'",
         ),
-        (dict(loss_weights=dict(x=float('nan'))), 'loss_weights.x=nan must be a number'),
+        (dict(loss_weights=dict(x=float('nan'))), 'loss_weights.x=nan is not a number or a section with'),
         (dict(loss_weights=dict()), 'no loss has a weight'),
         (
             dict(stages=('z',), stage=dict(z=dict(steps=1, learning_rates=dict(t=-1.0)))),
