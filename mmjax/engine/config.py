@@ -84,18 +84,13 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Ramp:
-    """A loss weight that moves from `start` to `end` over the first `fraction` of its stage."""
+    """A loss weight that moves linearly from `start` to `end` over its stage."""
 
     start: float = field(help='weight at the first update')
-    end: float = field(help='weight after `fraction` of the stage')
-    schedule: str = field('linear', 'of the way between', choices=('linear', 'cosine'))
-    fraction: float = field(1.0, 'of the stage', above=0, most=1)
+    end: float = field(help='weight at the end of the stage')
 
     def __call__(self, step: int, steps: int) -> float:
-        x = min(step / max(steps * self.fraction, 1e-9), 1.0)
-        if self.schedule == 'cosine':
-            x = 0.5 - 0.5 * math.cos(math.pi * x)
-        return self.start + (self.end - self.start) * x
+        return self.start + (self.end - self.start) * min(step / max(steps, 1), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
