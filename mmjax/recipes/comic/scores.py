@@ -10,6 +10,14 @@ from mmjax.engine.task import Evaluator, Scores
 from mmjax.evals import collapse, retrieval
 from mmjax.losses import contrastive
 
+# Of the collapse verdict, for the report.
+VERDICTS = {
+    'healthy': ('good', 'Panels of a page differ, and images find the text of their panel.'),
+    'weak_alignment': ('warn', 'Images find the text of their panel no better than by chance.'),
+    'page_collapsed': ('bad', 'The panels of a page have nearly the same embedding.'),
+    'collapsed': ('bad', 'All panels have nearly the same embedding.'),
+}
+
 
 class PageScores(Evaluator):
     """Scores a split as one batch: contrastive losses, retrieval, collapse.

@@ -176,8 +176,6 @@ def test_a_token_of_a_listing_may_be_a_whole_instruction_but_no_more():
     tokenizer = tokenizers.train_tokenizer(['\n'.join(lines)] * 9, 600, pieces='lines')
     ids, mask = tokenizer.encode(['\n'.join(lines)], 64)
     assert [tokenizer.decode([token]) for token in ids[0][mask[0]][1:-1]] == lines
-    with pytest.raises(ValueError, match="pieces 'bytes' is not one of text, lines, words"):
-        tokenizers.train_tokenizer(lines, 600, pieces='bytes')
 
 
 def test_registers_of_built_in_listings_are_told_by_name_or_by_kind(tmp_path):

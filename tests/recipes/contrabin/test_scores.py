@@ -222,7 +222,7 @@ def test_losses_of_pools_are_those_of_loops(bare, predictor, scorer):
     outputs, weights = predictor.outputs, predictor.weights
     with jax.set_mesh(bare.mesh):
         predictor.variables = bare.init_variables()
-        weighing = evaluate.Weights.of(bare.stages[-1], 0, bare.final_weights)
+        weighing = evaluate.LossWeights.of(bare.stages[-1], 0, bare.final_weights)
         found = evaluate.losses(predictor, bare.task, scorer, weighing).losses
     functions = bare.task.dataset('val')
     told = functions.index['comment_id'][functions.one_each()]

@@ -70,7 +70,7 @@ def test_smoothing_is_a_weight_of_the_command_line_and_costs_nothing_at_0(folder
         for stage in built.stages:
             trained = stage.name != 'teacher'
             assert ('smoothing' in stage.losses) == (bool(weight) and trained)
-        weights = evaluate.Weights.of(built.stages[-1], 0, built.final_weights)
+        weights = evaluate.LossWeights.of(built.stages[-1], 0, built.final_weights)
         outputs = jax.eval_shape(
             lambda *arrays: evaluate.forward(built.task, weights.stage, *arrays),
             built.abstract,

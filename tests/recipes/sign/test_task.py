@@ -421,7 +421,7 @@ def test_frozen_parts_run_as_in_evaluation(folder, monkeypatch, rules, group, fr
     config.model.teacher.lstm_layers = 1
     monkeypatch.setattr(sign, 'Sign', functools.partial(Sign, blocks=PUBLISHED[:1]))
     built = build.run(config)
-    task, stage = built.task, built.stages[0].program
+    task, stage = built.task, built.stages[0].compile_key
     train = towers_training(task.towers, dict(built.groups.items), stage)
     batch = batch_of(task, 'train', [0, 2, 3, 4])
     models = []
