@@ -10,24 +10,26 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from mmjax.models import layers
-from mmjax.typing import Array, DType
+from mmjax.typing import Array
 
 _normal = nn.initializers.normal
 
 
+# Keys and values of each block; of a prefix one per row, of a suffix one per beam.
+PrefixCache = tuple[
+    Float[Array, 'batch kv_heads prefix size'], Float[Array, 'batch kv_heads prefix size']
+]
+SuffixCache = tuple[
+    Float[Array, 'batch beams kv_heads length size'],
+    Float[Array, 'batch beams kv_heads length size'],
+]
+
+
 class Prefix(NamedTuple):
-    """Keys and values of the prompt, one tuple entry per block, shared by the beams of a row."""
+    """The prompt, shared by the beams of a row: a cache per block, and which positions are real."""
 
-    keys: tuple[Float[jax.Array, 'batch kv_heads prefix size'], ...]
-    values: tuple[Float[jax.Array, 'batch kv_heads prefix size'], ...]
-    mask: Bool[jax.Array, 'batch prefix']
-
-
-class Suffix(NamedTuple):
-    """Keys and values of what each beam has added, one tuple entry per block."""
-
-    keys: tuple[Float[jax.Array, 'batch beams kv_heads length size'], ...]
-    values: tuple[Float[jax.Array, 'batch beams kv_heads length size'], ...]
+    caches: tuple[PrefixCache, ...]
+    mask: Bool[Array, 'batch prefix']
 
 
 def rotary(
@@ -51,7 +53,7 @@ def rotate(
     return turned.astype(x.dtype)
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(layers.AttentionLayer):
     """x + attention(RMSNorm x), then x + SwiGLU(RMSNorm x) (Touvron 2023), with grouped queries.
 
     Query head h reads key and value head h // (heads // kv_heads) (Ainslie 2023). Kernels start
@@ -67,8 +69,6 @@ class DecoderBlock(nn.Module):
     qkv_bias: bool
     dropout: float = 0.0
     epsilon: float = 1e-6
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     def setup(self):
         dense = lambda features, bias=False, std=0.02: layers.Dense(
@@ -96,42 +96,31 @@ class DecoderBlock(nn.Module):
         train: bool,
     ) -> tuple[
         Float[jax.Array, 'batch length width'],
-        Float[jax.Array, 'batch length kv_heads size'],
-        Float[jax.Array, 'batch length kv_heads size'],
+        tuple[
+            Float[jax.Array, 'batch length kv_heads size'],
+            Float[jax.Array, 'batch length kv_heads size'],
+        ],
     ]:
-        """Computes (the block, its keys, its values), the keys turned already.
+        """Computes (the block, (its keys, its values)), the keys turned already.
 
         `angles` as in `rotary`; `mask` as in `layers.attend`.
         """
         query, key, value = self._project(x, angles)
         attended = layers.attend(query, key, value, mask, implementation=self.implementation)
-        return self._finish(x, attended, train), key, value
+        return self._finish(x, attended, train), (key, value)
 
     def step(
         self,
         x: Float[Array, 'batch beams width'],
         angles: Float[Array, 'batch 1 half_size'],
-        prefix: tuple[
-            Float[Array, 'batch kv_heads prefix size'],
-            Float[Array, 'batch kv_heads prefix size'],
-            Bool[Array, 'batch prefix'],
-        ],
-        suffix: tuple[
-            Float[Array, 'batch beams kv_heads length size'],
-            Float[Array, 'batch beams kv_heads length size'],
-        ],
+        prefix: PrefixCache,
+        mask: Bool[Array, 'batch prefix'],
+        suffix: SuffixCache,
         index: int | Int[Array, ''],
-    ) -> tuple[
-        Float[jax.Array, 'batch beams width'],
-        tuple[
-            Float[jax.Array, 'batch beams kv_heads length size'],
-            Float[jax.Array, 'batch beams kv_heads length size'],
-        ],
-    ]:
+    ) -> tuple[Float[jax.Array, 'batch beams width'], SuffixCache]:
         """Adds one token per beam, at position `index` of the suffix.
 
-        `prefix` is (keys, values, mask) and `suffix` (keys, values) of this block. Returns
-        (x, suffix).
+        `prefix` and `suffix` are this block's, `mask` the prefix's. Returns (x, suffix).
         """
         query, key, value = self._project(x, angles)
         write = lambda cache, new: jax.lax.dynamic_update_index_in_dim(cache, new, index, 3)
@@ -145,7 +134,7 @@ class DecoderBlock(nn.Module):
         written = jnp.arange(to_suffix.shape[-1]) <= index
         logits = jnp.concatenate(
             [
-                jnp.where(prefix[2][:, None, None, None], to_prefix, -jnp.inf),
+                jnp.where(mask[:, None, None, None], to_prefix, -jnp.inf),
                 jnp.where(written, to_suffix, -jnp.inf),
             ],
             -1,
@@ -169,7 +158,7 @@ class DecoderBlock(nn.Module):
         return x + drop(self.down(nn.silu(self.gate(y)) * self.up(y)))
 
 
-class Decoder(nn.Module):
+class Decoder(layers.AttentionLayer):
     """A causal transformer over embeddings: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
     The defaults are the sizes of Qwen2.5-0.5B, with the vocabulary and the separate head of
@@ -190,8 +179,6 @@ class Decoder(nn.Module):
     dropout: float = 0.0
     epsilon: float = 1e-6
     remat: bool = False
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     def setup(self):
         if self.width % self.heads:
@@ -213,8 +200,8 @@ class Decoder(nn.Module):
                 self.qkv_bias,
                 self.dropout,
                 self.epsilon,
-                self.dtype,
-                self.implementation,
+                dtype=self.dtype,
+                implementation=self.implementation,
             )
             setattr(self, f'block_{index}', block)
         self.norm = nn.RMSNorm(self.epsilon, dtype=self.dtype)
@@ -261,26 +248,26 @@ class Decoder(nn.Module):
           (the state of each row's last real embedding, whose logits are those of the first token
           to generate; the cache). A row without a real one: finite, to be ignored.
         """
-        hidden, keys, values = self._encode(embeddings, mask, False)
+        hidden, caches = self._encode(embeddings, mask, False)
         last = jnp.where(mask.astype(bool), jnp.arange(mask.shape[1]), 0).max(1)
         # Heads before positions: each step then multiplies the cache without a copy.
-        heads_first = lambda caches: tuple(x.swapaxes(1, 2) for x in caches)
-        prefix = Prefix(heads_first(keys), heads_first(values), mask.astype(bool))
+        caches = jax.tree.map(lambda x: x.swapaxes(1, 2), caches)
+        prefix = Prefix(caches, mask.astype(bool))
         return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0], prefix
 
-    def suffix(self, batch: int, beams: int, length: int) -> Suffix:
-        """Returns an empty cache for `length` tokens per beam; it needs no parameters."""
+    def suffix(self, batch: int, beams: int, length: int) -> tuple[SuffixCache, ...]:
+        """Returns an empty cache per block for `length` tokens per beam; it needs no parameters."""
         shape = (batch, beams, self.kv_heads, length, self.width // self.heads)
-        empty = lambda: tuple(jnp.zeros(shape, self.dtype) for _ in range(self.depth))
-        return Suffix(empty(), empty())
+        empty = lambda: jnp.zeros(shape, self.dtype)
+        return tuple((empty(), empty()) for _ in range(self.depth))
 
     def step(
         self,
         embeddings: Float[Array, 'batch beams width'],
         prefix: Prefix,
-        suffix: Suffix,
+        suffix: tuple[SuffixCache, ...],
         index: int | Int[Array, ''],
-    ) -> tuple[Float[jax.Array, 'batch beams width'], Suffix]:
+    ) -> tuple[Float[jax.Array, 'batch beams width'], tuple[SuffixCache, ...]]:
         """Adds one token to every beam.
 
         Args:
@@ -296,12 +283,11 @@ class Decoder(nn.Module):
         position = prefix.mask.sum(1, dtype=jnp.int32)[:, None] + index  # [batch, 1]
         angles = rotary(position, self.width // self.heads, self.theta)
         caches = []
-        for number in range(self.depth):
-            prompt = prefix.keys[number], prefix.values[number], prefix.mask
-            cache = suffix.keys[number], suffix.values[number]
-            x, cache = getattr(self, f'block_{number}').step(x, angles, prompt, cache, index)
+        for number, (prompt, cache) in enumerate(zip(prefix.caches, suffix, strict=True)):
+            block = getattr(self, f'block_{number}')
+            x, cache = block.step(x, angles, prompt, prefix.mask, cache, index)
             caches.append(cache)
-        return self.norm(x), Suffix(*(tuple(part) for part in zip(*caches, strict=True)))
+        return self.norm(x), tuple(caches)
 
     def _encode(self, embeddings, mask, train):
         if embeddings.shape != (*mask.shape, self.width):
@@ -314,12 +300,10 @@ class Decoder(nn.Module):
         causal = jnp.tril(jnp.ones((length, length), bool))
         visible = causal & mask[:, None, None, :]  # [batch, heads, queries, keys]
         x = embeddings.astype(self.dtype)
-        keys = []
-        values = []
+        caches = []
         run = lambda block, x: block(x, angles, visible, train=train)
         run = nn.remat(run) if self.remat else run
         for index in range(self.depth):
-            x, key, value = run(getattr(self, f'block_{index}'), x)
-            keys.append(key)
-            values.append(value)
-        return self.norm(x), keys, values
+            x, cache = run(getattr(self, f'block_{index}'), x)
+            caches.append(cache)
+        return self.norm(x), tuple(caches)

@@ -1,4 +1,4 @@
-"""Layers that several towers share: masked batch norm, attention, the MLP and the pre-LN block."""
+"""Layers that several towers share: masked batch norm, attention, the MLP and their block."""
 
 import functools
 import math
@@ -14,6 +14,18 @@ from mmjax.models import packing
 from mmjax.typing import Array, DType
 
 kernel_init = nn.initializers.xavier_uniform()
+
+
+class Layer(nn.Module, kw_only=True):
+    """A module that computes in `dtype`; its parameters are float32."""
+
+    dtype: DType = jnp.float32
+
+
+class AttentionLayer(Layer, kw_only=True):
+    """A module with attention, computed by the `implementation` of `attend`."""
+
+    implementation: str = 'xla'
 
 
 class Dense(nn.Dense):
@@ -79,7 +91,7 @@ def patches(
     return x.reshape(-1, grid * grid, patch * patch * 3)
 
 
-class MaskedBatchNorm(nn.Module):
+class MaskedBatchNorm(Layer):
     """Batch normalisation whose statistics come from valid rows only (Ioffe & Szegedy 2015).
 
     y = (x − mean) / √(variance + epsilon) · scale + bias over the last axis. With `train`, mean and
@@ -94,7 +106,6 @@ class MaskedBatchNorm(nn.Module):
 
     momentum: float = 0.9
     epsilon: float = 1e-5
-    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -203,12 +214,10 @@ def _cudnn_fault(query: Array, key: Array, mask: Array | None) -> str:
     return ''
 
 
-class Attention(nn.Module):
+class Attention(AttentionLayer):
     """Multi-head attention with its four projections: `query`, `key`, `value`, `out`."""
 
     heads: int
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     @nn.compact
     def __call__(
@@ -245,12 +254,11 @@ class Attention(nn.Module):
         return project('out', attended.reshape(*attended.shape[:-2], width))
 
 
-class Mlp(nn.Module):
+class Mlp(Layer):
     """Two linear layers with a GELU between: `up` to `width` features, `down` to the input's."""
 
     width: int
     approximate: bool = False  # GELU by tanh, as in SigLIP
-    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, '*rows width']) -> Float[jax.Array, '*rows width']:
@@ -260,29 +268,52 @@ class Mlp(nn.Module):
         return down(gelu(up(x), self.approximate))
 
 
-class EncoderBlock(nn.Module):
-    """A pre-LN transformer block: x + attention(LN x), then x + MLP(LN x)."""
+class EncoderBlock(AttentionLayer):
+    """A transformer block: x + attention(norm x), then x + MLP(norm x).
+
+    Args:
+      dropout: of what both halves add.
+      approximate: of the MLP, see `Mlp`.
+      norm: 'layer' or 'rms'.
+      post_norm: as in BERT, norm(x + attention x), then norm(x + MLP x).
+      layer_scale: start of a learnt factor per feature of what both halves add (Touvron 2021);
+        None: no factor.
+    """
 
     heads: int
     mlp_width: int
     dropout: float = 0.0
     epsilon: float = 1e-6
-    approximate: bool = True
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
+    approximate: bool = False
+    norm: str = 'layer'
+    post_norm: bool = False
+    layer_scale: float | None = None
 
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, 'batch length width'],
+        x: Float[Array, '*rows width'],
         mask: Bool[Array, '#batch #heads #queries keys'] | None = None,
         *,
         train: bool,
-    ) -> Float[jax.Array, 'batch length width']:
-        """Computes the block; `mask` as in `attend`."""
-        norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
+        indices: packing.PackIndices | None = None,
+    ) -> Float[jax.Array, '*rows width']:
+        """Computes the block on x [batch, length, width], or packed [rows, width] with `indices`.
+
+        `mask` is that of `attend`.
+        """
+        attention = Attention(
+            self.heads, dtype=self.dtype, implementation=self.implementation, name='attention'
+        )
+        mlp = Mlp(self.mlp_width, self.approximate, dtype=self.dtype, name='mlp')
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        attention = Attention(self.heads, self.dtype, self.implementation, name='attention')
-        x = x + drop(attention(norm('norm_1')(x), mask=mask))
-        mlp = Mlp(self.mlp_width, self.approximate, self.dtype, name='mlp')
-        return x + drop(mlp(norm('norm_2')(x)))
+        kind = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}[self.norm]
+        halves = (functools.partial(attention, mask=mask, indices=indices), mlp)
+        for number, half in enumerate(halves, start=1):
+            norm = kind(epsilon=self.epsilon, dtype=self.dtype, name=f'norm_{number}')
+            y = drop(half(x if self.post_norm else norm(x)))
+            if self.layer_scale is not None:
+                start = nn.initializers.constant(self.layer_scale)
+                y = y * self.param(f'scale_{number}', start, x.shape[-1:]).astype(self.dtype)
+            x = norm(x + y) if self.post_norm else x + y
+        return x

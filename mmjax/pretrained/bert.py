@@ -31,6 +31,16 @@ _KEYS = {
     'types': ('type_vocab_size', 2),
     'epsilon': ('layer_norm_eps', 1e-12),
 }
+_BLOCK = {
+    'attention/query': 'attention.self.query',
+    'attention/key': 'attention.self.key',
+    'attention/value': 'attention.self.value',
+    'attention/out': 'attention.output.dense',
+    'norm_1': 'attention.output.LayerNorm',
+    'mlp/up': 'intermediate.dense',
+    'mlp/down': 'output.dense',
+    'norm_2': 'output.LayerNorm',
+}
 
 
 def fields(folder) -> dict[str, Any]:
@@ -81,16 +91,7 @@ def entries(
     table += files.norm('embeddings.LayerNorm', 'params/norm', width)
     for index in range(depth):
         name, path = f'encoder.layer.{index}', f'params/block_{index}'
-        for part in ('query', 'key', 'value'):
-            table += files.linear(
-                f'{name}.attention.self.{part}', f'{path}/attention/{part}', width, width
-            )
-        output = f'{name}.attention.output'
-        table += files.linear(f'{output}.dense', f'{path}/attention/out', width, width)
-        table += files.norm(f'{output}.LayerNorm', f'{path}/norm_1', width)
-        table += files.linear(f'{name}.intermediate.dense', f'{path}/mlp/up', width, mlp_width)
-        table += files.linear(f'{name}.output.dense', f'{path}/mlp/down', mlp_width, width)
-        table += files.norm(f'{name}.output.LayerNorm', f'{path}/norm_2', width)
+        table += files.block(name, path, _BLOCK, width, mlp_width)
     return table
 
 

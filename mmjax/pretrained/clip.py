@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from mmjax.errors import UserError
@@ -119,13 +118,8 @@ def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
 
     Bicubic with half-pixel centres, smoothed where it shrinks, as open_clip does it.
     """
-    first, square = positions[:1], positions[1:]
-    old, width = math.isqrt(len(square)), positions.shape[1]
-    if grid == old:
-        return positions
-    square = square.reshape(old, old, width)
-    resized = np.asarray(jax.image.resize(square, (grid, grid, width), 'cubic', antialias=True))
-    return np.concatenate([first, resized.reshape(grid * grid, width)])
+    resized = files.resize_positions(positions[1:], grid, 'cubic', antialias=True)
+    return np.concatenate([positions[:1], resized])
 
 
 def export(

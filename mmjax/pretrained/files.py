@@ -6,11 +6,13 @@ weights are never opened.
 """
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import safetensors
 from flax import traverse_util
@@ -30,6 +32,10 @@ class Layout(NamedTuple):
 
 SAME = Layout(lambda x: x, lambda x: x)
 LINEAR = Layout(lambda x: x.T, lambda x: x.T)  # [out, in] → [in, out]
+PATCHES = Layout(  # [width, 3, patch, patch] → [patch · patch · 3, width]
+    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+    lambda x: x.reshape(math.isqrt(len(x) // 3), -1, 3, x.shape[1]).transpose(3, 2, 0, 1),
+)
 CONV = Layout(  # [out, in, height, width] → [height, width, in, out]
     lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
 )
@@ -58,6 +64,33 @@ def norm(name: str, path: str, features: int) -> list[Entry]:
         Entry(f'{name}.weight', (features,), (f'{path}/scale',)),
         Entry(f'{name}.bias', (features,), (f'{path}/bias',)),
     ]
+
+
+def fused_attention(name: str, path: str, width: int) -> list[Entry]:
+    """Entries of a PyTorch MultiheadAttention, whose queries, keys and values are one tensor."""
+    inward = [f'{path}/{part}' for part in ('query', 'key', 'value')]
+    kernels = tuple(f'{part}/kernel' for part in inward)
+    biases = tuple(f'{part}/bias' for part in inward)
+    return [
+        Entry(f'{name}.in_proj_weight', (3 * width, width), kernels, LINEAR),
+        Entry(f'{name}.in_proj_bias', (3 * width,), biases),
+        *linear(f'{name}.out_proj', f'{path}/out', width, width),
+    ]
+
+
+def block(
+    name: str, path: str, parts: Mapping[str, str], width: int, mlp_width: int
+) -> list[Entry]:
+    """Entries of a transformer block; `parts` maps our submodules to the published ones."""
+    shapes = {'up': (width, mlp_width), 'down': (mlp_width, width)}
+    table = []
+    for ours, theirs in parts.items():
+        names = f'{name}.{theirs}', f'{path}/{ours}'
+        if ours.startswith('norm'):
+            table += norm(*names, width)
+        else:
+            table += linear(*names, *shapes.get(ours.rpartition('/')[2], (width, width)))
+    return table
 
 
 class Weights:
@@ -100,6 +133,11 @@ class Weights:
         for name, file in (listed or {}).items():
             if self.names.get(name) != self.folder / file:
                 raise UserError(f"{self.folder / file}: {INDEX} puts tensor '{name}' here")
+
+    def count(self, pattern: str, first: int = 0) -> int:
+        """Returns how many numbers from `first` on the group of `pattern` takes in the names."""
+        matches = (re.match(pattern, name) for name in self.names)
+        return max((int(match[1]) + 1 - first for match in matches if match), default=0)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor from its file's header."""
@@ -220,6 +258,19 @@ def load(
             leaves[path] = np.ascontiguousarray(entry.layout.load(part))
     tree = traverse_util.unflatten_dict(leaves, sep='/')
     return {'params': tree.get('params', {}), 'batch_stats': tree.get('batch_stats', {})}
+
+
+def resize_positions(
+    positions: np.ndarray, grid: int, method: str, *, antialias: bool
+) -> np.ndarray:
+    """Resizes positions [old · old, width] of a square grid to [grid · grid, width]."""
+    old = math.isqrt(len(positions))
+    if grid == old:
+        return positions
+    square = positions.reshape(old, old, -1)
+    shape = (grid, grid, square.shape[-1])
+    resized = jax.image.resize(square, shape, method, antialias=antialias)
+    return np.asarray(resized).reshape(grid * grid, -1)
 
 
 def export(variables: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, np.ndarray]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mmjax.models import clip
-from mmjax.models.modified_resnet import AttentionPool, Bottleneck
+from mmjax.models.modified_resnet import AttentionPool
+from mmjax.models.resnet import Block
 from tests import clip_presets
 
 VISION = {
@@ -226,7 +227,7 @@ def test_towers_start_with_the_published_deviations():
 def test_resnet_starts_with_batch_norms_of_one_and_the_published_pool():
     key, channels = jax.random.key(0, impl='rbg'), 128
     x = jnp.zeros((1, 2, 2, channels))
-    block = functools.partial(Bottleneck(8, True).init, train=False)
+    block = functools.partial(Block(8, 2, average=True).init, train=False)
     params = jax.jit(block)(key, x, None)['params']
     for name in ('norm_1', 'norm_2', 'norm_3', 'shortcut_norm'):
         assert (params[name]['scale'] == 1).all()
