@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mmjax.evals import ties
-from mmjax.evals.retrieval import mean
+from mmjax.evals.retrieval import mean, unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,9 +213,7 @@ def _checked(queries, gallery, chunk_queries, chunk_gallery, ks):
 
 
 def _unit(rows):
-    rows = np.asarray(rows, np.float64)  # so that no float32 length over- or underflows
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)  # a zero row ties with everything: chance
+    return unit(np.asarray(rows, np.float64))  # so that no float32 length over- or underflows
 
 
 def _largest(scores, k):

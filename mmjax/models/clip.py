@@ -53,24 +53,16 @@ class ClipBlock(layers.AttentionLayer):
     ) -> Float[jax.Array, 'batch length width']:
         """Computes the block; `mask` as in `layers.attend`."""
         width = x.shape[-1]
-        if width % self.heads:
-            raise ValueError(f'width {width} is not a multiple of {self.heads} heads')
-        if self.activation not in ACTIVATIONS:
-            known = ', '.join(ACTIVATIONS)
-            raise ValueError(f"activation '{self.activation}' is not one of {known}")
         inward = width**-0.5
         residual = (width * 2 * self.depth) ** -0.5
         norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
         dense = lambda name, features, std: layers.Dense(
             features, dtype=self.dtype, kernel_init=_normal(std), name=name
         )
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
         y = norm('norm_1')(x)
-        query, key, value = (
-            split(dense(name, width, inward)(y)) for name in ('query', 'key', 'value')
-        )
-        y = layers.attend(query, key, value, mask, implementation=self.implementation)
-        x = x + dense('out', width, residual)(y.reshape(x.shape))
+        parts = [dense(name, width, inward)(y) for name in ('query', 'key', 'value')]
+        y = layers.attend_heads(*parts, self.heads, mask, implementation=self.implementation)
+        x = x + dense('out', width, residual)(y)
         y = dense('up', self.mlp_width, (2 * width) ** -0.5)(norm('norm_2')(x))
         return x + dense('down', width, residual)(ACTIVATIONS[self.activation](y))
 

@@ -201,6 +201,24 @@ def attend(
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
 
 
+def attend_heads(
+    query: Float[Array, 'batch queries width'],
+    key: Float[Array, 'batch keys width'],
+    value: Float[Array, 'batch keys width'],
+    heads: int,
+    mask: Bool[Array, '#batch #heads #queries keys'] | None = None,
+    *,
+    implementation: str = 'xla',
+) -> Float[jax.Array, 'batch queries width']:
+    """Computes `attend` with the width cut into heads; ValueError where they do not divide it."""
+    width = query.shape[-1]
+    if width % heads:
+        raise ValueError(f'width {width} is not a multiple of {heads} heads')
+    split = lambda x: x.reshape(*x.shape[:-1], heads, width // heads)
+    parts = (split(x) for x in (query, key, value))
+    return attend(*parts, mask, implementation=implementation).reshape(query.shape)
+
+
 def _cudnn_fault(query: Array, key: Array, mask: Array | None) -> str:
     """Says which condition of cuDNN's fused attention does not hold; '' when all do."""
     if jax.default_backend() != 'gpu':
@@ -234,24 +252,16 @@ class Attention(AttentionLayer):
         """
         if indices is not None and (mask is None or context is not None):
             raise ValueError('packed rows attend to themselves, under the mask of their padding')
-        width = x.shape[-1]
-        if width % self.heads:
-            raise ValueError(f'width {width} is not a multiple of {self.heads} heads')
         context = x if context is None else context
         project = lambda name, y: Dense(
-            width, dtype=self.dtype, kernel_init=kernel_init, name=name
+            x.shape[-1], dtype=self.dtype, kernel_init=kernel_init, name=name
         )(y)
-        unpack = (lambda y: y) if indices is None else lambda y: packing.unpack(y, indices)
-        split = lambda y: unpack(y.reshape(*y.shape[:-1], self.heads, width // self.heads))
-        attended = attend(
-            split(project('query', x)),
-            split(project('key', context)),
-            split(project('value', context)),
-            mask,
-            implementation=self.implementation,
-        )
+        parts = [project('query', x), project('key', context), project('value', context)]
+        if indices is not None:
+            parts = [packing.unpack(part, indices) for part in parts]
+        attended = attend_heads(*parts, self.heads, mask, implementation=self.implementation)
         attended = attended if indices is None else packing.pack(attended, indices)
-        return project('out', attended.reshape(*attended.shape[:-2], width))
+        return project('out', attended)
 
 
 class Mlp(Layer):

@@ -26,8 +26,6 @@ class AttentionPool(layers.AttentionLayer):
     ) -> Float[jax.Array, 'batch {self.features}']:
         """Pools all positions of a map."""
         batch, height, width, channels = x.shape
-        if channels % self.heads:
-            raise ValueError(f'{channels} channels are not a multiple of {self.heads} heads')
         init = nn.initializers.normal(channels**-0.5)
         positions = self.param('positions', init, (1 + height * width, channels))
         x = x.reshape(batch, height * width, channels)
@@ -35,14 +33,14 @@ class AttentionPool(layers.AttentionLayer):
         dense = lambda name, features: layers.Dense(
             features, dtype=self.dtype, kernel_init=init, name=name
         )
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, channels // self.heads)
-        pooled = layers.attend(
-            split(dense('query', channels)(x[:, :1])),
-            split(dense('key', channels)(x)),
-            split(dense('value', channels)(x)),
+        pooled = layers.attend_heads(
+            dense('query', channels)(x[:, :1]),
+            dense('key', channels)(x),
+            dense('value', channels)(x),
+            self.heads,
             implementation=self.implementation,
         )
-        return dense('out', self.features)(pooled.reshape(batch, channels))
+        return dense('out', self.features)(pooled[:, 0])
 
 
 class StatisticsPool(layers.Layer):

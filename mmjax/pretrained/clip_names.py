@@ -1,6 +1,6 @@
 """Tables of CLIP's tensors: Hugging Face's CLIPModel, and OpenAI's names, which open_clip keeps.
 
-Both leave out `logit_scale`, a scalar that both call so.
+`logit_scale`, a scalar, is called so in both.
 """
 
 import math
@@ -11,6 +11,7 @@ from mmjax.errors import UserError
 from mmjax.pretrained import files, resnet
 
 EPSILON = 1e-5  # of every LayerNorm, unless a Hugging Face config says otherwise
+LOGIT_SCALE = files.Entry('logit_scale', (), ('params/logit_scale',))
 HEAD = 64  # the width of each of OpenAI's heads
 
 _HUGGING_FACE = {
@@ -30,6 +31,7 @@ def hugging_face(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[fil
     """Returns CLIPModel's table for towers of these fields (ClipVision, ClipText)."""
     width, root, path = vision['width'], 'vision_model', 'params/vision'
     table = [
+        LOGIT_SCALE,
         files.Entry(f'{root}.embeddings.class_embedding', (width,), (f'{path}/class_token',)),
         _patches(f'{root}.embeddings.patch_embedding.weight', vision),
         files.Entry(
@@ -76,6 +78,7 @@ def openai(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[files.Ent
     width, path = text['width'], 'params/text'
     tower = _modified_resnet(vision) if 'stage_sizes' in vision else _transformer(vision)
     return [
+        LOGIT_SCALE,
         *tower,
         files.Entry(
             'token_embedding.weight', (text['vocabulary'], width), (f'{path}/words/embedding',)

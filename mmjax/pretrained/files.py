@@ -114,11 +114,10 @@ class Weights:
             if not isinstance(listed, dict) or not listed:
                 raise UserError(f"{self.folder / INDEX}: key 'weight_map' is missing or empty")
             files = sorted(set(listed.values()))
-        elif (self.folder / SINGLE).is_file():
-            listed, files = None, [SINGLE]
-        elif (self.folder / OPEN_CLIP).is_file():
-            listed, files = None, [OPEN_CLIP]
         else:
+            listed = {}
+            files = [name for name in (SINGLE, OPEN_CLIP) if (self.folder / name).is_file()][:1]
+        if not files:
             raise UserError(
                 f'{self.folder}: found neither {SINGLE} nor {INDEX}; other formats, such as '
                 'pytorch_model.bin, can run code when read and have to be converted first'
@@ -130,7 +129,7 @@ class Weights:
                 if name in self.names:
                     raise UserError(f"{path}: tensor '{name}' is in {self.names[name].name} too")
                 self.names[name] = path
-        for name, file in (listed or {}).items():
+        for name, file in listed.items():
             if self.names.get(name) != self.folder / file:
                 raise UserError(f"{self.folder / file}: {INDEX} puts tensor '{name}' here")
 
@@ -253,9 +252,11 @@ def load(
     tensors = weights.read(published.values())
     leaves = {}
     for entry in entries:
-        parts = np.split(tensors[published[entry.name]], len(entry.paths))
+        tensor = tensors[published[entry.name]]
+        several = len(entry.paths) > 1  # a scalar cannot be split
+        parts = np.split(tensor, len(entry.paths)) if several else [tensor]
         for path, part in zip(entry.paths, parts, strict=True):
-            leaves[path] = np.ascontiguousarray(entry.layout.load(part))
+            leaves[path] = np.asarray(entry.layout.load(part), order='C')
     tree = traverse_util.unflatten_dict(leaves, sep='/')
     return {'params': tree.get('params', {}), 'batch_stats': tree.get('batch_stats', {})}
 
@@ -286,7 +287,8 @@ def export(variables: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, 
         if missing:
             raise ValueError(f"the tree has no leaf '{missing[0]}'")
         parts = [entry.layout.save(np.asarray(leaves.pop(path))) for path in entry.paths]
-        tensors[entry.name] = np.ascontiguousarray(np.concatenate(parts))
+        joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        tensors[entry.name] = np.asarray(joined, order='C')
         if tensors[entry.name].shape != entry.shape:
             shape = list(tensors[entry.name].shape)
             raise ValueError(f"'{entry.name}' has shape {shape}, not {list(entry.shape)}")

@@ -160,8 +160,6 @@ class ReceiptQuestions(prepare.PreparedDataset):
           augmentation: applied when training; None for none.
           cache_bytes: memory, in each process, for decoded images; 0 for none.
         """
-        if classes < 2:
-            raise UserError(f'data.classes is {classes}, less than 2')
         if not buckets or min(buckets) < 2:
             raise UserError(f'data.buckets is {tuple(buckets)}: lengths from 2 are needed')
         super().__init__(prepared, split)
