@@ -64,10 +64,6 @@ class InternViT(layers.AttentionLayer):
 
     def _convolve(self, images: Array) -> jax.Array:
         halvings = self.patch_size.bit_length() - 1
-        if 2**halvings != self.patch_size or self.image_size % self.patch_size:
-            raise ValueError(
-                f'patch_size {self.patch_size} is no power of 2 that divides {self.image_size}'
-            )
         x = images.astype(self.dtype)
         for index in range(halvings):
             features = max(self.width >> (halvings - 1 - index), 16)

@@ -41,19 +41,15 @@ class Dropout(nn.Module):
     nearest multiple of 2⁻¹⁶, and the scale is that of this probability.
     """
 
-    rate: float
+    rate: float  # in [0, 1)
 
     @nn.compact
     def __call__(self, x: Float[Array, '*shape'], *, deterministic: bool) -> Float[Array, '*shape']:
         """Returns x's dtype; needs rng 'dropout' where it acts."""
         values = 2**16
         dropped = round(self.rate * values)
-        if not 0 <= dropped <= values:
-            raise ValueError(f'dropout of {self.rate} is not 0 … 1')
         if deterministic or not dropped:
             return x
-        if dropped == values:
-            return jnp.zeros_like(x)
         keep = cpu.random_bits16(self.make_rng('dropout'), x.shape) >= dropped
         return jnp.where(keep, x * (values / (values - dropped)), 0)
 
@@ -221,15 +217,22 @@ def attend_heads(
 
 def _cudnn_fault(query: Array, key: Array, mask: Array | None) -> str:
     """Says which condition of cuDNN's fused attention does not hold; '' when all do."""
-    if jax.default_backend() != 'gpu':
-        return f'a GPU, not {jax.default_backend()}'
-    if query.dtype not in (jnp.float16, jnp.bfloat16):
-        return f'float16 or bfloat16, not {query.dtype}'
-    if query.shape[-1] % 8 or query.shape[-1] > 128:
-        return f'a head size that is a multiple of 8 up to 128, not {query.shape[-1]}'
-    if mask is not None and (query.shape[1] % 2 or key.shape[1] % 2):
-        return f'even lengths under a mask, not {query.shape[1]} and {key.shape[1]}'
-    return ''
+    backend = jax.default_backend()
+    size = query.shape[-1]
+    odd = query.shape[1] % 2 or key.shape[1] % 2
+    faults = (
+        (backend != 'gpu', f'a GPU, not {backend}'),
+        (
+            query.dtype not in (jnp.float16, jnp.bfloat16),
+            f'float16 or bfloat16, not {query.dtype}',
+        ),
+        (size % 8 or size > 128, f'a head size that is a multiple of 8 up to 128, not {size}'),
+        (
+            mask is not None and odd,
+            f'even lengths under a mask, not {query.shape[1]} and {key.shape[1]}',
+        ),
+    )
+    return next((text for fails, text in faults if fails), '')
 
 
 class Attention(AttentionLayer):

@@ -38,7 +38,7 @@ class ReceiptScores(Evaluator):
         labels = data.index['label'][rows][first]
         predicted = results.outputs['predicted'][first]
         counted, confusion = classification.score(labels, predicted, data.classes)
-        decoding = self.task.decode.final if final else self.task.decode.running
+        decoding = self.task.config.decode.final if final else self.task.config.decode.running
         method = 'answer_final' if final else 'answer_running'
         (tokens, lengths), batch = gather(predict, method, data, self.batch_size, ('row',))
         decode = self.task.tokenizer.decode
