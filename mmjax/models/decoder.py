@@ -1,7 +1,9 @@
 """The decoder language model (Llama and Qwen2 shaped), and its step by step form with a cache."""
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -53,7 +55,51 @@ def rotate(
     return turned.astype(x.dtype)
 
 
-class DecoderBlock(layers.AttentionLayer):
+def attend_step(
+    query: Float[Array, 'batch beams heads size'],
+    key: Float[Array, 'batch beams kv_heads size'],
+    value: Float[Array, 'batch beams kv_heads size'],
+    *,
+    prefix: PrefixCache,
+    mask: Bool[Array, 'batch prefix'],
+    suffix: SuffixCache,
+    index: int | Int[Array, ''],
+) -> tuple[Float[jax.Array, 'batch beams heads size'], SuffixCache]:
+    """Attends from the newest token of each beam to the prompt and to what the beam has added.
+
+    Args:
+      query, key, value: of the newest token, turned already.
+      prefix, mask: the prompt's cache, and which of its positions are real.
+      suffix: the beams' cache; the token is written to its position `index`.
+
+    Returns:
+      (the mean values, the suffix with the token).
+    """
+    write = lambda cache, new: jax.lax.dynamic_update_index_in_dim(cache, new, index, 3)
+    suffix = write(suffix[0], key), write(suffix[1], value)
+    batch, beams, heads, size = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, beams, kv_heads, heads // kv_heads, size)
+    # The beams are further queries of the shared prefix: one product for all of them.
+    dot = lambda equation, *xs: jnp.einsum(equation, *xs, preferred_element_type=jnp.float32)
+    to_prefix = dot('bknqh,bnph->bknqp', grouped, prefix[0])
+    to_suffix = dot('bknqh,bknsh->bknqs', grouped, suffix[0])
+    written = jnp.arange(to_suffix.shape[-1]) <= index
+    logits = jnp.concatenate(
+        [
+            jnp.where(mask[:, None, None, None], to_prefix, -jnp.inf),
+            jnp.where(written, to_suffix, -jnp.inf),
+        ],
+        -1,
+    )
+    weights = jax.nn.softmax(logits / math.sqrt(size)).astype(value.dtype)
+    to_prefix, to_suffix = jnp.split(weights, [to_prefix.shape[-1]], -1)
+    attended = dot('bknqp,bnph->bknqh', to_prefix, prefix[1])
+    attended += dot('bknqs,bknsh->bknqh', to_suffix, suffix[1])
+    return attended.astype(value.dtype).reshape(query.shape), suffix
+
+
+class DecoderBlock(layers.Layer):
     """x + attention(RMSNorm x), then x + SwiGLU(RMSNorm x) (Touvron 2023), with grouped queries.
 
     Query head h reads key and value head h // (heads // kv_heads) (Ainslie 2023). Kernels start
@@ -61,7 +107,6 @@ class DecoderBlock(layers.AttentionLayer):
     0.02 · (2 · depth)^-½ (Radford 2019).
     """
 
-    width: int
     heads: int
     kv_heads: int
     mlp_width: int
@@ -70,92 +115,43 @@ class DecoderBlock(layers.AttentionLayer):
     dropout: float = 0.0
     epsilon: float = 1e-6
 
-    def setup(self):
-        dense = lambda features, bias=False, std=0.02: layers.Dense(
-            features, use_bias=bias, dtype=self.dtype, kernel_init=_normal(std)
-        )
-        size = self.width // self.heads
-        residual = 0.02 / math.sqrt(2 * self.depth)
-        self.norm_1 = nn.RMSNorm(self.epsilon, dtype=self.dtype)
-        self.query = dense(self.heads * size, self.qkv_bias)
-        self.key = dense(self.kv_heads * size, self.qkv_bias)
-        self.value = dense(self.kv_heads * size, self.qkv_bias)
-        self.out = dense(self.width, std=residual)
-        self.norm_2 = nn.RMSNorm(self.epsilon, dtype=self.dtype)
-        self.gate = dense(self.mlp_width)
-        self.up = dense(self.mlp_width)
-        self.down = dense(self.width, std=residual)
-        self.drop = nn.Dropout(self.dropout)
-
+    @nn.compact
     def __call__(
         self,
-        x: Float[Array, 'batch length width'],
-        angles: Float[Array, 'batch length half_size'],
-        mask: Bool[Array, '#batch #heads #queries keys'],
+        x: Float[Array, '*rows width'],
+        angles: Float[Array, '*rows_or_1 half_size'],
+        attend: Callable,
         *,
         train: bool,
-    ) -> tuple[
-        Float[jax.Array, 'batch length width'],
-        tuple[
-            Float[jax.Array, 'batch length kv_heads size'],
-            Float[jax.Array, 'batch length kv_heads size'],
-        ],
-    ]:
-        """Computes (the block, (its keys, its values)), the keys turned already.
+    ) -> tuple[Float[jax.Array, '*rows width'], Any]:
+        """Computes the block.
 
-        `angles` as in `rotary`; `mask` as in `layers.attend`.
+        Args:
+          angles: as in `rotate`.
+          attend: maps (query, key, value), turned already, to (the mean values, a cache).
+
+        Returns:
+          (the block, the cache of `attend`).
         """
-        query, key, value = self._project(x, angles)
-        attended = layers.attend(query, key, value, mask, implementation=self.implementation)
-        return self._finish(x, attended, train), (key, value)
-
-    def step(
-        self,
-        x: Float[Array, 'batch beams width'],
-        angles: Float[Array, 'batch 1 half_size'],
-        prefix: PrefixCache,
-        mask: Bool[Array, 'batch prefix'],
-        suffix: SuffixCache,
-        index: int | Int[Array, ''],
-    ) -> tuple[Float[jax.Array, 'batch beams width'], SuffixCache]:
-        """Adds one token per beam, at position `index` of the suffix.
-
-        `prefix` and `suffix` are this block's, `mask` the prefix's. Returns (x, suffix).
-        """
-        query, key, value = self._project(x, angles)
-        write = lambda cache, new: jax.lax.dynamic_update_index_in_dim(cache, new, index, 3)
-        suffix = write(suffix[0], key), write(suffix[1], value)
-        batch, beams, heads, size = query.shape
-        query = query.reshape(batch, beams, self.kv_heads, heads // self.kv_heads, size)
-        # The beams are further queries of the shared prefix: one product for all of them.
-        dot = lambda equation, *xs: jnp.einsum(equation, *xs, preferred_element_type=jnp.float32)
-        to_prefix = dot('bknqh,bnph->bknqp', query, prefix[0])
-        to_suffix = dot('bknqh,bknsh->bknqs', query, suffix[0])
-        written = jnp.arange(to_suffix.shape[-1]) <= index
-        logits = jnp.concatenate(
-            [
-                jnp.where(mask[:, None, None, None], to_prefix, -jnp.inf),
-                jnp.where(written, to_suffix, -jnp.inf),
-            ],
-            -1,
+        width = x.shape[-1]
+        size = width // self.heads
+        residual = 0.02 / math.sqrt(2 * self.depth)
+        norm = lambda name: nn.RMSNorm(self.epsilon, dtype=self.dtype, name=name)
+        dense = lambda name, features, bias=False, std=0.02: layers.Dense(
+            features, use_bias=bias, dtype=self.dtype, kernel_init=_normal(std), name=name
         )
-        weights = jax.nn.softmax(logits / math.sqrt(size)).astype(value.dtype)
-        to_prefix, to_suffix = jnp.split(weights, [to_prefix.shape[-1]], -1)
-        attended = dot('bknqp,bnph->bknqh', to_prefix, prefix[1])
-        attended += dot('bknqs,bknsh->bknqh', to_suffix, suffix[1])
-        return self._finish(x, attended.astype(value.dtype), False), suffix
-
-    def _project(self, x, angles):
-        y = self.norm_1(x)
-        split = lambda y: y.reshape(*y.shape[:-1], -1, self.width // self.heads)
-        query, key, value = (split(part(y)) for part in (self.query, self.key, self.value))
-        return rotate(query, angles), rotate(key, angles), value
-
-    def _finish(self, x, attended, train):
-        drop = lambda y: self.drop(y, deterministic=not train)
-        x = x + drop(self.out(attended.reshape(x.shape)))
-        y = self.norm_2(x)
-        return x + drop(self.down(nn.silu(self.gate(y)) * self.up(y)))
+        drop = nn.Dropout(self.dropout, deterministic=not train, name='drop')
+        y = norm('norm_1')(x)
+        heads = {'query': self.heads, 'key': self.kv_heads, 'value': self.kv_heads}
+        query, key, value = (
+            dense(name, count * size, self.qkv_bias)(y).reshape(*y.shape[:-1], count, size)
+            for name, count in heads.items()
+        )
+        attended, cache = attend(rotate(query, angles), rotate(key, angles), value)
+        x = x + drop(dense('out', width, std=residual)(attended.reshape(x.shape)))
+        y = norm('norm_2')(x)
+        y = nn.silu(dense('gate', self.mlp_width)(y)) * dense('up', self.mlp_width)(y)
+        return x + drop(dense('down', width, std=residual)(y)), cache
 
 
 class Decoder(layers.AttentionLayer):
@@ -192,7 +188,6 @@ class Decoder(layers.AttentionLayer):
             self.head = self.param('head', _normal(0.02), (self.width, self.vocabulary))
         for index in range(self.depth):
             block = DecoderBlock(
-                self.width,
                 self.heads,
                 self.kv_heads,
                 self.mlp_width,
@@ -201,7 +196,6 @@ class Decoder(layers.AttentionLayer):
                 self.dropout,
                 self.epsilon,
                 dtype=self.dtype,
-                implementation=self.implementation,
             )
             setattr(self, f'block_{index}', block)
         self.norm = nn.RMSNorm(self.epsilon, dtype=self.dtype)
@@ -284,8 +278,10 @@ class Decoder(layers.AttentionLayer):
         angles = rotary(position, self.width // self.heads, self.theta)
         caches = []
         for number, (prompt, cache) in enumerate(zip(prefix.caches, suffix, strict=True)):
-            block = getattr(self, f'block_{number}')
-            x, cache = block.step(x, angles, prompt, prefix.mask, cache, index)
+            attend = functools.partial(
+                attend_step, prefix=prompt, mask=prefix.mask, suffix=cache, index=index
+            )
+            x, cache = getattr(self, f'block_{number}')(x, angles, attend, train=False)
             caches.append(cache)
         return self.norm(x), tuple(caches)
 
@@ -301,7 +297,11 @@ class Decoder(layers.AttentionLayer):
         visible = causal & mask[:, None, None, :]  # [batch, heads, queries, keys]
         x = embeddings.astype(self.dtype)
         caches = []
-        run = lambda block, x: block(x, angles, visible, train=train)
+        attend = lambda query, key, value: (
+            layers.attend(query, key, value, visible, implementation=self.implementation),
+            (key, value),
+        )
+        run = lambda block, x: block(x, angles, attend, train=train)
         run = nn.remat(run) if self.remat else run
         for index in range(self.depth):
             x, cache = run(getattr(self, f'block_{index}'), x)

@@ -1,5 +1,6 @@
 """A small MobileNetV3 over frames: inverted residual blocks whose statistics see valid frames."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,10 +97,7 @@ class MobileNet1d(Layer):
     @property
     def stride(self) -> int:
         """How many input frames make one output frame."""
-        stride = 2
-        for row in self.blocks:
-            stride *= row.stride
-        return stride
+        return 2 * math.prod(row.stride for row in self.blocks)
 
     @nn.compact
     def __call__(
