@@ -78,21 +78,16 @@ def entries(
     **_: Any,
 ) -> list[files.Entry]:
     """Returns the table of an encoder of these sizes (fields of Bert), without the prefix."""
-    table = [
-        files.Entry(
-            f'embeddings.{theirs}_embeddings.weight', (count, width), (f'params/{ours}/embedding',)
-        )
-        for theirs, ours, count in (
-            ('word', 'words', vocabulary),
-            ('position', 'positions', max_length),
-            ('token_type', 'types', types),
-        )
+    embedding = lambda theirs, ours, count: files.Entry(
+        f'embeddings.{theirs}_embeddings.weight', (count, width), (f'params/{ours}/embedding',)
+    )
+    return [
+        embedding('word', 'words', vocabulary),
+        embedding('position', 'positions', max_length),
+        embedding('token_type', 'types', types),
+        *files.norm('embeddings.LayerNorm', 'params/norm', width),
+        *files.blocks('encoder.layer', 'params', depth, _BLOCK, width, mlp_width),
     ]
-    table += files.norm('embeddings.LayerNorm', 'params/norm', width)
-    for index in range(depth):
-        name, path = f'encoder.layer.{index}', f'params/block_{index}'
-        table += files.block(name, path, _BLOCK, width, mlp_width)
-    return table
 
 
 def _rename(name: str) -> str:

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mmjax.errors import UserError
@@ -172,17 +172,18 @@ def _patches(name: str, vision: Mapping[str, Any]) -> files.Entry:
     return files.Entry(name, shape, ('params/vision/patch_embedding/kernel',), files.PATCHES)
 
 
-def _layers(root: str, path: str, tower: Mapping[str, Any]) -> Iterator[files.Entry]:
-    for index in range(tower['depth']):
-        names = f'{root}.encoder.layers.{index}', f'{path}/block_{index}'
-        yield from files.block(*names, _HUGGING_FACE, tower['width'], tower['mlp_width'])
+def _layers(root: str, path: str, tower: Mapping[str, Any]) -> list[files.Entry]:
+    sizes = tower['width'], tower['mlp_width']
+    return files.blocks(f'{root}.encoder.layers', path, tower['depth'], _HUGGING_FACE, *sizes)
 
 
-def _resblocks(root: str, path: str, tower: Mapping[str, Any]) -> Iterator[files.Entry]:
+def _resblocks(root: str, path: str, tower: Mapping[str, Any]) -> list[files.Entry]:
+    width = tower['width']
+    name = f'{root}.resblocks'
+    table = files.blocks(name, path, tower['depth'], _OPENAI, width, tower['mlp_width'])
     for index in range(tower['depth']):
-        name, block = f'{root}.resblocks.{index}', f'{path}/block_{index}'
-        yield from files.fused_attention(f'{name}.attn', block, tower['width'])
-        yield from files.block(name, block, _OPENAI, tower['width'], tower['mlp_width'])
+        table += files.fused_attention(f'{name}.{index}.attn', f'{path}/block_{index}', width)
+    return table
 
 
 def _transformer(vision: Mapping[str, Any]) -> list[files.Entry]:
@@ -205,20 +206,21 @@ def _modified_resnet(vision: Mapping[str, Any]) -> list[files.Entry]:
     channels = width * cell(vision)  # of the last stage: they grow as the map shrinks
     name, path = 'visual.attnpool', 'params/vision/pool'
     table = resnet.stages(sizes, width, True, prefix='visual.', root='vision/')
-    table.append(
-        files.Entry(
-            f'{name}.positional_embedding', (positions(vision), channels), (f'{path}/positions',)
-        )
-    )
     stem = ((width // 2, 3), (width // 2, width // 2), (width, width // 2))
-    for number, sizes in enumerate(stem, start=1):
+    for number, (outputs, inputs) in enumerate(stem, start=1):
         table += resnet.convolution(
             f'visual.conv{number}',
             f'visual.bn{number}',
             f'vision/stem_{number}',
             f'vision/stem_norm_{number}',
-            (*sizes, 3),
+            (outputs, inputs, 3),
         )
-    for theirs, ours in (('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value')):
-        table += files.linear(f'{name}.{theirs}', f'{path}/{ours}', channels, channels)
-    return table + files.linear(f'{name}.c_proj', f'{path}/out', channels, vision['features'])
+    shape = (positions(vision), channels)
+    return [
+        *table,
+        files.Entry(f'{name}.positional_embedding', shape, (f'{path}/positions',)),
+        *files.linear(f'{name}.q_proj', f'{path}/query', channels, channels),
+        *files.linear(f'{name}.k_proj', f'{path}/key', channels, channels),
+        *files.linear(f'{name}.v_proj', f'{path}/value', channels, channels),
+        *files.linear(f'{name}.c_proj', f'{path}/out', channels, vision['features']),
+    ]

@@ -5,6 +5,7 @@ is laid out. Reading and writing both follow the table, so one cannot drift from
 weights are never opened.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -78,14 +79,17 @@ def fused_attention(name: str, path: str, width: int) -> list[Entry]:
     ]
 
 
-def block(
-    name: str, path: str, parts: Mapping[str, str], width: int, mlp_width: int
+def blocks(
+    name: str, path: str, depth: int, parts: Mapping[str, str], width: int, mlp_width: int
 ) -> list[Entry]:
-    """Entries of a transformer block; `parts` maps our submodules to the published ones."""
+    """Entries of all blocks of a transformer: `name`.0 is `path`/block_0, …
+
+    `parts` maps the submodules of our block to those of the published one.
+    """
     shapes = {'up': (width, mlp_width), 'down': (mlp_width, width)}
     table = []
-    for ours, theirs in parts.items():
-        names = f'{name}.{theirs}', f'{path}/{ours}'
+    for index, (ours, theirs) in itertools.product(range(depth), parts.items()):
+        names = f'{name}.{index}.{theirs}', f'{path}/block_{index}/{ours}'
         if ours.startswith('norm'):
             table += norm(*names, width)
         else:

@@ -54,36 +54,27 @@ def entries(
 ) -> list[files.Entry]:
     """Returns the table of a tower of these sizes (fields of ViT)."""
     patches = (image_size // patch_size) ** 2
-    table = [
+    name = 'vision_model.embeddings'
+    head = 'vision_model.head'
+    pool = 'params/pool'
+    probe = files.Layout(lambda x: x[0], lambda x: x[None])
+    return [
         files.Entry(
-            'vision_model.embeddings.patch_embedding.weight',
+            f'{name}.patch_embedding.weight',
             (width, 3, patch_size, patch_size),
             ('params/patch_embedding/kernel',),
             files.PATCHES,
         ),
-        files.Entry(
-            'vision_model.embeddings.patch_embedding.bias',
-            (width,),
-            ('params/patch_embedding/bias',),
-        ),
-        files.Entry(
-            'vision_model.embeddings.position_embedding.weight',
-            (patches, width),
-            ('params/positions',),
-        ),
+        files.Entry(f'{name}.patch_embedding.bias', (width,), ('params/patch_embedding/bias',)),
+        files.Entry(f'{name}.position_embedding.weight', (patches, width), ('params/positions',)),
+        *files.blocks('vision_model.encoder.layers', 'params', depth, _BLOCK, width, mlp_width),
+        *files.norm('vision_model.post_layernorm', 'params/norm', width),
+        files.Entry(f'{head}.probe', (1, 1, width), (f'{pool}/probe',), probe),
+        *files.fused_attention(f'{head}.attention', f'{pool}/attention', width),
+        *files.norm(f'{head}.layernorm', f'{pool}/norm', width),
+        *files.linear(f'{head}.mlp.fc1', f'{pool}/mlp/up', width, mlp_width),
+        *files.linear(f'{head}.mlp.fc2', f'{pool}/mlp/down', mlp_width, width),
     ]
-    for index in range(depth):
-        name, path = f'vision_model.encoder.layers.{index}', f'params/block_{index}'
-        table += files.block(name, path, _BLOCK, width, mlp_width)
-    table += files.norm('vision_model.post_layernorm', 'params/norm', width)
-    head, pool = 'vision_model.head', 'params/pool'
-    probe = files.Layout(lambda x: x[0], lambda x: x[None])
-    table.append(files.Entry(f'{head}.probe', (1, 1, width), (f'{pool}/probe',), probe))
-    table += files.fused_attention(f'{head}.attention', f'{pool}/attention', width)
-    table += files.norm(f'{head}.layernorm', f'{pool}/norm', width)
-    table += files.linear(f'{head}.mlp.fc1', f'{pool}/mlp/up', width, mlp_width)
-    table += files.linear(f'{head}.mlp.fc2', f'{pool}/mlp/down', mlp_width, width)
-    return table
 
 
 def _rename(name: str) -> str:
