@@ -38,7 +38,7 @@ class Dropout(nn.Module):
     """Sets values to 0 with probability `rate` and scales the others up (Srivastava et al. 2014).
 
     As Flax's, but with 16 random bits per value (`cpu.random_bits16`). The probability is the
-    nearest multiple of 2⁻¹⁶, and the scale is that of this probability.
+    nearest multiple of 2⁻¹⁶ below 1, and the scale is that of this probability.
     """
 
     rate: float  # in [0, 1)
@@ -47,7 +47,7 @@ class Dropout(nn.Module):
     def __call__(self, x: Float[Array, '*shape'], *, deterministic: bool) -> Float[Array, '*shape']:
         """Returns x's dtype; needs rng 'dropout' where it acts."""
         values = 2**16
-        dropped = round(self.rate * values)
+        dropped = min(round(self.rate * values), values - 1)
         if deterministic or not dropped:
             return x
         keep = cpu.random_bits16(self.make_rng('dropout'), x.shape) >= dropped
