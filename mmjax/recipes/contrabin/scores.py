@@ -138,8 +138,10 @@ class CodeScores(Evaluator):
             return {}
         embeddings, _ = gather(predict, 'embed_binary', data, self.batch_size)
         scored = labels != 0
-        probe = linear_probe(embeddings, data.index['label'], binaries[scored], labels[scored])
-        return {'probe_accuracy': probe.accuracy, 'probe_majority': probe.majority}
+        accuracy, majority = linear_probe(
+            embeddings, data.index['label'], binaries[scored], labels[scored]
+        )
+        return {'probe_accuracy': accuracy, 'probe_majority': majority}
 
 
 def _commented(has, pools) -> dict[str, float]:
