@@ -35,6 +35,8 @@ class InternViT(layers.AttentionLayer):
         self, images: Float[Array, 'batch size size 3'], *, train: bool
     ) -> Float[jax.Array, 'batch tokens {self.width}']:
         """Maps normalised images to one token per cell of the grid of patches, row by row."""
+        if self.stem not in ('patch', 'convolutions'):
+            raise ValueError(f"stem '{self.stem}' is not 'patch' or 'convolutions'")
         if self.stem == 'patch':
             x = layers.patches(images, self.image_size, self.patch_size).astype(self.dtype)
             embed = layers.Dense(

@@ -94,6 +94,8 @@ class ModifiedResNet(layers.AttentionLayer):
             raise ValueError(f'images {images.shape} are not [batch, {size}, {size}, 3]')
         if size % shrink:
             raise ValueError(f'image_size {size} is not a multiple of {shrink}')
+        if self.pooling not in ('attention', 'statistics'):
+            raise ValueError(f"pooling '{self.pooling}' is not 'attention' or 'statistics'")
         x = images
         stem = ((self.width // 2, 2), (self.width // 2, 1), (self.width, 1))
         for index, (features, stride) in enumerate(stem, start=1):
