@@ -102,7 +102,7 @@ def measure(folder: pathlib.Path) -> dict:
     with jax.set_mesh(built.mesh):
         variables, _ = train.weights_from(built, str(folder))
         predictor = evaluate.Predictor(built.task, variables, built.mesh)
-        weights = evaluate.Weights.of(built.stages[-1], 0, built.final_weights)
+        weights = evaluate.LossWeights.of(built.stages[-1], 0, built.final_weights)
         fitted = collect(built, predictor, weights, 'train', TRAIN_PAGES)
         val = collect(built, predictor, weights, 'val')
     rows = np.arange(len(val.page))

@@ -135,7 +135,7 @@ def adam(channels: int, plain: bool):
     params = {f'{i}': {'kernel': jnp.ones((4 * channels, 4 * channels))} for i in range(8)}
     groups = optim.Groups(tuple((f'{i}/kernel', 'all') for i in range(8)))
     spec = Optimizer()
-    state = params, optim.moments(params, groups, spec)
+    state = params, optim.init(params, groups, spec)
 
     def update(state, gradients):
         keep = cpu.materialize

@@ -67,9 +67,9 @@ def first_of_picture(split) -> np.ndarray:
 def scores(split, classes, answers) -> dict[str, float]:
     """Scores as the recipe does: classes [rows] once a picture, answers [rows] once a question."""
     first = first_of_picture(split)
-    counted = classification.score(split.index['label'][first], classes[first], CLASSES)
+    counted, _ = classification.score(split.index['label'][first], classes[first], CLASSES)
     records = [split.record(row) for row in range(len(split))]
-    out = {'accuracy': counted.accuracy, 'majority': counted.majority, 'f1': counted.f1}
+    out = {name: counted[name] for name in ('accuracy', 'majority', 'f1')}
     told = generation.score([record['answer'].strip() for record in records], answers)
     out |= {name: told[name] for name in ('bleu4', 'rougeL', 'exact_match')}
     return out | contents(records, answers)

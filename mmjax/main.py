@@ -27,6 +27,34 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+_FLAGS = {
+    '--config': {
+        'metavar': 'NAME[:words]',
+        'help': "an installed config, like 'stage3:smoke', or a file",
+    },
+    '--workdir': {'help': 'where the run lives [runs/<config>-<words>]'},
+    '--mode': {'default': 'train', 'choices': MODES, 'help': 'what to do [train]'},
+    '--input': {'help': 'what --mode=predict answers'},
+    '--question': {'help': 'a question about --input'},
+    '--output': {'help': 'where a mode writes [<workdir>/<mode>]'},
+    '--overwrite': {'action': 'store_true', 'help': 'start the run in --workdir anew'},
+    '--init_from': {'help': "weights of another run: DIR or 'DIR:from→to'"},
+    '--allow_data_change': {
+        'action': 'store_true',
+        'help': 'continue although the data changed',
+    },
+    '--max_steps': {'type': int, 'help': 'stop after so many updates, saved'},
+    '--print_config': {'action': 'store_true', 'help': 'print the resolved config and stop'},
+    '--dry_run': {
+        'action': 'store_true',
+        'help': 'print plan, parameters and memory; train nothing',
+    },
+    '--coordinator': {'help': 'host:port of process 0, for many hosts'},
+    '--processes': {'type': int, 'help': 'number of processes'},
+    '--process': {'type': int, 'help': 'index of this process'},
+}
+
+
 def _parser() -> _Parser:
     parser = _Parser(
         prog='python -m mmjax.main',
@@ -34,27 +62,10 @@ def _parser() -> _Parser:
         add_help=False,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        '--config',
-        metavar='NAME[:words]',
-        help="an installed config, like 'stage3:smoke', or a file",
-    )
-    add('--help', '-h', action='store_true', help='show this; with --config, its keys too')
-    add('--workdir', help='where the run lives [runs/<config>-<words>]')
-    add('--mode', default='train', choices=MODES, help='what to do [train]')
-    add('--input', help='what --mode=predict answers')
-    add('--question', help='a question about --input')
-    add('--output', help='where a mode writes [<workdir>/<mode>]')
-    add('--overwrite', action='store_true', help='start the run in --workdir anew')
-    add('--init_from', help="weights of another run: DIR or 'DIR:from→to'")
-    add('--allow_data_change', action='store_true', help='continue although the data changed')
-    add('--max_steps', type=int, help='stop after so many updates, saved')
-    add('--print_config', action='store_true', help='print the resolved config and stop')
-    add('--dry_run', action='store_true', help='print plan, parameters and memory; train nothing')
-    add('--coordinator', help='host:port of process 0, for many hosts')
-    add('--processes', type=int, help='number of processes')
-    add('--process', type=int, help='index of this process')
+    about = 'show this; with --config, its keys too'
+    parser.add_argument('--help', '-h', action='store_true', help=about)
+    for name, options in _FLAGS.items():
+        parser.add_argument(name, **options)
     return parser
 
 

@@ -14,10 +14,11 @@ Mapping[str, X], another such dataclass, and unions of these.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
-import math
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -73,27 +74,63 @@ def field(
     limits = {'least': least, 'above': above, 'most': most, 'below': below, 'choices': choices}
     metadata = {'help': help} | {key: value for key, value in limits.items() if value is not None}
     if type(default).__hash__ is None:  # a mapping, a list
-        return dataclasses.field(default_factory=lambda: _plain(default), metadata=metadata)
+        return dataclasses.field(default_factory=lambda: to_dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type[T], values: Mapping[str, object], where: str = '') -> T:
+def parse(cls: type[T], values: Mapping[str, object], where: str = '', base: object = MISSING) -> T:
     """Builds a section from what the user wrote.
 
-    Keys that `values` lacks take the declared defaults, those of nested sections too; a mapping
-    with open keys replaces its default. At the end a section's method `check(where)`, if any, may
-    raise UserError for what relates two fields.
+    Keys that `values` lacks take the defaults, those of nested sections too; a mapping with open
+    keys replaces its default. At the end a section's method `check(where)`, if any, may raise
+    UserError for what relates two fields.
 
     Args:
       cls: a dataclass.
-      values: nested mappings, `ml_collections.ConfigDict` included.
+      values: nested mappings, `ml_collections.ConfigDict` included; or an instance.
       where: the dotted key of the section, '' for the whole config.
+      base: a section with the defaults; without one they are those declared.
 
     Raises:
       UserError: an unknown or missing key, a wrong type, a value out of range or not a choice; one
         sentence with the dotted key, the value and what is allowed.
     """
-    return _section(cls, values, where, MISSING)
+    if isinstance(values, cls):
+        return values
+    if not _is_mapping(values):
+        raise _error(cls, values, where, {})
+    given = dict(values.items())
+    hints = typing.get_type_hints(cls)
+    fields = {one.name: one for one in dataclasses.fields(cls) if one.init}
+    for name, value in given.items():
+        if name not in fields:
+            raise UserError(
+                f'unknown key {_join(where, name)}={to_dict(value)!r}; known keys'
+                f'{" of " + where if where else ""}: {", ".join(fields) or "none"}'
+                + did_you_mean(name, list(fields))
+            )
+    arguments = {}
+    for name, one in fields.items():
+        key = _join(where, name)
+        default = _default(one, base)
+        section = section_of(hints[name])
+        if name not in given:
+            if default is MISSING:
+                if section is not hints[name]:
+                    raise UserError(
+                        f'{key} is missing: it needs {_allowed(hints[name], one.metadata)}'
+                        + (f' ({one.metadata["help"]})' if one.metadata.get('help') else '')
+                    )
+                default = parse(section, {}, key)
+            arguments[name] = default
+        elif section and _is_mapping(given[name]):
+            arguments[name] = parse(section, given[name], key, default)
+        else:
+            arguments[name] = _entry(hints[name], given[name], key, one.metadata)
+    result = cls(**arguments)
+    if hasattr(result, 'check'):
+        result.check(where)
+    return result
 
 
 def coerce(annotation: object, text: str, where: str) -> object:
@@ -112,65 +149,43 @@ def coerce(annotation: object, text: str, where: str) -> object:
         raise _error(annotation, text, where, {}) from None
 
 
-def describe(cls: type, prefix: str = '') -> list[tuple[str, str, str, str]]:
+def describe(cls: Any, prefix: str = '', base: Any = MISSING) -> list[tuple[str, str, str, str]]:
     """Lists the leaves of a section in order of declaration, for --help.
 
+    Args:
+      cls: a dataclass.
+      prefix: the dotted key of the section.
+      base: a section with the defaults; without one they are those declared.
+
     Returns:
-      (dotted key, type with range or choices, default, meaning) of each. `<name>` in a key stands
-      for any name; a required key has the default 'required'.
+      (dotted key, what its value may be, default, meaning) of each. `<name>` in a key stands for
+      any name; a required key has the default 'required'.
     """
-    return _leaves(cls, prefix, MISSING)
-
-
-def to_dict(section: object) -> dict[str, Any]:
-    """Converts a section to nested plain dicts; tuples stay tuples."""
-    return _plain(section)
+    hints = typing.get_type_hints(cls)
+    out = []
+    for one in dataclasses.fields(cls):
+        if not one.init:
+            continue
+        annotation = hints[one.name]
+        key = _join(prefix, one.name)
+        default = _default(one, base)
+        section = section_of(annotation)
+        if section is not annotation:
+            text = 'required' if default is MISSING else repr(to_dict(default))
+            kind = _allowed(annotation, one.metadata)
+            out.append((key, kind, text, one.metadata.get('help', '')))
+        if section:
+            out += describe(section, key, default)
+        elif typing.get_origin(annotation) is Mapping:
+            section = section_of(typing.get_args(annotation)[1])
+            out += describe(section, f'{key}.<name>') if section else []
+    return out
 
 
 def did_you_mean(word: object, known: Sequence[object]) -> str:
     """Returns "; did you mean 'x'?" for the known word closest to `word`, or ''."""
     close = difflib.get_close_matches(str(word), [str(one) for one in known], 1)
     return f"; did you mean '{close[0]}'?" if close else ''
-
-
-def _section(cls: Any, values: Any, where: str, base: Any) -> Any:
-    """Builds the dataclass `cls`; `base` holds its defaults, MISSING for those declared."""
-    if isinstance(values, cls):
-        return values
-    if not _is_mapping(values):
-        raise _error(cls, values, where, {})
-    given = dict(values.items())
-    hints = typing.get_type_hints(cls)
-    fields = {one.name: one for one in dataclasses.fields(cls) if one.init}
-    for name, value in given.items():
-        if name not in fields:
-            raise UserError(
-                f'unknown key {_join(where, name)}={_plain(value)!r}; known keys'
-                f'{" of " + where if where else ""}: {", ".join(fields) or "none"}'
-                + did_you_mean(name, list(fields))
-            )
-    arguments = {}
-    for name, one in fields.items():
-        key = _join(where, name)
-        default = _default(one, base)
-        section = _section_of(hints[name])
-        if name not in given:
-            if default is MISSING:
-                if section is not hints[name]:
-                    raise UserError(
-                        f'{key} is missing: it needs {_allowed(hints[name], one.metadata)}'
-                        + (f' ({one.metadata["help"]})' if one.metadata.get('help') else '')
-                    )
-                default = _section(section, {}, key, MISSING)
-            arguments[name] = default
-        elif section and _is_mapping(given[name]):
-            arguments[name] = _section(section, given[name], key, default)
-        else:
-            arguments[name] = _entry(hints[name], given[name], key, one.metadata)
-    result = cls(**arguments)
-    if hasattr(result, 'check'):
-        result.check(where)
-    return result
 
 
 def _default(one: dataclasses.Field, base: Any) -> Any:
@@ -184,13 +199,11 @@ def _default(one: dataclasses.Field, base: Any) -> Any:
 def _convert(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -> Any:
     """Returns `value` as the declared type; raises _Mismatch, or UserError for a nested key."""
     if annotation is object:
-        return _plain(value)
+        return to_dict(value)
     if _is_union(annotation):
         for arm in typing.get_args(annotation):
-            try:
+            with contextlib.suppress(_Mismatch):
                 return _convert(arm, value, where, limits)
-            except _Mismatch:
-                pass
         raise _Mismatch
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
@@ -205,13 +218,14 @@ def _convert(annotation: Any, value: Any, where: str, limits: Mapping[str, Any])
             return tuple(_convert(item, one, where, limits) for item, one in pairs)
     elif dataclasses.is_dataclass(annotation):
         if _is_mapping(value) or type(value) is annotation:
-            return _section(annotation, value, where, MISSING)
+            return parse(annotation, value, where)
     elif origin is Mapping:
         if _is_mapping(value):
-            return {
-                _name(key, where): _entry(arguments[1], one, _join(where, key), limits)
-                for key, one in value.items()
-            }
+            for key in value:
+                if not isinstance(key, str):
+                    raise UserError(f'{where} has the key {key!r}, which is not a string')
+            entry = lambda key: _entry(arguments[1], value[key], _join(where, key), limits)
+            return {key: entry(key) for key in value}
     elif annotation is types.NoneType:
         if value is None:
             return None
@@ -223,23 +237,18 @@ def _convert(annotation: Any, value: Any, where: str, limits: Mapping[str, Any])
 
 
 def _scalar(annotation: Any, value: Any, limits: Mapping[str, Any]) -> Any:
-    is_bool = isinstance(value, bool)
-    number = isinstance(value, numbers.Real) and not is_bool
-    if annotation is int and number and isinstance(value, numbers.Integral):
-        value = int(value)
-    elif annotation is float and number:
-        try:
-            value = float(value)
-        except OverflowError:
-            raise _Mismatch from None
-        if not math.isfinite(value):
-            raise _Mismatch
-    elif annotation not in (str, bool) or not isinstance(value, annotation):
-        raise _Mismatch
     if annotation in (int, float):
+        kind = numbers.Integral if annotation is int else numbers.Real
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise _Mismatch
+        if annotation is float and not abs(value) <= sys.float_info.max:  # NaN too
+            raise _Mismatch
+        value = annotation(value)
         for name, (_, holds) in _BOUNDS.items():
             if name in limits and not holds(value, limits[name]):
                 raise _Mismatch
+    elif not isinstance(value, annotation):
+        raise _Mismatch
     if value not in limits.get('choices', (value,)):
         raise _Mismatch
     return value
@@ -253,17 +262,9 @@ def _entry(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -
         raise _error(annotation, value, where, limits) from None
 
 
-def _name(key: object, where: str) -> str:
-    if not isinstance(key, str):
-        raise UserError(f'{where} has the key {key!r}, which is not a string')
-    return key
-
-
 def _item_types(arguments: tuple, count: int) -> list:
     if arguments[-1:] == (...,):
         return [arguments[0]] * count
-    if arguments == ((),):
-        arguments = ()
     if count != len(arguments):
         raise _Mismatch
     return list(arguments)
@@ -275,40 +276,23 @@ def _from_text(annotation: Any, text: str, where: str) -> Any:
         fixed = lambda arm: arm is types.NoneType or typing.get_origin(arm) is Literal
         arms = sorted(typing.get_args(annotation), key=lambda arm: (arm is str, not fixed(arm)))
         for arm in arms:
-            try:
+            with contextlib.suppress(_Mismatch):
                 return _from_text(arm, text, where)
-            except _Mismatch:
-                pass
         raise _Mismatch
-    origin = typing.get_origin(annotation)
     if annotation is str:
         return text
     if annotation is bool:
-        if text.lower() not in _BOOLEANS:
-            raise _Mismatch
-        return _BOOLEANS[text.lower()]
-    if annotation in (int, float):
-        try:
-            return _scalar(annotation, annotation(text), {})
-        except ValueError:
-            raise _Mismatch from None
-    if annotation is types.NoneType:
-        if text != 'None':
-            raise _Mismatch
-        return None
+        return _convert(bool, _BOOLEANS.get(text.lower()), where, {})
+    origin = typing.get_origin(annotation)
     if origin is Literal:
-        for one in typing.get_args(annotation):
-            if str(one) == text:
-                return one
-        raise _Mismatch
+        words = {str(one): one for one in typing.get_args(annotation)}
+        return _convert(annotation, words.get(text), where, {})
     if origin is tuple:
         return _tuple_from_text(annotation, text.strip(), where)
     value = _literal(text)
     if annotation is object:
         return text if value is MISSING else value
-    if dataclasses.is_dataclass(annotation):
-        if not isinstance(value, dict):
-            raise _Mismatch
+    if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
         return value
     return _convert(annotation, value, where, {})
 
@@ -334,52 +318,6 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return MISSING
-
-
-def _leaves(cls: Any, prefix: str, base: Any) -> list[tuple[str, str, str, str]]:
-    hints = typing.get_type_hints(cls)
-    out = []
-    for one in dataclasses.fields(cls):
-        if not one.init:
-            continue
-        annotation = hints[one.name]
-        key = _join(prefix, one.name)
-        default = _default(one, base)
-        section = _section_of(annotation)
-        if section is not annotation:
-            text = 'required' if default is MISSING else repr(_plain(default))
-            kind = _type_text(annotation, one.metadata)
-            out.append((key, kind, text, one.metadata.get('help', '')))
-        if section:
-            out += _leaves(section, key, default)
-        elif typing.get_origin(annotation) is Mapping:
-            section = _section_of(typing.get_args(annotation)[1])
-            out += _leaves(section, f'{key}.<name>', MISSING) if section else []
-    return out
-
-
-def _type_text(annotation: Any, limits: Mapping[str, Any]) -> str:
-    """Returns a type as --help shows it: `float, at least 0`, `'adamw' | 'lion'`."""
-    return ', '.join(filter(None, [_type_name(annotation, limits), _bounds(limits)]))
-
-
-def _type_name(annotation: Any, limits: Mapping[str, Any]) -> str:
-    origin = typing.get_origin(annotation)
-    arguments = typing.get_args(annotation)
-    if _is_union(annotation):
-        return ' | '.join(_type_name(arm, limits) for arm in arguments)
-    if origin is Literal:
-        return ' | '.join(map(repr, arguments))
-    if origin is tuple:
-        items = ['...' if item is ... else _type_name(item, limits) for item in arguments]
-        return f'tuple[{", ".join(items)}]'
-    if origin is Mapping:
-        return f'Mapping[str, {_type_name(arguments[1], limits)}]'
-    if annotation is types.NoneType:
-        return 'None'
-    if annotation in _WORDS and 'choices' in limits:
-        return ' | '.join(map(repr, limits['choices']))
-    return annotation.__name__
 
 
 def _allowed(annotation: Any, limits: Mapping[str, Any], many: bool = False) -> str:
@@ -410,14 +348,8 @@ def _allowed(annotation: Any, limits: Mapping[str, Any], many: bool = False) -> 
         return f'{words + " out of" if many else "one of"} ' + ', '.join(
             map(repr, limits['choices'])
         )
-    bounds = _bounds(limits) if annotation in (int, float) else ''
-    return f'{words} {bounds}'.strip()
-
-
-def _bounds(limits: Mapping[str, Any]) -> str:
-    return ' and '.join(
-        f'{words} {limits[name]}' for name, (words, _) in _BOUNDS.items() if name in limits
-    )
+    names = [name for name in _BOUNDS if name in limits and annotation in (int, float)]
+    return f'{words} {" and ".join(f"{_BOUNDS[name][0]} {limits[name]}" for name in names)}'.strip()
 
 
 def _error(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -> UserError:
@@ -426,10 +358,10 @@ def _error(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -
         known += typing.get_args(arm) if typing.get_origin(arm) is Literal else []
     hint = did_you_mean(value, known) if isinstance(value, str) else ''
     allowed = _allowed(annotation, limits)
-    return UserError(f'{where or "the config"}={_plain(value)!r} is not {allowed}{hint}')
+    return UserError(f'{where or "the config"}={to_dict(value)!r} is not {allowed}{hint}')
 
 
-def _section_of(annotation: Any) -> Any:
+def section_of(annotation: Any) -> Any:
     """Returns the dataclass that an annotation is, or is a union with; None if it is another."""
     arms = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     return next((arm for arm in arms if dataclasses.is_dataclass(arm)), None)
@@ -443,14 +375,14 @@ def _is_mapping(value: object) -> bool:
     return isinstance(value, Mapping) or hasattr(value, 'items')
 
 
-def _plain(value: Any) -> Any:
-    """Replaces sections and mappings by plain dicts."""
+def to_dict(value: Any) -> Any:
+    """Replaces sections and mappings, also nested ones, by plain dicts; tuples stay tuples."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {one.name: to_dict(getattr(value, one.name)) for one in dataclasses.fields(value)}
     if _is_mapping(value):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: to_dict(one) for key, one in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_plain(one) for one in value)
+        return type(value)(to_dict(one) for one in value)
     return value
 
 

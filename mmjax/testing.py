@@ -8,7 +8,6 @@ def test_my_recipe(tmp_path):
     results = testing.train(config, tmp_path / 'run')
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 
@@ -89,7 +88,7 @@ def train(
 
 def metrics(workdir: str | os.PathLike[str], prefix: str = 'loss') -> list[dict]:
     """Returns the lines of metrics.jsonl that have `prefix`: step, stage and what begins so."""
-    lines = map(json.loads, (epath.Path(workdir) / 'metrics.jsonl').read_text().splitlines())
+    lines, _ = logs.read(epath.Path(workdir) / 'metrics.jsonl')
     keep = lambda key: key in ('step', 'stage') or key.split('/')[0] == prefix
     return [{k: v for k, v in line.items() if keep(k)} for line in lines if prefix in line]
 
@@ -120,7 +119,7 @@ def check_forward(run: Run, rows: int = 4) -> None:
     * Terms are finite, and padding rows change none of them.
     """
     task = run.task
-    stage = run.stages[-1].program
+    stage = run.stages[-1].compile_key
     variables = run.init_variables()
     batch = first_batch(run, rows)
     count = len(batch['row'])

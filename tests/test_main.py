@@ -163,7 +163,7 @@ def test_configs_are_found_by_name_and_printed(tmp_path):
     done = command('--config=stage4')
     assert done.returncode == 1 and 'installed configs: clip_retrieval, contrabin' in done.stderr
     keys = command('--config=stage3', '--help').stdout
-    assert '--config.losses.temperature=0.07' in keys and 'float, above 0' in keys
+    assert '--config.losses.temperature=0.07' in keys and '(a number above 0)' in keys
 
 
 def test_a_dry_run_trains_nothing(tmp_path):

@@ -299,19 +299,20 @@ def test_describe_lists_every_leaf_in_order():
         'stage.<name>.rates',
     ]
     by_key = {key.removeprefix('config.'): rest for key, *rest in lines}
-    assert by_key['seed'] == ['int, at least 0', '0', '']
-    assert by_key['chunk'] == ["int | 'auto', at least 1", "'auto'", '']
-    assert by_key['root'] == ['str | None', 'None', '']
-    assert by_key['stretch'] == ['tuple[float, float]', '(1.0, 1.0)', '']
-    assert by_key['kinds'] == ["tuple['a' | 'b', ...]", "('a',)", '']
-    assert by_key['weights'] == ['Mapping[str, float | None], at least 0', "{'total': 1.0}", '']
-    assert by_key['optimizer.name'] == ["'adamw' | 'lion' | 'sgd'", "'adamw'", 'update rule']
+    assert by_key['seed'] == ['an integer at least 0', '0', '']
+    assert by_key['chunk'] == ["an integer at least 1 or 'auto'", "'auto'", '']
+    assert by_key['root'] == ['a string or None', 'None', '']
+    assert by_key['stretch'] == ['a tuple of 2 numbers', '(1.0, 1.0)', '']
+    assert by_key['kinds'] == ["a tuple of strings out of 'a', 'b'", "('a',)", '']
+    weights = 'a mapping from names to values that are each a number at least 0 or None'
+    assert by_key['weights'] == [weights, "{'total': 1.0}", '']
+    assert by_key['optimizer.name'] == ["one of 'adamw', 'lion', 'sgd'", "'adamw'", 'update rule']
     assert by_key['optimizer.adam.b1'] == [
-        'float, at least 0 and below 1',
+        'a number at least 0 and below 1',
         '0.8',
         'decay of the mean',
     ]
-    assert by_key['stage.<name>.steps'] == ['int, at least 1', 'required', 'updates']
+    assert by_key['stage.<name>.steps'] == ['an integer at least 1', 'required', 'updates']
 
 
 def test_to_dict_and_back():

@@ -55,7 +55,7 @@ def clip_tokenizer(merges_file: str | os.PathLike, vocabulary: int = VOCABULARY)
       UserError: the file is missing, malformed, larger than MAX_BYTES, or has too few merges.
     """
     path = pathlib.Path(merges_file)
-    count = _merge_count(vocabulary)
+    count = vocabulary - _FIXED
     symbols = set(_symbols())
     merges = []
     for line, merge in _read_merges(path, count):
@@ -106,7 +106,7 @@ def train_clip_tokenizer(texts: Iterable[str], vocabulary: int = 2000) -> Tokeni
     from tokenizers import Tokenizer as Model
     from tokenizers import models, pre_tokenizers, trainers
 
-    count = _merge_count(vocabulary)
+    count = vocabulary - _FIXED
     normalizer, splitter = _text_steps()
     values = {symbol: value for value, symbol in _bytes().items()}
 
@@ -225,12 +225,6 @@ def _symbols() -> list[str]:
     """Returns the symbols of single bytes in the order of the published ids."""
     symbols = list(_bytes().values())
     return symbols + [symbol + _SUFFIX for symbol in symbols]
-
-
-def _merge_count(vocabulary: int) -> int:
-    if vocabulary < _FIXED:
-        raise ValueError(f'a vocabulary of {vocabulary} is under 512 bytes + 2 special')
-    return vocabulary - _FIXED
 
 
 def _numbered(merges: Sequence[tuple[str, str]]) -> Tokenizer:

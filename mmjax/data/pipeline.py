@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
 
 _ENDLESS = 1 << 40  # steps, if no stop is given
+_AHEAD = 4  # batches decoded ahead
 _STARTING = threading.Lock()  # one loader at a time starts processes, so that it can list them
 
 
@@ -153,7 +154,7 @@ def _close(reference: 'weakref.ref[Batches]') -> None:
 
 
 class Batches:
-    """Iterates over local batches; `close()` (or leaving `with`) ends its threads and processes.
+    """Iterates over local batches; `close()` ends its threads and processes.
 
     A fault ends the iteration: UserError for data (naming the row), RuntimeError for code.
     """
@@ -187,19 +188,10 @@ class Batches:
         if self._closed:
             raise StopIteration
         try:
-            if self._started or not self._workers:
-                batch = next(self._iterator)
-            else:
-                batch = self._first()
-        except StopIteration:
+            batch = next(self._iterator) if self._started or not self._workers else self._first()
+        except (StopIteration, UserError, RuntimeError) as error:
             self.close()
-            raise
-        except (UserError, _PicklableError):
-            self.close()
-            raise
-        except RuntimeError as error:
-            self.close()
-            if 'terminated unexpectedly' not in str(error):
+            if isinstance(error, _PicklableError) or 'terminated unexpectedly' not in str(error):
                 raise
             raise UserError(
                 f'a loader process died ({error}): exit code -9 may be a lack of memory, -7 of '
@@ -251,12 +243,6 @@ class Batches:
         if hasattr(self, '_iterator') and not sys.is_finalizing():
             self.close()
 
-    def __enter__(self) -> 'Batches':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def batches(
     dataset: Dataset,
@@ -265,11 +251,10 @@ def batches(
     seed: int,
     stage: int,
     start: int = 0,
-    stop: int | None = None,
+    stop: int = _ENDLESS,
     train: bool,
     workers: int = 0,
     threads: int = 2,
-    prefetch: int = 4,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -285,7 +270,6 @@ def batches(
       workers: loader processes; 0 decodes in this one.
       threads: decoding threads, in each loader process if any; 0 decodes in the calling thread,
         when it asks for a batch.
-      prefetch: batches decoded ahead.
       process_index, process_count: this host's rows are the process_index-th of process_count
         equal parts of the global batch, in order.
 
@@ -294,22 +278,8 @@ def batches(
       dataset) and `mask` bool (False on padding, which repeats the batch's first example).
 
     Raises:
-      ValueError: wrong arguments.
       UserError: a fault of the data, while iterating, with the row.
     """
-    if stop is None:
-        stop = _ENDLESS
-    if not 0 <= start <= stop:
-        raise ValueError(f'start={start} and stop={stop} are not 0 ≤ start ≤ stop')
-    if workers < 0 or threads < 0 or prefetch < 1:
-        given = f'workers={workers}, threads={threads}, prefetch={prefetch}'
-        raise ValueError(f'{given}: less than 0, 0 and 1')
-    if not 0 <= process_index < process_count:
-        raise ValueError(f'process {process_index} is not one of {process_count}')
-    if sampler.batch_size % process_count:
-        raise ValueError(
-            f'a batch of {sampler.batch_size} does not divide among {process_count} processes'
-        )
     count = sampler.batch_size // process_count
     steps = _Steps(
         dataset,
@@ -320,7 +290,7 @@ def batches(
         threads=threads,
         positions=np.arange(process_index * count, (process_index + 1) * count),
     )
-    return Batches(steps, start, stop, min(workers, stop - start), prefetch if threads else 0)
+    return Batches(steps, start, stop, min(workers, stop - start), _AHEAD if threads else 0)
 
 
 def to_device(
@@ -338,9 +308,6 @@ def to_device(
     An error of the iterator is raised after the batches before it.
     """
     import jax
-
-    if depth < 1:
-        raise ValueError(f'depth={depth} is not positive')
 
     def put(key: str, value: np.ndarray) -> jax.Array:
         target = sharding(key, value) if callable(sharding) else sharding

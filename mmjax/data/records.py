@@ -8,7 +8,7 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,6 @@ class Records:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[position] for position in range(len(self)))
 
     def __getitem__(self, position: int) -> Record:
         position = int(position)

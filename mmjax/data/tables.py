@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from mmjax.data import images
 from mmjax.errors import RecordError, UserError
@@ -43,8 +44,14 @@ def check_image(root: pathlib.Path, path: str, max_pixels: int) -> tuple[int, in
     return images.check_image(file, path, max_pixels=max_pixels)
 
 
-def csv_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str], str]]:
+def csv_rows(
+    path: pathlib.Path, columns: Sequence[str], *, optional: Sequence[str] = (), **dialect: Any
+) -> Iterator[tuple[int, list[str], str]]:
     """Streams a CSV table; its columns may stand in any order, and others beside them.
+
+    Args:
+      optional: those of the columns that may be empty.
+      dialect: of `csv.reader`, such as its delimiter.
 
     Yields:
       (line, values, problem): the line counts from 1, the header; the values are those of
@@ -56,7 +63,7 @@ def csv_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[int, 
     """
     try:
         with path.open(newline='', encoding='utf-8-sig') as file:
-            reader = csv.reader(file)
+            reader = csv.reader(file, **dialect)
             header = [name.strip() for name in next(reader, [])]
             for column in columns:
                 if header.count(column) != 1:
@@ -71,8 +78,9 @@ def csv_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[int, 
                     problem = f'has {len(fields)} fields, the header {len(header)}'
                 else:
                     values = [fields[position].strip() for position in positions]
-                    if not all(values):
-                        problem = f'has an empty {columns[values.index("")]}'
+                    for column, value in zip(columns, values, strict=True):
+                        if not value and column not in optional:
+                            problem = problem or f'has an empty {column}'
                 yield reader.line_num, values, problem
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} is not a CSV table in UTF-8: {error}') from error

@@ -113,9 +113,6 @@ def train_tokenizer(
         code 'lines', an instruction, or 'words', a word of an instruction (better if registers
         keep their names, as most instructions are then rare). In listings line breaks take no
         token and are not decoded again.
-
-    Raises:
-      ValueError: a vocabulary too small for the bytes; unknown pieces.
     """
     from tokenizers import (
         Regex,
@@ -128,10 +125,6 @@ def train_tokenizer(
     )
     from tokenizers import Tokenizer as Model
 
-    if vocabulary < len(SPECIAL) + 256:
-        raise ValueError(
-            f'a vocabulary of {vocabulary} is under {len(SPECIAL)} special + 256 bytes'
-        )
     model = Model(models.BPE(unk_token='[UNK]'))
     lower = [normalizers.Lowercase()] if lower_case else []
     model.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
@@ -142,8 +135,6 @@ def train_tokenizer(
         # A word keeps what separates it from the one before.
         'words': [split('\n', 'removed'), split(Regex(r',?\s?[^\s,]+'), 'isolated')],
     }
-    if pieces not in splits:
-        raise ValueError(f"pieces '{pieces}' is not one of {', '.join(splits)}")
     text = pieces == 'text'
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=text, use_regex=text)
     model.pre_tokenizer = pre_tokenizers.Sequence([*splits[pieces], byte_level])

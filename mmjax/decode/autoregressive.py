@@ -59,7 +59,7 @@ def generate(
     [[2, 3, 4, 0]]
 
     Raises:
-      ValueError: another method, or an argument out of its range.
+      ValueError: another method, or arguments that do not fit.
     """
     shared = {'max_tokens': max_tokens, 'eos': eos, 'pad': pad}
     if method == 'greedy':
@@ -110,7 +110,7 @@ def greedy(
       Generated; a score is Σ log p of the row's tokens.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: `max_tokens` or `pad` that do not fit.
     """
     choose = lambda logits, index: cpu.argmax(logits)
     return _generate(step, state, logits, choose, max_tokens, eos, pad)
@@ -143,14 +143,8 @@ def sample(
       Generated; a score is Σ log p under the model itself, without temperature and cuts.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: keys, `max_tokens` or `pad` that do not fit.
     """
-    if not temperature > 0:
-        raise ValueError(f'temperature is {temperature}, not positive')
-    if not 0 < top_p <= 1:
-        raise ValueError(f'top_p is {top_p}, not in (0, 1]')
-    if top_k < 0:
-        raise ValueError(f'top_k is {top_k}, not 0 or more')
     if keys is None or keys.shape != logits.shape[:1]:
         raise ValueError(f'keys are not [batch], {logits.shape[0]} of them')
     fold = jax.vmap(jax.random.fold_in, (0, None))
@@ -235,16 +229,10 @@ def beam_search(
       Generated, with the score above.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: `max_tokens` or `pad` that do not fit.
     """
-    if beams < 1:
-        raise ValueError(f'beams is {beams}, not positive')
-    if length_penalty < 0:
-        raise ValueError(f'length_penalty is {length_penalty}, not 0 or more')
     batch = _check(logits, max_tokens, pad)
     vocabulary = logits.shape[-1]
-    if vocabulary < 2:
-        raise ValueError(f'a vocabulary of {vocabulary} leaves nothing to search')
     per_beam = min(2 * beams, vocabulary)
     penalise = lambda sums, length: sums / length**length_penalty
     can_win = lambda live, best: penalise(live.sums[:, 0], max_tokens) > best.scores

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from mmjax.data.dataset import Dataset
 from mmjax.engine import config as config_lib
 from mmjax.engine import evaluate, optim, parallel, stages, step
 from mmjax.engine.checkpoint import run_of
-from mmjax.engine.config import Config, thaw
+from mmjax.engine.config import Config
 from mmjax.engine.stages import Stage
 from mmjax.engine.task import Evaluator, Task, Variables, towers_training
 from mmjax.errors import UserError
@@ -56,6 +56,25 @@ class Run:
         shapes = jax.eval_shape(make, self.abstract)
         return parallel.with_shardings(shapes, self.mesh)
 
+    def shardings(self, stage: Stage) -> step.State:
+        """Returns the shardings of the state in `stage`."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state(stage))
+
+    def train_step(self, stage: Stage) -> Callable[..., tuple[step.State, dict[str, jax.Array]]]:
+        """Returns `step.train_step` as a function of state, batch, rates and weights."""
+        return functools.partial(
+            step.train_step,
+            task=self.task,
+            stage=stage.compile_key,
+            groups=self.groups,
+            settings=self.settings,
+        )
+
+    def compiled_step(self, stage: Stage) -> jax.stages.Wrapped:
+        """Returns the jitted `train_step`, which donates the state."""
+        shardings = self.shardings(stage)
+        return jax.jit(self.train_step(stage), donate_argnums=0, out_shardings=(shardings, None))
+
     def abstract_batch(self, stage: Stage) -> dict[str, Any]:
         """Returns a batch of `stage` as ShapeDtypeStructs, cached outputs included."""
         rows = parallel.rows(self.mesh)
@@ -81,12 +100,8 @@ class Run:
         loaded = self.task.pretrained(variables)
         if loaded is variables:
             return variables
-        return jax.tree.map(
-            lambda new, old, s: jax.device_put(np.asarray(new, old.dtype), s),
-            loaded,
-            self.abstract,
-            shardings,
-        )
+        put = lambda new, old, s: jax.device_put(np.asarray(new, old.dtype), s)
+        return jax.tree.map(put, loaded, self.abstract, shardings)
 
 
 def task_class(name: str) -> type[Task]:
@@ -124,18 +139,14 @@ def run(
     Raises:
       UserError: a fault of the config or the data.
     """
-    if isinstance(config, Config):
-        name = config.task
-    else:
-        name = str(config.get('task') or '')
-    cls = task_class(name)
-    config = config if isinstance(config, Config) else config_lib.resolve(config, cls.Config)
+    config = config if isinstance(config, Config) else config_lib.resolve(config)
+    cls = task_class(config.task)
     warnings = [f'stage.{name} is not in stages' for name in stages.unused(config)]
     if config.init.assets and init_from and assets is None:
         assets = run_of(init_from)
         warnings += [f'tokenizer and the like are those of {assets}'] if assets else []
     parsed = stages.parse(config)
-    mesh = parallel.mesh({'data': config.mesh.data, 'fsdp': config.mesh.fsdp})
+    mesh = parallel.mesh(config.mesh.data, config.mesh.fsdp)
     settings = step.Settings(config.seed, config.accumulation, config.precision, config.ema)
     parallel.check_batch(config.batch_size, settings.accumulation, mesh)
 
@@ -176,10 +187,8 @@ def run(
 
 
 def _sampler(stage: Stage, data: Dataset, config: Config) -> samplers.Sampler:
-    spec = thaw(stage.sampler) or {}
-    assert isinstance(spec, dict)
     return samplers.make(
-        spec,
+        stage.sampler,
         data.index,
         len(data),
         config.batch_size,
@@ -214,22 +223,15 @@ def check(run: Run) -> None:
 
     A wrong loss name and a fault in a method of an evaluator end the run here.
     """
-    for stage in {stage.program: stage for stage in run.stages}.values():
+    for stage in {stage.compile_key: stage for stage in run.stages}.values():
         state = run.abstract_state(stage)
         weights = {name: np.float32(1) for name in stage.losses}
         rates = optim.rates(stage, run.groups.names, 0)
-        call = functools.partial(
-            step.train_step,
-            task=run.task,
-            stage=stage.program,
-            groups=run.groups,
-            settings=run.settings,
-        )
         try:
-            jax.eval_shape(call, state, run.abstract_batch(stage), rates, weights)
+            jax.eval_shape(run.train_step(stage), state, run.abstract_batch(stage), rates, weights)
         except ValueError as error:
             if 'loss_weights' in str(error):
                 raise UserError(f'stage.{stage.name}: {error}') from None
             raise
-        weighing = evaluate.Weights.of(stage, 0, run.final_weights)
+        weighing = evaluate.LossWeights.of(stage, 0, run.final_weights)
         evaluate.check(run.evaluators, run.task, weighing, run.abstract)

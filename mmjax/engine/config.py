@@ -6,7 +6,6 @@ ranges, choices and unknown keys are checked there and nowhere else.
 """
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -16,7 +15,7 @@ import traceback
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import ml_collections
 
@@ -24,9 +23,15 @@ from mmjax import sections
 from mmjax.errors import UserError
 from mmjax.sections import field
 
-SCHEDULES = ('constant', 'linear', 'cosine', 'cosine_restarts', 'one_cycle', 'step')
+SCHEDULES = ('constant', 'linear', 'cosine', 'cosine_restarts')
 PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # other names of them
 OPTIMIZERS = ('adamw', 'lion', 'sgd', 'adafactor', 'muon')
+# Keys that not every optimizer uses, and those that do.
+_USED_BY = {
+    'b1': ('adamw', 'lion', 'sgd', 'muon'),
+    'b2': ('adamw', 'lion', 'muon'),
+    'eps': ('adamw', 'muon'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +55,9 @@ class Optimizer:
     warmup_epochs: float = field(0.0, 'the same in epochs', least=0)
     warmup_fraction: float = field(0.0, 'the same as a fraction of the span', least=0, most=1)
     warmup_init: float = field(0.0, 'multiple of the rate at the first update', least=0)
-    period_steps: int = field(0, 'updates per period of cosine_restarts and step', least=0)
+    period_steps: int = field(0, 'updates per period of cosine_restarts', least=0)
     period_epochs: float = field(0.0, 'the same in epochs', least=0)
-    period_factor: float = field(1.0, 'cosine_restarts: growth of each period', least=1)
-    gamma: float = field(0.1, 'step: factor at the end of each period', above=0)
+    period_factor: float = field(1.0, 'growth of each period', least=1)
     weight_decay: float = field(
         0.0, 'decoupled; not on biases, norms and scalars', least=0, most=1e3
     )
@@ -68,24 +72,26 @@ class Optimizer:
         periods = bool(self.period_steps) + bool(self.period_epochs)
         if periods > 1:
             raise UserError(f'{where}: give one of period_steps and period_epochs')
-        if self.schedule in ('cosine_restarts', 'step') and not periods:
+        if self.schedule == 'cosine_restarts' and not periods:
             raise UserError(f"{where}.schedule '{self.schedule}' needs period_steps or _epochs")
+        for key, names in _USED_BY.items():
+            value = getattr(self, key)
+            if self.name not in names and value != getattr(Optimizer, key):
+                raise UserError(
+                    f"{where}.{key}={value} has no effect with {where}.name='{self.name}': only "
+                    f'{", ".join(names)} use it'
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class Ramp:
-    """A loss weight that moves from `start` to `end` over the first `fraction` of its stage."""
+    """A loss weight that moves linearly from `start` to `end` over its stage."""
 
     start: float = field(help='weight at the first update')
-    end: float = field(help='weight after `fraction` of the stage')
-    schedule: str = field('linear', 'of the way between', choices=('linear', 'cosine'))
-    fraction: float = field(1.0, 'of the stage', above=0, most=1)
+    end: float = field(help='weight at the end of the stage')
 
     def __call__(self, step: int, steps: int) -> float:
-        x = min(step / max(steps * self.fraction, 1e-9), 1.0)
-        if self.schedule == 'cosine':
-            x = 0.5 - 0.5 * math.cos(math.pi * x)
-        return self.start + (self.end - self.start) * x
+        return self.start + (self.end - self.start) * min(step / max(steps, 1), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +202,7 @@ class StageConfig:
     learning_rates: Mapping[str, float] = field(
         {}, 'group → multiple of the rate; 0 freezes; 1 if not named', least=0, most=1e3
     )
-    loss_weights: Mapping[str, object] = field({}, 'overrides of loss_weights')
+    loss_weights: Mapping[str, float | Ramp] = field({}, 'overrides of loss_weights')
     optimizer: Mapping[str, object] = field({}, 'overrides of optimizer')
     sampler: Mapping[str, object] = field({}, 'overrides of sampler')
     early_stop: Mapping[str, object] = field({}, 'overrides of early_stop')
@@ -219,7 +225,7 @@ class Config:
     quick_compile: bool = field(False, 'optimise compiled programs little, for short runs')
     ema: float = field(0.0, 'decay of averaged weights for evaluation; 0 is off', least=0, below=1)
     rules: tuple[tuple[str, str], ...] = field((), "(group, regex) pairs before the recipe's own")
-    loss_weights: Mapping[str, object] = field({}, 'term → number or dict(start=, end=)')
+    loss_weights: Mapping[str, float | Ramp] = field({}, 'term → number or dict(start=, end=)')
     sampler: Mapping[str, object] = field({'name': 'shuffle'}, 'name and options of the sampler')
     continues: str = field('', 'what --init_from must name, for a run that goes on; empty: nothing')
     stages: tuple[str, ...] = field((), 'names of the stages, in order')
@@ -430,43 +436,37 @@ def _check_shadowed(config: ml_collections.ConfigDict, key: str, given: set[str]
         )
 
 
-def _annotation(cls: type, key: str) -> object:
+def _annotation(cls: type[Config], key: str) -> object:
     """Returns the declared type of a dotted key."""
-    annotation: object = cls
-    done: list[str] = []
-    for part in key.split('.'):
+    annotation: Any = cls
+    parts = key.split('.')
+    for depth, part in enumerate(parts):
+        where = '.'.join(parts[:depth])
+        full = f'{where}.{part}' if where else part
         if not part:
             raise UserError(f"'{key}' is not a key of the config")
-        known: Iterable[str] = ()
-        where = '.'.join(done)
-        if len(done) == 2 and done[0] == 'stage' and part == 'options':
-            annotation = cls.StageOptions  # type: ignore[attr-defined]  # cls is a Config here
-        elif len(done) == 2 and done[0] == 'stage' and part in _PARTIAL:
-            annotation = _PARTIAL[part]
-        elif dataclasses.is_dataclass(annotation):
-            hints = typing.get_type_hints(annotation)
-            known = [f.name for f in dataclasses.fields(annotation)]
+        of_stage = {**_PARTIAL, 'options': cls.StageOptions} if depth == 2 else {}
+        section = sections.section_of(annotation)
+        if parts[0] == 'stage' and part in of_stage:
+            annotation = of_stage[part]
+        elif section:
+            hints = typing.get_type_hints(section)
+            known = [f.name for f in dataclasses.fields(section)]
             if part not in known:
-                close = difflib.get_close_matches(part, known, 1)
-                hint = f"did you mean '{close[0]}'?" if close else f'known: {", ".join(known)}'
-                full = f'{where}.{part}' if where else part
-                raise UserError(f"the config has no key '{full}'; {hint}")
+                hint = sections.did_you_mean(part, known) or f'; known: {", ".join(known)}'
+                raise UserError(f"the config has no key '{full}'{hint}")
             annotation = hints[part]
         elif typing.get_origin(annotation) is Mapping:
             annotation = typing.get_args(annotation)[1]
         elif annotation is not object:
             raise UserError(f"the config has no key '{key}': {where} has no keys")
-        done.append(part)
     return annotation
 
 
 def help_text(cls: type[Config]) -> str:
     """Returns a line per key: name, type, default, meaning."""
-    rows = sections.describe(cls)
-    for name, text, default, meaning in sections.describe(StageConfig, 'stage.NAME'):
-        rows.append((name, text, default, meaning))
-    for name, text, default, meaning in sections.describe(cls.StageOptions, 'stage.NAME.options'):
-        rows.append((name, text, default, meaning))
+    rows = sections.describe(cls) + sections.describe(StageConfig, 'stage.NAME')
+    rows += sections.describe(cls.StageOptions, 'stage.NAME.options')
     return '\n'.join(
         f'  --config.{key}={default}\n      {meaning} ({text})'
         for key, text, default, meaning in rows
@@ -474,26 +474,6 @@ def help_text(cls: type[Config]) -> str:
 
 
 # Values ---------------------------------------------------------------------------------------
-
-
-def hashable(value: object) -> object:
-    """Turns nested dicts and lists to sorted tuples of pairs and tuples."""
-    if isinstance(value, Mapping):
-        return tuple((key, hashable(value[key])) for key in sorted(value))
-    if isinstance(value, list | tuple):
-        return tuple(hashable(item) for item in value)
-    return value
-
-
-def thaw(value: object) -> object:
-    """Undoes `hashable`: tuples of (name, value) pairs become dicts again."""
-    if isinstance(value, tuple):
-        if value and all(
-            isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in value
-        ):
-            return {key: thaw(item) for key, item in value}
-        return tuple(thaw(item) for item in value)
-    return value
 
 
 def with_defaults(values: Mapping, defaults: Mapping) -> dict:

@@ -1,5 +1,7 @@
 """Evaluation: a task's methods over a split, the losses of a split, the scores of evaluators."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import weakref
@@ -103,54 +105,47 @@ class Predictor:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        try:
+        with contextlib.closing(host):
             for batch, _ in pipeline.to_device(host, parallel.rows(self._mesh)):
                 self._check()
                 outputs = call(self.variables, batch)
                 outputs, batch = parallel.fetch((outputs, dict(batch)))
                 real = batch['mask']
                 yield jax.tree.map(lambda x: x[real], (outputs, batch))
-        finally:
-            host.close()
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
+class LossWeights:
     """The loss weights that an evaluation sums with."""
 
-    stage: Stage  # program whose options and losses are evaluated
-    now: Mapping[str, float]  # weights of the stage where it stands
+    stage: Stage  # compile key of the stage whose options and losses are evaluated
+    current: Mapping[str, float]  # weights of the stage at its current step
     final: Mapping[str, float]  # weights of the run after every ramp
 
     @staticmethod
-    def of(stage: Stage, stage_step: int, final: Mapping[str, float]) -> 'Weights':
-        now = stage.weights(stage_step)
-        both = tuple((name, 1.0) for name in sorted({*now, *final}))
-        return Weights(dataclasses.replace(stage.program, loss_weights=both), now, final)
+    def of(stage: Stage, stage_step: int, final: Mapping[str, float]) -> 'LossWeights':
+        current = stage.weights(stage_step)
+        names = tuple((name, 1.0) for name in sorted({*current, *final}))
+        return LossWeights(
+            dataclasses.replace(stage.compile_key, loss_weights=names), current, final
+        )
 
 
 _Names = tuple[set[str], set[str]]
-# task → program of a stage → names, see `arrays_read`; a task that is gone leaves nothing behind.
+# task → compile key of a stage → names, see `arrays_read`; a task that is gone leaves nothing.
 _NAMES: weakref.WeakKeyDictionary[Task, dict[Stage, _Names]] = weakref.WeakKeyDictionary()
 
 
-class _Reads(Mapping):
+class _Reads(collections.UserDict):
     """A batch that records which of its arrays are read."""
 
     def __init__(self, batch: Mapping[str, jax.Array]):
+        super().__init__(batch)
         self.names: set[str] = set()
-        self._batch = batch
 
     def __getitem__(self, name: str) -> jax.Array:
-        value = self._batch[name]
         self.names.add(name)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._batch)
-
-    def __len__(self) -> int:
-        return len(self._batch)
+        return super().__getitem__(name)
 
 
 def arrays_read(
@@ -175,7 +170,7 @@ def arrays_read(
 
 
 def losses(
-    predictor: Predictor, task: Task, evaluator: Evaluator, weights: Weights
+    predictor: Predictor, task: Task, evaluator: Evaluator, weights: LossWeights
 ) -> SplitResults:
     """Computes the losses of an evaluator's split by the task's own forward and terms.
 
@@ -206,7 +201,7 @@ def losses(
             sums[0] += float(pair[0])
             sums[1] += float(pair[1])
     means = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
-    for name, by in (('loss', weights.now), ('final_loss', weights.final)):
+    for name, by in (('loss', weights.current), ('final_loss', weights.final)):
         means[name] = sum(weight * means[term] for term, weight in by.items())
     return SplitResults(outputs, batch, means)
 
@@ -215,7 +210,7 @@ def run(
     evaluators: Mapping[str, Evaluator],
     predictor: Predictor,
     task: Task,
-    weights: Weights,
+    weights: LossWeights,
     *,
     final: bool,
 ) -> dict[str, Scores]:
@@ -234,7 +229,7 @@ def run(
 
 
 def check(
-    evaluators: Mapping[str, Evaluator], task: Task, weights: Weights, variables: Variables
+    evaluators: Mapping[str, Evaluator], task: Task, weights: LossWeights, variables: Variables
 ) -> None:
     """Traces the losses and methods of every evaluator, without computing."""
     for evaluator in evaluators.values():
@@ -242,7 +237,7 @@ def check(
             continue
         batch = blank_batch(evaluator.dataset, min(evaluator.batch_size, len(evaluator.dataset)))
         _, terms = arrays_read(task, weights.stage, variables, batch)
-        for name in sorted({*weights.now, *weights.final} - terms):
+        for name in sorted({*weights.current, *weights.final} - terms):
             known = ', '.join(sorted(terms))
             raise UserError(f"loss_weights names '{name}'; this task's losses are {known}")
         for method in evaluator.methods:

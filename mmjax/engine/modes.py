@@ -2,7 +2,6 @@
 
 import atexit
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import math
@@ -126,7 +125,7 @@ def _read(built: build.Run, command: Command) -> int:
         )
         if mode == 'evaluate':
             stage = built.stages[-1]
-            weights = evaluate.Weights.of(stage, stage.steps, built.final_weights)
+            weights = evaluate.LossWeights.of(stage, stage.steps, built.final_weights)
             scores = evaluate.run(built.evaluators, predictor, built.task, weights, final=True)
             text = json.dumps({name: s.metrics for name, s in scores.items()}, indent=1)
         elif mode == 'embed':
@@ -180,6 +179,7 @@ def describe(built: build.Run, command: Sequence[str]) -> dict[str, Any]:
         f'{jax.process_count()} process(es)',
         'plan': plan,
         'data': {'train': built.fingerprint},
+        'verdicts': built.task.verdicts,
     }
 
 
@@ -249,25 +249,17 @@ def dry_run(built: build.Run) -> str:
             rate = f'{row["rate"]:g}' if row['rate'] else 'frozen'
             lines.append(f'  {row["group"]}: {row["parameters"]:,} parameters, rate {rate}')
         state = built.abstract_state(stage)
-        moments = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state['moments']))
-        lines.append(f'  moments {_mib(moments)}, {_activations(built, stage, state)}')
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state['opt_state']))
+        lines.append(f'  optimizer state {_mib(size)}, {_activations(built, stage, state)}')
     return '\n'.join(lines)
 
 
 def _activations(built: build.Run, stage: Any, state: step.State) -> str:
-    call = functools.partial(
-        step.train_step,
-        task=built.task,
-        stage=stage.program,
-        groups=built.groups,
-        settings=built.settings,
-    )
     rates = optim.rates(stage, built.groups.names, 0)
     weights = {name: np.float32(1) for name in stage.losses}
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    update = jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
+    batch = built.abstract_batch(stage)
     with jax.set_mesh(built.mesh):
-        lowered = update.lower(state, built.abstract_batch(stage), rates, weights)
+        lowered = built.compiled_step(stage).lower(state, batch, rates, weights)
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     if memory is None:

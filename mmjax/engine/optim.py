@@ -2,10 +2,11 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from mmjax.engine.stages import Stage
 from mmjax.errors import UserError
 
 Tree = Mapping[str, Any]  # nested dicts of arrays
+Transformation: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -79,44 +81,32 @@ def resolve(
     earlier ones are errors.
     """
     compiled = []
-    for rule in (*rules, *defaults):
-        if len(rule) != 2 or not all(isinstance(part, str) for part in rule):
-            raise UserError(f'config.rules holds (group, regex) pairs, not {rule!r}')
+    for group, regex in (*rules, *defaults):
         try:
-            compiled.append((rule[0], re.compile(rule[1])))
+            compiled.append((group, re.compile(regex)))
         except re.error as error:
-            raise UserError(
-                f"config.rules: '{rule[1]}' is no regular expression: {error}"
-            ) from None
-    matched = [0] * len(compiled)
-    won = [0] * len(compiled)
-    items = []
-    missing = []
-    for path in dict.fromkeys((*flatten(params), *flatten(batch_stats))):
-        hits = [i for i, (_, regex) in enumerate(compiled) if regex.fullmatch(path)]
-        for i in hits:
-            matched[i] += 1
-        if hits:
-            won[hits[0]] += 1
-            items.append((path, compiled[hits[0]][0]))
-        else:
-            missing.append(path)
-    for i, (group, regex) in enumerate(compiled):
-        if not matched[i] or (i < len(rules) and not won[i]):
-            why = 'matches no parameter' if not matched[i] else 'comes after rules that took all'
-            raise UserError(f"rule ('{group}', '{regex.pattern}') {why}")
-    if not missing:  # batch statistics belong to the group of their module's parameters
-        stats = set(flatten(batch_stats))
-        module = lambda path: path.rpartition('/')[0]
-        of_module = {module(path): group for path, group in items if path not in stats}
-        items = [
-            (path, of_module.get(module(path), group) if path in stats else group)
-            for path, group in items
-        ]
+            raise UserError(f"config.rules: '{regex}' is no regular expression: {error}") from None
+    stats = flatten(batch_stats)
+    hits = {
+        path: [i for i, (_, regex) in enumerate(compiled) if regex.fullmatch(path)]
+        for path in dict.fromkeys((*flatten(params), *stats))
+    }
+    matched = set(itertools.chain(*hits.values()))
+    first = {found[0] for found in hits.values() if found}
+    for i, (group, pattern) in enumerate(compiled):
+        if i not in matched or (i < len(rules) and i not in first):
+            why = 'comes after rules that took all' if i in matched else 'matches no parameter'
+            raise UserError(f"rule ('{group}', '{pattern.pattern}') {why}")
+    missing = [path for path, found in hits.items() if not found]
     if missing:
         more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
         raise UserError(f'no rule gives a group to {", ".join(missing[:5])}{more}')
-    return Groups(tuple(items))
+    label = {path: compiled[found[0]][0] for path, found in hits.items()}
+    module = lambda path: path.rpartition('/')[0]
+    of_module = {module(path): label[path] for path in label if path not in stats}
+    # Batch statistics belong to the group of their module's parameters.
+    label |= {path: of_module.get(module(path), label[path]) for path in stats}
+    return Groups(tuple(label.items()))
 
 
 def check_groups(groups: Groups, stages: Sequence[Stage]) -> None:
@@ -221,13 +211,7 @@ def schedule(spec: Optimizer, step: int, total: int, per_epoch: int = 1) -> floa
         return 1 - (1 - spec.end) * x
     if spec.schedule == 'cosine':
         return spec.end + (1 - spec.end) * _half_cosine(x)
-    if spec.schedule == 'one_cycle':  # up to 1 over the first 30 %, then down to `end` (Smith 2018)
-        if x < 0.3:
-            return 1 / 25 + (1 - 1 / 25) * (1 - _half_cosine(x / 0.3))
-        return spec.end + (1 - spec.end) * _half_cosine((x - 0.3) / 0.7)
     period = max(_steps(spec, 'period', total, per_epoch), 1.0)
-    if spec.schedule == 'step':
-        return spec.gamma ** (t // period)
     while t >= period:  # cosine with restarts (Loshchilov & Hutter 2017)
         t, period = t - period, period * spec.period_factor
     return spec.end + (1 - spec.end) * _half_cosine(t / period)
@@ -252,25 +236,14 @@ def rates(stage: Stage, groups: Sequence[str], step: int) -> dict[str, np.float3
 # Updates -------------------------------------------------------------------------------------
 
 
-class Rule(NamedTuple):
-    """An update rule without learning rate and weight decay, over the leaves of one group.
-
-    init(params) returns its moments; update(gradients, moments, params, ok) returns (direction,
-    new moments), which are the old ones where `ok` is False.
-    """
-
-    init: Callable[[Tree], Tree]
-    update: Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree]]
-
-
-def _adam(spec: Optimizer) -> Rule:
+def _adam(spec: Optimizer) -> Transformation:
     """Adam (Kingma & Ba 2015), as `optax.scale_by_adam`, with moments that are written once."""
 
     def init(params: Tree) -> Tree:
         zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), dict(params))
         return {'count': jnp.zeros((), jnp.int32), 'mu': zeros(), 'nu': zeros()}
 
-    def update(gradients: Tree, state: Tree, params: Tree, ok: jax.Array) -> tuple[Tree, Tree]:
+    def update(gradients: Tree, state: Tree, params: Tree, *, ok: jax.Array) -> tuple[Tree, Tree]:
         del params
         new = {
             'count': state['count'] + 1,
@@ -286,11 +259,11 @@ def _adam(spec: Optimizer) -> Rule:
         )
         return direction, state
 
-    return Rule(init, update)
+    return Transformation(init, update)
 
 
-def _of_optax(transformation: optax.GradientTransformation) -> Rule:
-    """Wraps a transformation of optax; moments are the leaves of its state, by number."""
+def _from_optax(transformation: optax.GradientTransformation) -> Transformation:
+    """Wraps a transformation of optax; the new state has its leaves, by number."""
 
     def numbered(state: PyTree) -> Tree:
         return {f'{i:04d}': jnp.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
@@ -298,63 +271,63 @@ def _of_optax(transformation: optax.GradientTransformation) -> Rule:
     def init(params: Tree) -> Tree:
         return numbered(transformation.init(params))
 
-    def update(gradients: Tree, state: Tree, params: Tree, ok: jax.Array) -> tuple[Tree, Tree]:
+    def update(gradients: Tree, state: Tree, params: Tree, *, ok: jax.Array) -> tuple[Tree, Tree]:
         structure = jax.tree.structure(jax.eval_shape(transformation.init, params))
         before = jax.tree.unflatten(structure, [state[name] for name in sorted(state)])
         direction, after = transformation.update(gradients, before, params)
         keep = lambda new, old: jnp.where(ok, new, old)
         return direction, jax.tree.map(keep, numbered(after), dict(state))
 
-    return Rule(init, update)
+    return Transformation(init, update)
 
 
-def _muon(spec: Optimizer) -> Rule:
+def _muon(spec: Optimizer) -> Transformation:
     """Muon (Jordan 2024) on matrices, Adam on everything else."""
     plain = lambda tree: jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(), tree)
     muon = optax.contrib.scale_by_muon(beta=spec.b1, weight_dimension_numbers=plain)
-    matrices = _of_optax(muon)
+    matrices = _from_optax(muon)
     others = _adam(spec)
 
-    def init(params: Tree) -> Tree:
-        return {'muon': matrices.init(_of_rank_2(params)), 'adam': others.init(_not_2(params))}
+    part = lambda tree, rank_2: unflatten(
+        {path: x for path, x in flatten(tree).items() if (x.ndim == 2) == rank_2}
+    )
 
-    def update(gradients: Tree, state: Tree, params: Tree, ok: jax.Array) -> tuple[Tree, Tree]:
-        one, muon = matrices.update(_of_rank_2(gradients), state['muon'], _of_rank_2(params), ok)
-        two, adam = others.update(_not_2(gradients), state['adam'], _not_2(params), ok)
+    def init(params: Tree) -> Tree:
+        return {'muon': matrices.init(part(params, True)), 'adam': others.init(part(params, False))}
+
+    def update(gradients: Tree, state: Tree, params: Tree, *, ok: jax.Array) -> tuple[Tree, Tree]:
+        one, muon = matrices.update(part(gradients, True), state['muon'], part(params, True), ok=ok)
+        two, adam = others.update(part(gradients, False), state['adam'], part(params, False), ok=ok)
         return join(one, two), {'muon': muon, 'adam': adam}
 
-    return Rule(init, update)
+    return Transformation(init, update)
 
 
-def _of_rank_2(tree: Tree) -> Tree:
-    return unflatten({path: x for path, x in flatten(tree).items() if x.ndim == 2})
+def transformation(spec: Optimizer) -> Transformation:
+    """Returns the update rule that `optimizer.name` names, over the leaves of one group.
 
-
-def _not_2(tree: Tree) -> Tree:
-    return unflatten({path: x for path, x in flatten(tree).items() if x.ndim != 2})
-
-
-def rule(spec: Optimizer) -> Rule:
-    """Returns the update rule that `optimizer.name` names."""
+    It has no learning rate and no weight decay. Its `update(gradients, state, params, ok=ok)`
+    returns the old state where `ok` is False.
+    """
     if spec.name == 'adamw':
         return _adam(spec)
     if spec.name == 'lion':  # Chen et al. 2023
-        return _of_optax(optax.scale_by_lion(spec.b1, spec.b2))
+        return _from_optax(optax.scale_by_lion(spec.b1, spec.b2))
     if spec.name == 'sgd':
-        return _of_optax(optax.trace(spec.b1))
+        return _from_optax(optax.trace(spec.b1))
     if spec.name == 'adafactor':  # Shazeer & Stern 2018
         parts = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
-        return _of_optax(optax.chain(*parts))
+        return _from_optax(optax.chain(*parts))
     return _muon(spec)
 
 
-def moments(trainable: Tree, groups: Groups, spec: Optimizer) -> dict[str, Any]:
-    """Returns the fresh moments of each group, {group: moments}.
+def init(trainable: Tree, groups: Groups, spec: Optimizer) -> dict[str, Any]:
+    """Returns a fresh optimizer state, {group: its moments and count}.
 
-    A group has moments and a count of its own, not the run: one that thaws late starts at 0, so
+    The state belongs to the group, not to the run: one that thaws late starts at 0, so
     that its bias correction is right and its first update equals its rate.
     """
-    make = rule(spec)
+    make = transformation(spec)
     return {name: make.init(tree) for name, tree in by_group(trainable, groups).items()}
 
 
@@ -367,20 +340,19 @@ def by_group(tree: Tree, groups: Groups) -> dict[str, dict]:
     return {name: unflatten(parts[name]) for name in sorted(parts)}
 
 
-def enter(old: Tree, fresh: Tree) -> tuple[dict, list[str]]:
-    """Carries the moments of the groups that keep learning into the next stage.
+def carry(old: Tree, fresh: Tree) -> dict:
+    """Carries the optimizer state of the groups that keep learning into the next stage.
 
     Args:
-      old: moments at the end of a stage.
-      fresh: new moments of the next one.
+      old: the optimizer state at the end of a stage.
+      fresh: a new one for the next stage.
 
     Returns:
-      (moments, the groups that were carried). Moments of another update rule are not carried.
+      `fresh`, with the old state of the groups that have one of the same update rule.
     """
     shapes = lambda tree: jax.tree.map(jnp.shape, dict(tree))
-    same = lambda name: shapes(old[name]) == shapes(fresh[name])
-    carried = sorted(name for name in set(old) & set(fresh) if same(name))
-    return {**fresh, **{name: old[name] for name in carried}}, carried
+    same = lambda name: name in old and shapes(old[name]) == shapes(fresh[name])
+    return {name: old[name] if same(name) else fresh[name] for name in fresh}
 
 
 def norm(tree: PyTree) -> jax.Array:
@@ -404,7 +376,7 @@ def decays(params: Tree) -> dict:
 
 def update(
     gradients: Tree,
-    state: Tree,
+    opt_state: Tree,
     trainable: Tree,
     rates: Mapping[str, Any],
     spec: Optimizer,
@@ -416,21 +388,21 @@ def update(
 
     Args:
       gradients, trainable: trees of the parameters that learn.
-      state: {group: moments}.
+      opt_state: see `init`.
       rates: group → learning rate.
       grad_norm: the `norm` of the gradients.
-      ok: bool scalar; where False, the moments stay, and the updates are not to be used: they may
+      ok: bool scalar; where False, `opt_state` stays, and the updates are not to be used: they may
         be NaN.
 
     Returns:
-      (updates to add to `trainable`, new moments).
+      (updates to add to `trainable`, new optimizer state).
     """
     if spec.clip > 0:
         factor = jnp.where(grad_norm < spec.clip, 1.0, spec.clip / grad_norm)
         gradients = jax.tree.map(lambda g: g * factor, gradients)
-    make = rule(spec)
+    make = transformation(spec)
     grads, params = by_group(gradients, groups), by_group(trainable, groups)
-    pairs = {name: make.update(grads[name], state[name], params[name], ok) for name in grads}
+    pairs = {name: make.update(grads[name], opt_state[name], params[name], ok=ok) for name in grads}
     direction = join(*(pair[0] for pair in pairs.values()))
     scale = optax.multi_transform(
         {

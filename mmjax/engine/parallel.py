@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -39,22 +38,20 @@ def start(
         jax.distributed.initialize(local_device_ids=ids)
 
 
-def mesh(axes: Mapping[str, int]) -> Mesh:
+def mesh(data: int, fsdp: int) -> Mesh:
     """Makes the ('data', 'fsdp') mesh over all devices of all hosts; one size may be -1: the rest.
 
     The axes are Auto. With Explicit axes, the default of `jax.make_mesh`, a contrastive `z @ z.T`
     of a sharded batch is an error.
     """
-    if set(axes) != set(AXES):
-        raise UserError(f'config.mesh needs the keys data and fsdp, not {", ".join(axes)}')
-    shape, devices = [axes[name] for name in AXES], jax.device_count()
+    shape = [data, fsdp]
+    devices = jax.device_count()
     known = math.prod(size for size in shape if size != -1)
     if shape.count(-1) == 1 and known > 0 and devices % known == 0:
         shape[shape.index(-1)] = devices // known
     if math.prod(shape) != devices or min(shape) < 1:
         raise UserError(
-            f'config.mesh data={axes["data"]} × fsdp={axes["fsdp"]} does not make the '
-            f'{devices} devices of this run'
+            f'config.mesh data={data} × fsdp={fsdp} does not make the {devices} devices of this run'
         )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 from mmjax import sections
 from mmjax.engine.config import (
@@ -13,27 +12,25 @@ from mmjax.engine.config import (
     Optimizer,
     Ramp,
     StageConfig,
-    hashable,
 )
 from mmjax.errors import UserError
-
-_Section = TypeVar('_Section')
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a run. Hashable; its position (index, start, steps) takes no part in equality.
+    """One stage of a run. Hashable; its sampler and position (index, start, steps) take no part in
+    equality.
 
-    What is traced gets its `program` in its place.
+    What is traced gets its `compile_key` in its place.
     """
 
     name: str
     learning_rates: tuple[tuple[str, float], ...]  # group → multiple of the base rate; 0 freezes
     loss_weights: tuple[tuple[str, float | Ramp], ...]
     optimizer: Optimizer
-    sampler: object = ()  # `hashable` form of the sampler's options
     options: object = NoOptions()  # of the recipe: an instance of its `StageOptions`
     early_stop: EarlyStop = dataclasses.field(default_factory=EarlyStop)
+    sampler: Mapping[str, object] = dataclasses.field(default_factory=dict, compare=False)
     index: int = dataclasses.field(default=0, compare=False)
     start: int = dataclasses.field(default=0, compare=False)  # planned updates before it
     steps: int = dataclasses.field(default=0, compare=False)
@@ -48,8 +45,8 @@ class Stage:
         return self.rate(group) > 0
 
     @property
-    def program(self) -> 'Stage':
-        """What a compiled step depends on: stages whose programs are equal share one.
+    def compile_key(self) -> 'Stage':
+        """What a compiled step depends on: stages whose keys are equal share one.
 
         It has no name, sampler, position and early stop; rates and weights, which arrive as
         arguments of the step, are 0 or 1.
@@ -80,23 +77,13 @@ class Stage:
         }
 
 
-def parse_weight(value: object, where: str) -> float | Ramp:
-    """Returns a loss weight: a number, or a ramp given as dict(start=, end=)."""
-    if isinstance(value, Mapping):
-        return sections.parse(Ramp, value, where)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f'{where}={value!r} must be a number or dict(start=, end=)')
-    return float(value)
-
-
 def final_weights(config: Config) -> dict[str, float]:
     """Returns the weights of the run's losses after every ramp, without those that are 0.
 
     They are those of `loss_weights`; without any, those of the last stage.
     """
     given = config.loss_weights or config.stage[config.stages[-1]].loss_weights
-    weights = {name: parse_weight(w, f'loss_weights.{name}') for name, w in given.items()}
-    ends = {name: w.end if isinstance(w, Ramp) else w for name, w in weights.items()}
+    ends = {name: w.end if isinstance(w, Ramp) else w for name, w in given.items()}
     return {name: weight for name, weight in ends.items() if weight}
 
 
@@ -120,20 +107,15 @@ def _stage(config: Config, name: str, index: int) -> Stage:
     return Stage(
         name=name,
         learning_rates=tuple(sorted(spec.learning_rates.items())),
-        loss_weights=tuple(
-            (term, parse_weight(weights[term], f'{where}.loss_weights.{term}'))
-            for term in sorted(weights)
-        ),
-        optimizer=_merge(config.optimizer, spec.optimizer, f'{where}.optimizer'),
-        sampler=hashable(sampler),
+        loss_weights=tuple((term, weights[term]) for term in sorted(weights)),
+        optimizer=sections.parse(Optimizer, spec.optimizer, f'{where}.optimizer', config.optimizer),
+        sampler=sampler,
         options=sections.parse(config.StageOptions, spec.options, f'{where}.options'),
-        early_stop=_merge(config.early_stop, spec.early_stop, f'{where}.early_stop'),
+        early_stop=sections.parse(
+            EarlyStop, spec.early_stop, f'{where}.early_stop', config.early_stop
+        ),
         index=index,
     )
-
-
-def _merge(section: _Section, changes: Mapping[str, object], where: str) -> _Section:
-    return sections.parse(type(section), {**sections.to_dict(section), **changes}, where)
 
 
 def unused(config: Config) -> list[str]:

@@ -33,7 +33,7 @@ class Settings:
 def create(variables: Mapping, stage: Stage, groups: optim.Groups, settings: Settings) -> State:
     """Makes the state at the start of a run, in the shape that `stage` gives it.
 
-    {step, stage, stage_step: int32; trainable, frozen, batch_stats: trees; moments; ema: averages
+    {step, stage, stage_step: int32; trainable, frozen, batch_stats, opt_state: trees; ema: averages
     of the trainable tree, {} when off; scale: {value, streak} of float16's loss scale, or {}}.
     """
     trainable, frozen = groups.split(variables['params'], stage)
@@ -46,33 +46,22 @@ def create(variables: Mapping, stage: Stage, groups: optim.Groups, settings: Set
         'trainable': trainable,
         'frozen': frozen,
         'batch_stats': dict(variables.get('batch_stats', {})),
-        'moments': optim.moments(trainable, groups, stage.optimizer),
+        'opt_state': optim.init(trainable, groups, stage.optimizer),
         'ema': jax.tree.map(jnp.copy, trainable) if settings.ema else {},
         'scale': {'value': jnp.float32(2.0**15), 'streak': zero()} if scaled else {},
     }
 
 
-def enter(state: State, stage: Stage, groups: optim.Groups, settings: Settings) -> State:
-    """Re-splits the state for the next stage; moments and averages carry where learning goes on."""
-    params = optim.join(state['trainable'], state['frozen'])
-    trainable, frozen = groups.split(params, stage)
-    fresh = optim.moments(trainable, groups, stage.optimizer)
-    moments, _ = optim.enter(state['moments'], fresh)
-    ema = {}
+def enter_stage(state: State, stage: Stage, groups: optim.Groups, settings: Settings) -> State:
+    """Splits the state anew for `stage`; groups that go on learning keep moments and averages."""
+    new = create(variables(state), stage, groups, settings)
+    new['opt_state'] = optim.carry(state['opt_state'], new['opt_state'])
     if settings.ema:
         before = optim.flatten(state['ema'])
-        fresh = optim.flatten(trainable)
-        ema = optim.unflatten({path: before.get(path, leaf) for path, leaf in fresh.items()})
+        fresh = optim.flatten(new['ema'])
+        new['ema'] = optim.unflatten({path: before.get(path, x) for path, x in fresh.items()})
     index = jnp.full((), stage.index, jnp.int32)
-    return {
-        **state,
-        'stage': index,
-        'stage_step': jnp.zeros((), jnp.int32),
-        'trainable': trainable,
-        'frozen': frozen,
-        'moments': moments,
-        'ema': ema,
-    }
+    return {**new, 'step': state['step'], 'stage': index, 'scale': state['scale']}
 
 
 def variables(state: State, *, averaged: bool = False) -> dict[str, Any]:
@@ -167,9 +156,11 @@ def gradients(
 ) -> tuple[PyTree, jax.Array, dict[str, Term | jax.Array], PyTree]:
     """Returns (gradients of the trainable tree, loss, terms, new batch statistics)."""
     rows = batch['row'].shape[0]
-    first = jax.lax.axis_index(axis_name) * rows if axis_name else 0
+    device = jax.lax.axis_index(axis_name) if axis_name else 0
     position = state['stage'], state['stage_step']
-    dropout, by_row = keys(settings.seed, *position, rows, first)
+    dropout, by_row = keys(settings.seed, *position, rows, device * rows)
+    if axis_name:
+        dropout = jax.random.fold_in(dropout, device)
     batch = {**batch, 'key': by_row}
     scale = state['scale'].get('value', jnp.float32(1.0))
     params = optim.join(state['trainable'], state['frozen'])
@@ -226,8 +217,8 @@ def train_step(
     that the order of examples stays a function of it.
 
     Args:
-      axis_name: the mapped axis under `jax.pmap`, where each device has its rows of the batch;
-        None under `jax.jit`, where arrays are global.
+      axis_name: the mapped axis under `jax.pmap`, where each device has its rows of the batch and
+        its own key for dropout; None under `jax.jit`, where arrays are global.
     """
     grads, loss, terms, stats = gradients(
         task,
@@ -250,8 +241,8 @@ def train_step(
     before = optim.flatten(state['batch_stats'])
     stats = optim.unflatten({p: before[p] if p in frozen_stats else x for p, x in flat.items()})
     ok = jnp.isfinite(loss) & jnp.isfinite(norm) & _finite(stats)
-    updates, moments = optim.update(
-        grads, state['moments'], state['trainable'], rates, stage.optimizer, groups, norm, ok
+    updates, opt_state = optim.update(
+        grads, state['opt_state'], state['trainable'], rates, stage.optimizer, groups, norm, ok
     )
     keep = lambda new, old: cpu.materialize(jnp.where(ok, new, old))
     trained = optax.apply_updates(state['trainable'], updates)
@@ -261,7 +252,7 @@ def train_step(
         mix = lambda average, weight: settings.ema * average + (1 - settings.ema) * weight
         new['ema'] = jax.tree.map(mix, state['ema'], trained)
     new = jax.tree.map(keep, new, {name: state[name] for name in new})
-    new |= {'trainable': trained, 'moments': moments}
+    new |= {'trainable': trained, 'opt_state': opt_state}
     scale, overflow = _rescale(state['scale'], ok)
     fault = ~ok & ~overflow
     out = {

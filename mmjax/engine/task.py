@@ -112,9 +112,11 @@ class Task(abc.ABC):
     and `key` (a PRNG key per row, from the step and the row's place in the global batch).
 
     Config: the recipe's config class; the constructor gets an instance.
+    verdicts: word among the scores → ('good', 'warn' or 'bad'; a sentence on it), for the report.
     """
 
     Config: ClassVar[type[config.Config]] = config.Config
+    verdicts: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     def __init__(self, config: config.Config, assets: epath.Path | None = None):
         """Opens the data and builds the model; `assets`: a folder with saved assets, if any."""
@@ -153,7 +155,7 @@ class Task(abc.ABC):
         """Maps rows to a pytree of small per-row outputs [batch, …] and new batch statistics.
 
         Args:
-          stage: the `program` of a stage: its options and losses, but no name.
+          stage: the `compile_key` of a stage: its options and losses, but no name.
           train: tower → whether it trains; one that does not runs as in evaluation. Outputs of
             frozen towers that are costly go through `tower_output`.
           key: for dropout; None in evaluation, where `train` is False for all towers.

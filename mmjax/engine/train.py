@@ -111,8 +111,7 @@ class Trainer:
         make = functools.partial(
             step.create, stage=stage, groups=self.run.groups, settings=self.run.settings
         )
-        shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
-        return jax.jit(make, out_shardings=shardings)(variables)
+        return jax.jit(make, out_shardings=self.run.shardings(stage))(variables)
 
     # Stages ----------------------------------------------------------------------------------
 
@@ -121,12 +120,12 @@ class Trainer:
         at = int(state['stage'])
         for stage in self.run.stages[at:]:
             if stage.index > at:
-                state = self._enter(state, stage)
+                state = self._enter_stage(state, stage)
             self._announce(state, stage)
             if self._is_new and stage.index == 0 and self.run.config.evaluate.at_start:
                 self.progress.evaluate_due = True
             if self.progress.evaluate_due:
-                state = self._evaluate_and_save(state, stage)
+                self._evaluate_and_save(state, stage)
             if not self.progress.done:
                 if self.max_steps is not None and int(state['step']) >= self.max_steps:
                     raise StepLimit
@@ -136,15 +135,14 @@ class Trainer:
         self.checkpoints.wait()
         return state
 
-    def _enter(self, state: step.State, stage: Stage) -> step.State:
+    def _enter_stage(self, state: step.State, stage: Stage) -> step.State:
         """Re-splits the state for `stage` and says what thawed, froze and was carried."""
-        before = set(state['moments'])
+        before = set(state['opt_state'])
         make = functools.partial(
-            step.enter, stage=stage, groups=self.run.groups, settings=self.run.settings
+            step.enter_stage, stage=stage, groups=self.run.groups, settings=self.run.settings
         )
-        shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
-        state = jax.jit(make, out_shardings=shardings)(state)
-        after = set(state['moments'])
+        state = jax.jit(make, out_shardings=self.run.shardings(stage))(state)
+        after = set(state['opt_state'])
         if stage.early_stop.scope == 'stage':
             self.progress.stop_best = None
             self.progress.stop_wait = 0
@@ -172,18 +170,10 @@ class Trainer:
         self.log.message(optim.table(self.run.abstract['params'], self.run.groups, stage))
 
     def _step(self, stage: Stage) -> Any:
-        if stage.program not in self._compiled:
-            shardings = jax.tree.map(lambda x: x.sharding, self.run.abstract_state(stage))
-            call = functools.partial(
-                step.train_step,
-                task=self.run.task,
-                stage=stage.program,
-                groups=self.run.groups,
-                settings=self.run.settings,
-            )
-            made = jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
-            self._compiled[stage.program] = made
-        return self._compiled[stage.program]
+        key = stage.compile_key
+        if key not in self._compiled:
+            self._compiled[key] = self.run.compiled_step(stage)
+        return self._compiled[key]
 
     def _stage(self, state: step.State, stage: Stage) -> step.State:
         run = self.run
@@ -234,7 +224,7 @@ class Trainer:
                 if due or last or preempted or limited:
                     self._save(state, stage)
                 if evaluates and not (preempted or limited):
-                    state = self._evaluate_and_save(state, stage)
+                    self._evaluate_and_save(state, stage)
                 if preempted:
                     raise Preempted
                 if limited:
@@ -373,7 +363,7 @@ class Trainer:
                 )
         self._reset_clock()
 
-    def _evaluate_and_save(self, state: step.State, stage: Stage) -> step.State:
+    def _evaluate_and_save(self, state: step.State, stage: Stage) -> None:
         """Evaluates; saves again only if it ends the stage early."""
         self._check_pending()
         over = self.progress.done
@@ -385,12 +375,11 @@ class Trainer:
         self.progress.evaluate_due = False
         if self.progress.done and not over:
             self._save(state, stage)
-        return state
 
     def scores(
         self, variables: Variables, stage: Stage, stage_step: int, *, final: bool
     ) -> dict[str, evaluate.Scores]:
-        weights = evaluate.Weights.of(stage, stage_step, self.run.final_weights)
+        weights = evaluate.LossWeights.of(stage, stage_step, self.run.final_weights)
         predictor = self._predictor(variables)
         return evaluate.run(self.run.evaluators, predictor, self.run.task, weights, final=final)
 
@@ -420,7 +409,9 @@ class Trainer:
         variables = step.variables(state, averaged=True)
         which = 'last'
         if self.checkpoints.best_meta():
-            variables = self.checkpoints.restore_best(run_abstract(self.run))
+            variables = self.checkpoints.restore_best(
+                parallel.with_shardings(dict(self.run.abstract), self.run.mesh)
+            )
             which = 'best'
         elif self.progress.best:
             self.log.message('the best checkpoint is gone: the last weights are scored instead')
@@ -432,17 +423,15 @@ class Trainer:
             skipped['updates not finite'] = self.progress.skipped
         for name, score in scores.items():
             self.log.figures(number, {f'{name}-{k}': v for k, v in score.figures.items()})
-        return (
-            logs.write_results(
-                self.workdir,
-                best=self.progress.best,
-                stages=self.progress.stages,
-                skipped=skipped,
-                final={name: score.metrics for name, score in scores.items()},
-                weights=which,
-            )
-            if parallel.is_first()
-            else {}
+        if not parallel.is_first():
+            return {}
+        return logs.write_results(
+            self.workdir,
+            best=self.progress.best,
+            stages=self.progress.stages,
+            skipped=skipped,
+            final={name: score.metrics for name, score in scores.items()},
+            weights=which,
         )
 
 
@@ -457,11 +446,6 @@ def weights_from(run: Run, spec: str) -> tuple[Variables, str]:
         allow_unused=run.config.init.allow_unused,
     )
     return variables, f'{source}: {report}'
-
-
-def run_abstract(run: Run) -> Variables:
-    """Returns the variables of a run as ShapeDtypeStructs with their shardings."""
-    return parallel.with_shardings(dict(run.abstract), run.mesh)
 
 
 def _number(flat: dict, metric: str, key: str) -> float:

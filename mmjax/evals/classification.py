@@ -1,33 +1,22 @@
 """Scores of a classifier: accuracy with its interval, macro precision, recall, F1, confusions."""
 
-import dataclasses
 import math
 
 import numpy as np
 from matplotlib.figure import Figure
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassScores:
-    """Fractions in 0–1. `low` and `high` bound the accuracy (Wilson, 95 %).
-
-    Precision, recall and F1 are macro means over the classes that occur, as truth or as answer; of
-    a class never answered (or never true) the precision (or recall) is 0. `confusion` is int
-    [classes, classes], truth down, answer across. `majority` is what the most frequent truth gets.
-    """
-
-    accuracy: float
-    low: float
-    high: float
-    precision: float
-    recall: float
-    f1: float
-    confusion: np.ndarray
-    majority: float
-
-
-def score(truth: np.ndarray, answers: np.ndarray, classes: int) -> ClassScores:
+def score(
+    truth: np.ndarray, answers: np.ndarray, classes: int
+) -> tuple[dict[str, float], np.ndarray]:
     """Compares answers with the truth, int [n] both, in 0 … classes − 1.
+
+    Returns:
+      Fractions in 0–1, and the confusions, int [classes, classes], truth down, answer across.
+      `accuracy_low` and `accuracy_high` bound the accuracy (Wilson, 95 %). `precision`, `recall`
+      and `f1` are macro means over the classes that occur, as truth or as answer; of a class never
+      answered (or never true) the precision (or recall) is 0. `majority` is what the most frequent
+      truth gets.
 
     Raises:
       ValueError: no rows, shapes that do not fit, or a class out of range.
@@ -48,16 +37,16 @@ def score(truth: np.ndarray, answers: np.ndarray, classes: int) -> ClassScores:
     recall = correct / np.maximum(true, 1)
     f1 = 2 * correct / np.maximum(true + answered, 1)
     low, high = wilson(int(correct.sum()), len(truth))
-    return ClassScores(
-        accuracy=float(correct.sum() / len(truth)),
-        low=low,
-        high=high,
-        precision=float(precision[occurs].mean()),
-        recall=float(recall[occurs].mean()),
-        f1=float(f1[occurs].mean()),
-        confusion=confusion,
-        majority=float(true.max() / len(truth)),
-    )
+    fractions = {
+        'accuracy': correct.sum() / len(truth),
+        'accuracy_low': low,
+        'accuracy_high': high,
+        'precision': precision[occurs].mean(),
+        'recall': recall[occurs].mean(),
+        'f1': f1[occurs].mean(),
+        'majority': true.max() / len(truth),
+    }
+    return {name: float(value) for name, value in fractions.items()}, confusion
 
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mmjax.evals import ties
-from mmjax.evals.retrieval import mean
+from mmjax.evals.retrieval import mean, unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,47 +45,35 @@ class GalleryScores:
 
 
 def search(
-    queries: np.ndarray,
-    gallery: np.ndarray,
-    k: int,
-    *,
-    chunk_queries: int = 1024,
-    chunk_gallery: int = 4096,
+    queries: np.ndarray, gallery: np.ndarray, k: int, *, chunk_gallery: int = 4096
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns float32 [q, k] cosines and int64 [q, k] rows of the nearest gallery rows, best first.
 
     Of equal cosines the lower row comes first, whatever the tiles: products are taken in float64
-    and rounded to float32, so that equal rows have equal cosines. Memory holds one tile; a gallery
-    in a `np.memmap` is read tile by tile, once for each `chunk_queries` queries.
+    and rounded to float32, so that equal rows have equal cosines. Memory holds one tile of
+    `chunk_gallery` columns, by which a gallery in a `np.memmap` is read too.
 
     Args:
       queries, gallery: float [q, d] and [g, d], of any length; a zero row has cosine 0.
       k: how many, 1 or more; more than g is g.
-      chunk_queries, chunk_gallery: rows and columns of a tile.
+      chunk_gallery: columns of a tile.
 
     Raises:
       ValueError: no gallery, shapes that do not fit, or values that are not finite.
     """
-    queries, gallery = _checked(queries, gallery, chunk_queries, chunk_gallery, [k])
-    k = min(k, len(gallery))
-    scores = np.empty((len(queries), k), np.float32)
-    rows = np.empty((len(queries), k), np.int64)
-    for start in range(0, len(queries), chunk_queries):
-        batch = slice(start, start + chunk_queries)
-        units = _unit(queries[batch])
-        best = np.empty((len(units), 0), np.float32)
-        nearest = np.empty((len(units), 0), np.int64)
-        for column in range(0, len(gallery), chunk_gallery):
-            tile = units @ _unit(gallery[column : column + chunk_gallery]).T
-            values, columns = _largest(tile.astype(np.float32), k)
-            best = np.hstack([best, values])
-            nearest = np.hstack([nearest, columns + column])
-            # Stable, and rows of earlier tiles stand to the left: equal cosines stay in row order.
-            order = np.argsort(-best, axis=1, kind='stable')[:, :k]
-            best, nearest = (np.take_along_axis(x, order, axis=1) for x in (best, nearest))
-        scores[batch] = best
-        rows[batch] = nearest
-    return scores, rows
+    queries, gallery = _checked(queries, gallery, chunk_gallery)
+    units = _unit(queries)
+    best = np.empty((len(units), 0), np.float32)
+    nearest = np.empty((len(units), 0), np.int64)
+    for start in range(0, len(gallery), chunk_gallery):
+        tile = units @ _unit(gallery[start : start + chunk_gallery]).T
+        columns = np.broadcast_to(start + np.arange(tile.shape[1]), tile.shape)
+        best = np.hstack([best, tile.astype(np.float32)])
+        nearest = np.hstack([nearest, columns])
+        # Stable, and rows of earlier tiles stand to the left: equal cosines stay in row order.
+        order = np.argsort(-best, axis=1, kind='stable')[:, :k]
+        best, nearest = (np.take_along_axis(x, order, axis=1) for x in (best, nearest))
+    return best, nearest
 
 
 def rank(
@@ -117,7 +105,7 @@ def rank(
     Raises:
       ValueError: no gallery, shapes that do not fit, or values that are not finite.
     """
-    queries, gallery = _checked(queries, gallery, chunk_queries, chunk_gallery, ks)
+    queries, gallery = _checked(queries, gallery, chunk_gallery)
     if (query_rows is None) != (gallery_rows is None):
         raise ValueError('query_rows and gallery_rows go together, got one of them')
     q = len(queries)
@@ -194,16 +182,13 @@ def figure(queries: Sequence, results: Sequence, right: Sequence, titles: Sequen
     return fig
 
 
-def _checked(queries, gallery, chunk_queries, chunk_gallery, ks):
+def _checked(queries, gallery, chunk_gallery):
     queries, gallery = np.asarray(queries), np.asarray(gallery)  # a view of a memmap, no copy
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
         shapes = f'{queries.shape} and {gallery.shape}'
         raise ValueError(f'queries and gallery must be [q, d] and [g, d], got {shapes}')
     if not len(gallery):
         raise ValueError('the gallery needs one row or more, got none')
-    for name, least in (('k', ks), ('chunk', (chunk_queries, chunk_gallery))):
-        if min(least, default=1) < 1:
-            raise ValueError(f'{name} must be 1 or more, got {min(least)}')
     for name, rows in (('queries', queries), ('gallery', gallery)):
         for start in range(0, len(rows), chunk_gallery):
             bad = np.flatnonzero(~np.isfinite(rows[start : start + chunk_gallery]).all(axis=1))
@@ -213,21 +198,7 @@ def _checked(queries, gallery, chunk_queries, chunk_gallery, ks):
 
 
 def _unit(rows):
-    rows = np.asarray(rows, np.float64)  # so that no float32 length over- or underflows
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)  # a zero row ties with everything: chance
-
-
-def _largest(scores, k):
-    """Returns [q, k] scores and columns of the k largest, lower ones of equals, in column order."""
-    k = min(k, scores.shape[1])
-    least = np.partition(scores, -k, axis=1)[:, -k, None]
-    keep = scores >= least
-    crowded = np.flatnonzero(keep.sum(axis=1) > k)
-    above, level = scores[crowded] > least[crowded], scores[crowded] == least[crowded]
-    keep[crowded] = above | (level & (np.cumsum(level, 1) <= k - above.sum(1, keepdims=True)))
-    columns = np.flatnonzero(keep).reshape(len(scores), k) % scores.shape[1]
-    return np.take_along_axis(scores, columns, axis=1), columns
+    return unit(np.asarray(rows, np.float64))  # so that no float32 length over- or underflows
 
 
 def _codes(query_keys, gallery_keys, q, g):

@@ -6,6 +6,8 @@ import numpy as np
 
 from mmjax.evals.retrieval import TOLERANCE
 
+BALANCED = 'every modality counts'
+
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns float64 [n], the cosine of each row of `a` with that of `b`; 0 with a zero row.
@@ -57,7 +59,7 @@ def verdict(swap_cosines: Mapping[str, float], other: float, *, least: float = 0
     """
     distance = max(1 - other, 1e-9)
     names = [name for name, cosine in swap_cosines.items() if (1 - cosine) / distance < least]
-    return ', '.join(f'ignores_{name}' for name in names) or 'every modality counts'
+    return ', '.join(f'ignores_{name}' for name in names) or BALANCED
 
 
 def _units(rows: np.ndarray) -> np.ndarray:

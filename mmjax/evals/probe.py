@@ -1,22 +1,6 @@
 """A linear probe: how well a linear classifier predicts a label from frozen embeddings."""
 
-import dataclasses
-
 import numpy as np
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """Scores of a probe, fractions in 0–1.
-
-    `accuracy` is that of the scored rows, `majority` what the most frequent training label would
-    get. `left_out` counts the rows whose label training lacks.
-    """
-
-    accuracy: float
-    majority: float
-    classes: int
-    left_out: int
 
 
 def linear_probe(
@@ -26,7 +10,7 @@ def linear_probe(
     test_labels: np.ndarray,
     *,
     decay: float = 1.0,
-) -> Probe:
+) -> tuple[float, float]:
     """Fits one-against-all ridge regression on `train` and scores `test`.
 
     Features are centred and scaled by the training rows; a constant one stays 0. Ties go to the
@@ -36,6 +20,10 @@ def linear_probe(
       train, test: float [n, d] and [m, d].
       train_labels, test_labels: int [n] and [m], any values.
       decay: the penalty, as a multiple of one row's weight.
+
+    Returns:
+      Fractions in 0–1 of the test rows whose label training has: how many are right, and how many
+      the most frequent training label would get.
 
     Raises:
       ValueError: fewer than two training classes, or no test row of one of them.
@@ -61,9 +49,4 @@ def linear_probe(
     scores = (test[known] - mean) / scale @ weights + y.mean(0)
     correct = classes[scores.argmax(1)] == np.asarray(test_labels)[known]
     majority = classes[np.bincount(targets).argmax()]
-    return Probe(
-        accuracy=float(correct.mean()),
-        majority=float(np.mean(np.asarray(test_labels)[known] == majority)),
-        classes=len(classes),
-        left_out=int((~known).sum()),
-    )
+    return float(correct.mean()), float(np.mean(np.asarray(test_labels)[known] == majority))

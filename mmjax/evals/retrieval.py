@@ -132,8 +132,13 @@ def _unit(rows, name):
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         raise ValueError(f'{name}: row {bad[0]} is not finite ({len(bad)} of {len(rows)} rows)')
+    return unit(rows)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Returns rows [n, d] of length 1; a zero row stays, which ties with everything: chance."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)  # a zero row ties with everything: chance
+    return rows / np.where(norms > 0, norms, 1)
 
 
 def _ranks(queries, gallery, chunk):

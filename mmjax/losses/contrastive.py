@@ -115,8 +115,9 @@ def infonce(
     With `labels`, rows j ≠ i of i's label are left out of both denominators: they are not wrong
     answers (identical texts, other images of one product).
 
-    Lower bound: 0 (T → 0); optimum at temperature T: `infonce_simplex`. All embeddings equal:
-    `infonce_collapse`. Nothing active: Term(0, 0).
+    Lower bound: 0 (T → 0); optimum of n pairs at temperature T: ln(1 + (n−1)·exp(−n/((n−1)T))),
+    where aᵢ = bᵢ are the corners of a regular simplex. All embeddings equal: `infonce_collapse`.
+    Nothing active: Term(0, 0).
 
     Source: van den Oord et al. 2018, https://arxiv.org/abs/1807.03748; Radford et al. 2021,
     https://arxiv.org/abs/2103.00020.
@@ -172,7 +173,8 @@ def sigmoid(
 
     The sum over all pairs is divided by the number of valid *rows* (count), as published: the mean
     is a row's positive plus all its negatives, and grows with the batch at a fixed bias. Lower
-    bound: 0 (scale → ∞). All embeddings equal: `sigmoid_collapse`. Nothing valid: Term(0, 0).
+    bound: 0 (scale → ∞). All embeddings of n rows equal: ln(1 + exp(−t)) + (n−1)·ln(1 + exp(t)),
+    t = scale + bias. Nothing valid: Term(0, 0).
 
     Source: Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training,
     https://arxiv.org/abs/2303.15343.
@@ -255,26 +257,6 @@ def infonce_collapse(n_valid: int | np.integer) -> float:
     0.6931
     """
     return math.log(n_valid)
-
-
-def infonce_simplex(n_valid: int | np.integer, temperature: float) -> float:
-    """Returns the least InfoNCE mean of n ≥ 2 pairs: aᵢ = bᵢ, corners of a regular simplex.
-
-    >>> round(infonce_simplex(2, 1.0), 4)  # ln(1 + exp(−2))
-    0.1269
-    """
-    gap = n_valid / ((n_valid - 1) * temperature)
-    return math.log1p((n_valid - 1) * math.exp(-gap))
-
-
-def sigmoid_collapse(n_valid: int | np.integer, scale: float, bias: float) -> float:
-    """Returns the sigmoid loss per row when all embeddings are equal (n rows, no labels).
-
-    >>> round(sigmoid_collapse(2, 1.0, -1.0), 4)  # 2 ln 2
-    1.3863
-    """
-    logit = scale + bias
-    return float(np.logaddexp(0, -logit) + (n_valid - 1) * np.logaddexp(0, logit))
 
 
 def _total(flags: Array) -> jax.Array:

@@ -3,44 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from mmjax.models import layers, packing
-from mmjax.typing import Array, DType
+from mmjax.typing import Array
 
 
-class BertBlock(nn.Module):
-    """A post-LN transformer block: LN(x + attention x), then LN(x + MLP x)."""
-
-    heads: int
-    mlp_width: int
-    dropout: float = 0.0
-    epsilon: float = 1e-12
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, '*rows width'],
-        mask: Bool[Array, '#batch #heads #queries keys'] | None,
-        *,
-        train: bool,
-        indices: packing.PackIndices | None = None,
-    ) -> Float[jax.Array, '*rows width']:
-        """Computes the block on x [batch, length, width], or packed [rows, width] with `indices`.
-
-        `mask` is that of `layers.attend`.
-        """
-        norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        attention = layers.Attention(self.heads, self.dtype, self.implementation, name='attention')
-        x = norm('norm_1')(x + drop(attention(x, mask=mask, indices=indices)))
-        mlp = layers.Mlp(self.mlp_width, dtype=self.dtype, name='mlp')
-        return norm('norm_2')(x + drop(mlp(x)))
-
-
-class Bert(nn.Module):
+class Bert(layers.AttentionLayer):
     """BERT (Devlin 2018) without its pooler: words + positions + types, then post-LN blocks.
 
     The defaults are MiniLM-L6 (Wang 2020): 22,565,376 parameters. Dropout acts on the embeddings
@@ -60,8 +29,6 @@ class Bert(nn.Module):
     position_offset: int = 0
     dropout: float = 0.1
     epsilon: float = 1e-12
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     @nn.compact
     def __call__(
@@ -107,13 +74,14 @@ class Bert(nn.Module):
             x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             for index in range(self.depth):
-                x = BertBlock(
+                x = layers.EncoderBlock(
                     self.heads,
                     self.mlp_width,
                     self.dropout,
                     self.epsilon,
-                    self.dtype,
-                    self.implementation,
+                    post_norm=True,
+                    dtype=self.dtype,
+                    implementation=self.implementation,
                     name=f'block_{index}',
                 )(x, visible, train=train, indices=indices)
             return x

@@ -31,7 +31,7 @@ def quick_gelu(x: Float[Array, '*shape']) -> Float[jax.Array, '*shape']:
 ACTIVATIONS = {'quick_gelu': quick_gelu, 'gelu': layers.gelu}
 
 
-class ClipBlock(nn.Module):
+class ClipBlock(layers.AttentionLayer):
     """A pre-LN transformer block: x + attention(LN x), then x + MLP(LN x).
 
     Initialised as CLIP's text tower is (Radford 2021): standard deviations width^-½ for queries,
@@ -44,8 +44,6 @@ class ClipBlock(nn.Module):
     depth: int
     activation: str = 'quick_gelu'
     epsilon: float = 1e-5
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     @nn.compact
     def __call__(
@@ -55,29 +53,21 @@ class ClipBlock(nn.Module):
     ) -> Float[jax.Array, 'batch length width']:
         """Computes the block; `mask` as in `layers.attend`."""
         width = x.shape[-1]
-        if width % self.heads:
-            raise ValueError(f'width {width} is not a multiple of {self.heads} heads')
-        if self.activation not in ACTIVATIONS:
-            known = ', '.join(ACTIVATIONS)
-            raise ValueError(f"activation '{self.activation}' is not one of {known}")
         inward = width**-0.5
         residual = (width * 2 * self.depth) ** -0.5
         norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
         dense = lambda name, features, std: layers.Dense(
             features, dtype=self.dtype, kernel_init=_normal(std), name=name
         )
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
         y = norm('norm_1')(x)
-        query, key, value = (
-            split(dense(name, width, inward)(y)) for name in ('query', 'key', 'value')
-        )
-        y = layers.attend(query, key, value, mask, implementation=self.implementation)
-        x = x + dense('out', width, residual)(y.reshape(x.shape))
+        parts = [dense(name, width, inward)(y) for name in ('query', 'key', 'value')]
+        y = layers.attend_heads(*parts, self.heads, mask, implementation=self.implementation)
+        x = x + dense('out', width, residual)(y)
         y = dense('up', self.mlp_width, (2 * width) ** -0.5)(norm('norm_2')(x))
         return x + dense('down', width, residual)(ACTIVATIONS[self.activation](y))
 
 
-class ClipVision(nn.Module):
+class ClipVision(layers.AttentionLayer):
     """CLIP's vision transformer: a class token, a LayerNorm before the blocks, a projection.
 
     The defaults are the sizes of ViT-B/32. Blocks are `block_0`, `block_1`, …
@@ -92,8 +82,6 @@ class ClipVision(nn.Module):
     features: int = 512
     activation: str = 'quick_gelu'
     epsilon: float = 1e-5
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     @nn.compact
     def __call__(
@@ -128,15 +116,15 @@ class ClipVision(nn.Module):
                 self.depth,
                 self.activation,
                 self.epsilon,
-                self.dtype,
-                self.implementation,
+                dtype=self.dtype,
+                implementation=self.implementation,
                 name=f'block_{index}',
             )(x)
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x[:, 0])
         return _project(x, self.features, self.dtype)
 
 
-class ClipText(nn.Module):
+class ClipText(layers.AttentionLayer):
     """CLIP's text tower: a causal transformer, read where the text ends.
 
     The defaults are the sizes of ViT-B/32. Blocks are `block_0`, `block_1`, …
@@ -151,8 +139,6 @@ class ClipText(nn.Module):
     features: int = 512
     activation: str = 'quick_gelu'
     epsilon: float = 1e-5
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     @nn.compact
     def __call__(
@@ -189,8 +175,8 @@ class ClipText(nn.Module):
                 self.depth,
                 self.activation,
                 self.epsilon,
-                self.dtype,
-                self.implementation,
+                dtype=self.dtype,
+                implementation=self.implementation,
                 name=f'block_{index}',
             )(x, causal)
         last = jnp.where(token_mask.astype(bool), jnp.arange(length), 0).max(1)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Shaped
 
 from mmjax import cpu
-from mmjax.typing import Array, DType
+from mmjax.models.layers import Layer
+from mmjax.typing import Array
 
 _he_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
@@ -71,14 +72,13 @@ def _padding(kernel: Array) -> int:
     return kernel.shape[0] // 2
 
 
-class Conv(nn.Module):
+class Conv(Layer):
     """A masked convolution: `convolve` with an optional bias."""
 
     features: int
     kernel: int = 1
     stride: int = 1
     use_bias: bool = False
-    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -93,12 +93,11 @@ class Conv(nn.Module):
         return y
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(Layer):
     """A masked convolution of each channel with its own kernel, without bias."""
 
     kernel: int
     stride: int = 1
-    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -110,12 +109,11 @@ class DepthwiseConv(nn.Module):
         return depthwise(clear(x, mask).astype(self.dtype), kernel.astype(self.dtype), self.stride)
 
 
-class Upsample(nn.Module):
+class Upsample(Layer):
     """A transposed convolution with bias whose kernel is its stride: time becomes time · stride."""
 
     features: int
     stride: int
-    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(

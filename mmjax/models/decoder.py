@@ -1,7 +1,9 @@
 """The decoder language model (Llama and Qwen2 shaped), and its step by step form with a cache."""
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,24 +12,26 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from mmjax.models import layers
-from mmjax.typing import Array, DType
+from mmjax.typing import Array
 
 _normal = nn.initializers.normal
 
 
+# Keys and values of each block; of a prefix one per row, of a suffix one per beam.
+PrefixCache = tuple[
+    Float[Array, 'batch kv_heads prefix size'], Float[Array, 'batch kv_heads prefix size']
+]
+SuffixCache = tuple[
+    Float[Array, 'batch beams kv_heads length size'],
+    Float[Array, 'batch beams kv_heads length size'],
+]
+
+
 class Prefix(NamedTuple):
-    """Keys and values of the prompt, one tuple entry per block, shared by the beams of a row."""
+    """The prompt, shared by the beams of a row: a cache per block, and which positions are real."""
 
-    keys: tuple[Float[jax.Array, 'batch kv_heads prefix size'], ...]
-    values: tuple[Float[jax.Array, 'batch kv_heads prefix size'], ...]
-    mask: Bool[jax.Array, 'batch prefix']
-
-
-class Suffix(NamedTuple):
-    """Keys and values of what each beam has added, one tuple entry per block."""
-
-    keys: tuple[Float[jax.Array, 'batch beams kv_heads length size'], ...]
-    values: tuple[Float[jax.Array, 'batch beams kv_heads length size'], ...]
+    caches: tuple[PrefixCache, ...]
+    mask: Bool[Array, 'batch prefix']
 
 
 def rotary(
@@ -51,7 +55,51 @@ def rotate(
     return turned.astype(x.dtype)
 
 
-class DecoderBlock(nn.Module):
+def attend_step(
+    query: Float[Array, 'batch beams heads size'],
+    key: Float[Array, 'batch beams kv_heads size'],
+    value: Float[Array, 'batch beams kv_heads size'],
+    *,
+    prefix: PrefixCache,
+    mask: Bool[Array, 'batch prefix'],
+    suffix: SuffixCache,
+    index: int | Int[Array, ''],
+) -> tuple[Float[jax.Array, 'batch beams heads size'], SuffixCache]:
+    """Attends from the newest token of each beam to the prompt and to what the beam has added.
+
+    Args:
+      query, key, value: of the newest token, turned already.
+      prefix, mask: the prompt's cache, and which of its positions are real.
+      suffix: the beams' cache; the token is written to its position `index`.
+
+    Returns:
+      (the mean values, the suffix with the token).
+    """
+    write = lambda cache, new: jax.lax.dynamic_update_index_in_dim(cache, new, index, 3)
+    suffix = write(suffix[0], key), write(suffix[1], value)
+    batch, beams, heads, size = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, beams, kv_heads, heads // kv_heads, size)
+    # The beams are further queries of the shared prefix: one product for all of them.
+    dot = lambda equation, *xs: jnp.einsum(equation, *xs, preferred_element_type=jnp.float32)
+    to_prefix = dot('bknqh,bnph->bknqp', grouped, prefix[0])
+    to_suffix = dot('bknqh,bknsh->bknqs', grouped, suffix[0])
+    written = jnp.arange(to_suffix.shape[-1]) <= index
+    logits = jnp.concatenate(
+        [
+            jnp.where(mask[:, None, None, None], to_prefix, -jnp.inf),
+            jnp.where(written, to_suffix, -jnp.inf),
+        ],
+        -1,
+    )
+    weights = jax.nn.softmax(logits / math.sqrt(size)).astype(value.dtype)
+    to_prefix, to_suffix = jnp.split(weights, [to_prefix.shape[-1]], -1)
+    attended = dot('bknqp,bnph->bknqh', to_prefix, prefix[1])
+    attended += dot('bknqs,bknsh->bknqh', to_suffix, suffix[1])
+    return attended.astype(value.dtype).reshape(query.shape), suffix
+
+
+class DecoderBlock(layers.Layer):
     """x + attention(RMSNorm x), then x + SwiGLU(RMSNorm x) (Touvron 2023), with grouped queries.
 
     Query head h reads key and value head h // (heads // kv_heads) (Ainslie 2023). Kernels start
@@ -59,7 +107,6 @@ class DecoderBlock(nn.Module):
     0.02 · (2 · depth)^-½ (Radford 2019).
     """
 
-    width: int
     heads: int
     kv_heads: int
     mlp_width: int
@@ -67,109 +114,47 @@ class DecoderBlock(nn.Module):
     qkv_bias: bool
     dropout: float = 0.0
     epsilon: float = 1e-6
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
-    def setup(self):
-        dense = lambda features, bias=False, std=0.02: layers.Dense(
-            features, use_bias=bias, dtype=self.dtype, kernel_init=_normal(std)
-        )
-        size = self.width // self.heads
-        residual = 0.02 / math.sqrt(2 * self.depth)
-        self.norm_1 = nn.RMSNorm(self.epsilon, dtype=self.dtype)
-        self.query = dense(self.heads * size, self.qkv_bias)
-        self.key = dense(self.kv_heads * size, self.qkv_bias)
-        self.value = dense(self.kv_heads * size, self.qkv_bias)
-        self.out = dense(self.width, std=residual)
-        self.norm_2 = nn.RMSNorm(self.epsilon, dtype=self.dtype)
-        self.gate = dense(self.mlp_width)
-        self.up = dense(self.mlp_width)
-        self.down = dense(self.width, std=residual)
-        self.drop = nn.Dropout(self.dropout)
-
+    @nn.compact
     def __call__(
         self,
-        x: Float[Array, 'batch length width'],
-        angles: Float[Array, 'batch length half_size'],
-        mask: Bool[Array, '#batch #heads #queries keys'],
+        x: Float[Array, '*rows width'],
+        angles: Float[Array, '*rows_or_1 half_size'],
+        attend: Callable,
         *,
         train: bool,
-    ) -> tuple[
-        Float[jax.Array, 'batch length width'],
-        Float[jax.Array, 'batch length kv_heads size'],
-        Float[jax.Array, 'batch length kv_heads size'],
-    ]:
-        """Computes (the block, its keys, its values), the keys turned already.
+    ) -> tuple[Float[jax.Array, '*rows width'], Any]:
+        """Computes the block.
 
-        `angles` as in `rotary`; `mask` as in `layers.attend`.
+        Args:
+          angles: as in `rotate`.
+          attend: maps (query, key, value), turned already, to (the mean values, a cache).
+
+        Returns:
+          (the block, the cache of `attend`).
         """
-        query, key, value = self._project(x, angles)
-        attended = layers.attend(query, key, value, mask, implementation=self.implementation)
-        return self._finish(x, attended, train), key, value
-
-    def step(
-        self,
-        x: Float[Array, 'batch beams width'],
-        angles: Float[Array, 'batch 1 half_size'],
-        prefix: tuple[
-            Float[Array, 'batch kv_heads prefix size'],
-            Float[Array, 'batch kv_heads prefix size'],
-            Bool[Array, 'batch prefix'],
-        ],
-        suffix: tuple[
-            Float[Array, 'batch beams kv_heads length size'],
-            Float[Array, 'batch beams kv_heads length size'],
-        ],
-        index: int | Int[Array, ''],
-    ) -> tuple[
-        Float[jax.Array, 'batch beams width'],
-        tuple[
-            Float[jax.Array, 'batch beams kv_heads length size'],
-            Float[jax.Array, 'batch beams kv_heads length size'],
-        ],
-    ]:
-        """Adds one token per beam, at position `index` of the suffix.
-
-        `prefix` is (keys, values, mask) and `suffix` (keys, values) of this block. Returns
-        (x, suffix).
-        """
-        query, key, value = self._project(x, angles)
-        write = lambda cache, new: jax.lax.dynamic_update_index_in_dim(cache, new, index, 3)
-        suffix = write(suffix[0], key), write(suffix[1], value)
-        batch, beams, heads, size = query.shape
-        query = query.reshape(batch, beams, self.kv_heads, heads // self.kv_heads, size)
-        # The beams are further queries of the shared prefix: one product for all of them.
-        dot = lambda equation, *xs: jnp.einsum(equation, *xs, preferred_element_type=jnp.float32)
-        to_prefix = dot('bknqh,bnph->bknqp', query, prefix[0])
-        to_suffix = dot('bknqh,bknsh->bknqs', query, suffix[0])
-        written = jnp.arange(to_suffix.shape[-1]) <= index
-        logits = jnp.concatenate(
-            [
-                jnp.where(prefix[2][:, None, None, None], to_prefix, -jnp.inf),
-                jnp.where(written, to_suffix, -jnp.inf),
-            ],
-            -1,
+        width = x.shape[-1]
+        size = width // self.heads
+        residual = 0.02 / math.sqrt(2 * self.depth)
+        norm = lambda name: nn.RMSNorm(self.epsilon, dtype=self.dtype, name=name)
+        dense = lambda name, features, bias=False, std=0.02: layers.Dense(
+            features, use_bias=bias, dtype=self.dtype, kernel_init=_normal(std), name=name
         )
-        weights = jax.nn.softmax(logits / math.sqrt(size)).astype(value.dtype)
-        to_prefix, to_suffix = jnp.split(weights, [to_prefix.shape[-1]], -1)
-        attended = dot('bknqp,bnph->bknqh', to_prefix, prefix[1])
-        attended += dot('bknqs,bknsh->bknqh', to_suffix, suffix[1])
-        return self._finish(x, attended.astype(value.dtype), False), suffix
-
-    def _project(self, x, angles):
-        y = self.norm_1(x)
-        split = lambda y: y.reshape(*y.shape[:-1], -1, self.width // self.heads)
-        query, key, value = (split(part(y)) for part in (self.query, self.key, self.value))
-        return rotate(query, angles), rotate(key, angles), value
-
-    def _finish(self, x, attended, train):
-        drop = lambda y: self.drop(y, deterministic=not train)
-        x = x + drop(self.out(attended.reshape(x.shape)))
-        y = self.norm_2(x)
-        return x + drop(self.down(nn.silu(self.gate(y)) * self.up(y)))
+        drop = nn.Dropout(self.dropout, deterministic=not train, name='drop')
+        y = norm('norm_1')(x)
+        heads = {'query': self.heads, 'key': self.kv_heads, 'value': self.kv_heads}
+        query, key, value = (
+            dense(name, count * size, self.qkv_bias)(y).reshape(*y.shape[:-1], count, size)
+            for name, count in heads.items()
+        )
+        attended, cache = attend(rotate(query, angles), rotate(key, angles), value)
+        x = x + drop(dense('out', width, std=residual)(attended.reshape(x.shape)))
+        y = norm('norm_2')(x)
+        y = nn.silu(dense('gate', self.mlp_width)(y)) * dense('up', self.mlp_width)(y)
+        return x + drop(dense('down', width, std=residual)(y)), cache
 
 
-class Decoder(nn.Module):
+class Decoder(layers.AttentionLayer):
     """A causal transformer over embeddings: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
     The defaults are the sizes of Qwen2.5-0.5B, with the vocabulary and the separate head of
@@ -190,8 +175,6 @@ class Decoder(nn.Module):
     dropout: float = 0.0
     epsilon: float = 1e-6
     remat: bool = False
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     def setup(self):
         if self.width % self.heads:
@@ -205,7 +188,6 @@ class Decoder(nn.Module):
             self.head = self.param('head', _normal(0.02), (self.width, self.vocabulary))
         for index in range(self.depth):
             block = DecoderBlock(
-                self.width,
                 self.heads,
                 self.kv_heads,
                 self.mlp_width,
@@ -213,8 +195,7 @@ class Decoder(nn.Module):
                 self.qkv_bias,
                 self.dropout,
                 self.epsilon,
-                self.dtype,
-                self.implementation,
+                dtype=self.dtype,
             )
             setattr(self, f'block_{index}', block)
         self.norm = nn.RMSNorm(self.epsilon, dtype=self.dtype)
@@ -261,26 +242,26 @@ class Decoder(nn.Module):
           (the state of each row's last real embedding, whose logits are those of the first token
           to generate; the cache). A row without a real one: finite, to be ignored.
         """
-        hidden, keys, values = self._encode(embeddings, mask, False)
+        hidden, caches = self._encode(embeddings, mask, False)
         last = jnp.where(mask.astype(bool), jnp.arange(mask.shape[1]), 0).max(1)
         # Heads before positions: each step then multiplies the cache without a copy.
-        heads_first = lambda caches: tuple(x.swapaxes(1, 2) for x in caches)
-        prefix = Prefix(heads_first(keys), heads_first(values), mask.astype(bool))
+        caches = jax.tree.map(lambda x: x.swapaxes(1, 2), caches)
+        prefix = Prefix(caches, mask.astype(bool))
         return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0], prefix
 
-    def suffix(self, batch: int, beams: int, length: int) -> Suffix:
-        """Returns an empty cache for `length` tokens per beam; it needs no parameters."""
+    def suffix(self, batch: int, beams: int, length: int) -> tuple[SuffixCache, ...]:
+        """Returns an empty cache per block for `length` tokens per beam; it needs no parameters."""
         shape = (batch, beams, self.kv_heads, length, self.width // self.heads)
-        empty = lambda: tuple(jnp.zeros(shape, self.dtype) for _ in range(self.depth))
-        return Suffix(empty(), empty())
+        empty = lambda: jnp.zeros(shape, self.dtype)
+        return tuple((empty(), empty()) for _ in range(self.depth))
 
     def step(
         self,
         embeddings: Float[Array, 'batch beams width'],
         prefix: Prefix,
-        suffix: Suffix,
+        suffix: tuple[SuffixCache, ...],
         index: int | Int[Array, ''],
-    ) -> tuple[Float[jax.Array, 'batch beams width'], Suffix]:
+    ) -> tuple[Float[jax.Array, 'batch beams width'], tuple[SuffixCache, ...]]:
         """Adds one token to every beam.
 
         Args:
@@ -296,12 +277,13 @@ class Decoder(nn.Module):
         position = prefix.mask.sum(1, dtype=jnp.int32)[:, None] + index  # [batch, 1]
         angles = rotary(position, self.width // self.heads, self.theta)
         caches = []
-        for number in range(self.depth):
-            prompt = prefix.keys[number], prefix.values[number], prefix.mask
-            cache = suffix.keys[number], suffix.values[number]
-            x, cache = getattr(self, f'block_{number}').step(x, angles, prompt, cache, index)
+        for number, (prompt, cache) in enumerate(zip(prefix.caches, suffix, strict=True)):
+            attend = functools.partial(
+                attend_step, prefix=prompt, mask=prefix.mask, suffix=cache, index=index
+            )
+            x, cache = getattr(self, f'block_{number}')(x, angles, attend, train=False)
             caches.append(cache)
-        return self.norm(x), Suffix(*(tuple(part) for part in zip(*caches, strict=True)))
+        return self.norm(x), tuple(caches)
 
     def _encode(self, embeddings, mask, train):
         if embeddings.shape != (*mask.shape, self.width):
@@ -314,12 +296,14 @@ class Decoder(nn.Module):
         causal = jnp.tril(jnp.ones((length, length), bool))
         visible = causal & mask[:, None, None, :]  # [batch, heads, queries, keys]
         x = embeddings.astype(self.dtype)
-        keys = []
-        values = []
-        run = lambda block, x: block(x, angles, visible, train=train)
+        caches = []
+        attend = lambda query, key, value: (
+            layers.attend(query, key, value, visible, implementation=self.implementation),
+            (key, value),
+        )
+        run = lambda block, x: block(x, angles, attend, train=train)
         run = nn.remat(run) if self.remat else run
         for index in range(self.depth):
-            x, key, value = run(getattr(self, f'block_{index}'), x)
-            keys.append(key)
-            values.append(value)
-        return self.norm(x), keys, values
+            x, cache = run(getattr(self, f'block_{index}'), x)
+            caches.append(cache)
+        return self.norm(x), tuple(caches)

@@ -2,48 +2,13 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Float
 
 from mmjax.models import layers
-from mmjax.typing import Array, DType
-
-NORMS = ('layer', 'rms')
-STEMS = ('patch', 'convolutions')
+from mmjax.typing import Array
 
 
-class InternBlock(nn.Module):
-    """x + s₁·attention(norm x), then x + s₂·MLP(norm x), s learnt per feature (Touvron 2021)."""
-
-    heads: int
-    mlp_width: int
-    norm: str = 'layer'
-    layer_scale: float = 0.1
-    dropout: float = 0.0
-    epsilon: float = 1e-6
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, 'batch length width'], *, train: bool
-    ) -> Float[jax.Array, 'batch length width']:
-        """Computes the block."""
-        kind = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}[self.norm]
-        norm = lambda name: kind(epsilon=self.epsilon, dtype=self.dtype, name=name)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-
-        def scaled(y, name):
-            start = nn.initializers.constant(self.layer_scale)
-            return drop(y) * self.param(name, start, (x.shape[-1],)).astype(self.dtype)
-
-        attention = layers.Attention(self.heads, self.dtype, self.implementation, name='attention')
-        x = x + scaled(attention(norm('norm_1')(x)), 'scale_1')
-        mlp = layers.Mlp(self.mlp_width, dtype=self.dtype, name='mlp')
-        return x + scaled(mlp(norm('norm_2')(x)), 'scale_2')
-
-
-class InternViT(nn.Module):
+class InternViT(layers.AttentionLayer):
     """Patches, learned positions, blocks `block_0`, `block_1`, … (Chen 2024, InternVL).
 
     The defaults are InternViT-300M-448px. Its class token takes no part in what a decoder sees and
@@ -64,19 +29,14 @@ class InternViT(nn.Module):
     stem: str = 'patch'
     dropout: float = 0.0
     remat: bool = False
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     @nn.compact
     def __call__(
         self, images: Float[Array, 'batch size size 3'], *, train: bool
     ) -> Float[jax.Array, 'batch tokens {self.width}']:
         """Maps normalised images to one token per cell of the grid of patches, row by row."""
-        if self.norm not in NORMS or self.stem not in STEMS:
-            raise ValueError(
-                f"norm '{self.norm}' is not one of {', '.join(NORMS)}, or stem '{self.stem}' not "
-                f'one of {", ".join(STEMS)}'
-            )
+        if self.stem not in ('patch', 'convolutions'):
+            raise ValueError(f"stem '{self.stem}' is not 'patch' or 'convolutions'")
         if self.stem == 'patch':
             x = layers.patches(images, self.image_size, self.patch_size).astype(self.dtype)
             embed = layers.Dense(
@@ -91,12 +51,12 @@ class InternViT(nn.Module):
         run = lambda block, x: block(x, train=train)
         run = nn.remat(run) if self.remat else run
         for index in range(self.depth):
-            block = InternBlock(
+            block = layers.EncoderBlock(
                 self.heads,
                 self.mlp_width,
-                self.norm,
-                self.layer_scale,
                 self.dropout,
+                norm=self.norm,
+                layer_scale=self.layer_scale,
                 dtype=self.dtype,
                 implementation=self.implementation,
                 name=f'block_{index}',
@@ -106,10 +66,6 @@ class InternViT(nn.Module):
 
     def _convolve(self, images: Array) -> jax.Array:
         halvings = self.patch_size.bit_length() - 1
-        if 2**halvings != self.patch_size or self.image_size % self.patch_size:
-            raise ValueError(
-                f'patch_size {self.patch_size} is no power of 2 that divides {self.image_size}'
-            )
         x = images.astype(self.dtype)
         for index in range(halvings):
             features = max(self.width >> (halvings - 1 - index), 16)

@@ -1,4 +1,4 @@
-"""Layers that several towers share: masked batch norm, attention, the MLP and the pre-LN block."""
+"""Layers that several towers share: masked batch norm, attention, the MLP and their block."""
 
 import functools
 import math
@@ -16,6 +16,18 @@ from mmjax.typing import Array, DType
 kernel_init = nn.initializers.xavier_uniform()
 
 
+class Layer(nn.Module, kw_only=True):
+    """A module that computes in `dtype`; its parameters are float32."""
+
+    dtype: DType = jnp.float32
+
+
+class AttentionLayer(Layer, kw_only=True):
+    """A module with attention, computed by the `implementation` of `attend`."""
+
+    implementation: str = 'xla'
+
+
 class Dense(nn.Dense):
     """Flax's linear layer, computed by `cpu.matmul`."""
 
@@ -26,22 +38,18 @@ class Dropout(nn.Module):
     """Sets values to 0 with probability `rate` and scales the others up (Srivastava et al. 2014).
 
     As Flax's, but with 16 random bits per value (`cpu.random_bits16`). The probability is the
-    nearest multiple of 2⁻¹⁶, and the scale is that of this probability.
+    nearest multiple of 2⁻¹⁶ below 1, and the scale is that of this probability.
     """
 
-    rate: float
+    rate: float  # in [0, 1)
 
     @nn.compact
     def __call__(self, x: Float[Array, '*shape'], *, deterministic: bool) -> Float[Array, '*shape']:
         """Returns x's dtype; needs rng 'dropout' where it acts."""
         values = 2**16
-        dropped = round(self.rate * values)
-        if not 0 <= dropped <= values:
-            raise ValueError(f'dropout of {self.rate} is not 0 … 1')
+        dropped = min(round(self.rate * values), values - 1)
         if deterministic or not dropped:
             return x
-        if dropped == values:
-            return jnp.zeros_like(x)
         keep = cpu.random_bits16(self.make_rng('dropout'), x.shape) >= dropped
         return jnp.where(keep, x * (values / (values - dropped)), 0)
 
@@ -79,7 +87,7 @@ def patches(
     return x.reshape(-1, grid * grid, patch * patch * 3)
 
 
-class MaskedBatchNorm(nn.Module):
+class MaskedBatchNorm(Layer):
     """Batch normalisation whose statistics come from valid rows only (Ioffe & Szegedy 2015).
 
     y = (x − mean) / √(variance + epsilon) · scale + bias over the last axis. With `train`, mean and
@@ -94,7 +102,6 @@ class MaskedBatchNorm(nn.Module):
 
     momentum: float = 0.9
     epsilon: float = 1e-5
-    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -190,25 +197,48 @@ def attend(
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
 
 
+def attend_heads(
+    query: Float[Array, 'batch queries width'],
+    key: Float[Array, 'batch keys width'],
+    value: Float[Array, 'batch keys width'],
+    heads: int,
+    mask: Bool[Array, '#batch #heads #queries keys'] | None = None,
+    *,
+    implementation: str = 'xla',
+) -> Float[jax.Array, 'batch queries width']:
+    """Computes `attend` with the width cut into heads; ValueError where they do not divide it."""
+    width = query.shape[-1]
+    if width % heads:
+        raise ValueError(f'width {width} is not a multiple of {heads} heads')
+    split = lambda x: x.reshape(*x.shape[:-1], heads, width // heads)
+    parts = (split(x) for x in (query, key, value))
+    return attend(*parts, mask, implementation=implementation).reshape(query.shape)
+
+
 def _cudnn_fault(query: Array, key: Array, mask: Array | None) -> str:
     """Says which condition of cuDNN's fused attention does not hold; '' when all do."""
-    if jax.default_backend() != 'gpu':
-        return f'a GPU, not {jax.default_backend()}'
-    if query.dtype not in (jnp.float16, jnp.bfloat16):
-        return f'float16 or bfloat16, not {query.dtype}'
-    if query.shape[-1] % 8 or query.shape[-1] > 128:
-        return f'a head size that is a multiple of 8 up to 128, not {query.shape[-1]}'
-    if mask is not None and (query.shape[1] % 2 or key.shape[1] % 2):
-        return f'even lengths under a mask, not {query.shape[1]} and {key.shape[1]}'
-    return ''
+    backend = jax.default_backend()
+    size = query.shape[-1]
+    odd = query.shape[1] % 2 or key.shape[1] % 2
+    faults = (
+        (backend != 'gpu', f'a GPU, not {backend}'),
+        (
+            query.dtype not in (jnp.float16, jnp.bfloat16),
+            f'float16 or bfloat16, not {query.dtype}',
+        ),
+        (size % 8 or size > 128, f'a head size that is a multiple of 8 up to 128, not {size}'),
+        (
+            mask is not None and odd,
+            f'even lengths under a mask, not {query.shape[1]} and {key.shape[1]}',
+        ),
+    )
+    return next((text for fails, text in faults if fails), '')
 
 
-class Attention(nn.Module):
+class Attention(AttentionLayer):
     """Multi-head attention with its four projections: `query`, `key`, `value`, `out`."""
 
     heads: int
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     @nn.compact
     def __call__(
@@ -225,32 +255,23 @@ class Attention(nn.Module):
         """
         if indices is not None and (mask is None or context is not None):
             raise ValueError('packed rows attend to themselves, under the mask of their padding')
-        width = x.shape[-1]
-        if width % self.heads:
-            raise ValueError(f'width {width} is not a multiple of {self.heads} heads')
         context = x if context is None else context
         project = lambda name, y: Dense(
-            width, dtype=self.dtype, kernel_init=kernel_init, name=name
+            x.shape[-1], dtype=self.dtype, kernel_init=kernel_init, name=name
         )(y)
-        unpack = (lambda y: y) if indices is None else lambda y: packing.unpack(y, indices)
-        split = lambda y: unpack(y.reshape(*y.shape[:-1], self.heads, width // self.heads))
-        attended = attend(
-            split(project('query', x)),
-            split(project('key', context)),
-            split(project('value', context)),
-            mask,
-            implementation=self.implementation,
-        )
+        parts = [project('query', x), project('key', context), project('value', context)]
+        if indices is not None:
+            parts = [packing.unpack(part, indices) for part in parts]
+        attended = attend_heads(*parts, self.heads, mask, implementation=self.implementation)
         attended = attended if indices is None else packing.pack(attended, indices)
-        return project('out', attended.reshape(*attended.shape[:-2], width))
+        return project('out', attended)
 
 
-class Mlp(nn.Module):
+class Mlp(Layer):
     """Two linear layers with a GELU between: `up` to `width` features, `down` to the input's."""
 
     width: int
     approximate: bool = False  # GELU by tanh, as in SigLIP
-    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, '*rows width']) -> Float[jax.Array, '*rows width']:
@@ -260,29 +281,52 @@ class Mlp(nn.Module):
         return down(gelu(up(x), self.approximate))
 
 
-class EncoderBlock(nn.Module):
-    """A pre-LN transformer block: x + attention(LN x), then x + MLP(LN x)."""
+class EncoderBlock(AttentionLayer):
+    """A transformer block: x + attention(norm x), then x + MLP(norm x).
+
+    Args:
+      dropout: of what both halves add.
+      approximate: of the MLP, see `Mlp`.
+      norm: 'layer' or 'rms'.
+      post_norm: as in BERT, norm(x + attention x), then norm(x + MLP x).
+      layer_scale: start of a learnt factor per feature of what both halves add (Touvron 2021);
+        None: no factor.
+    """
 
     heads: int
     mlp_width: int
     dropout: float = 0.0
     epsilon: float = 1e-6
-    approximate: bool = True
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
+    approximate: bool = False
+    norm: str = 'layer'
+    post_norm: bool = False
+    layer_scale: float | None = None
 
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, 'batch length width'],
+        x: Float[Array, '*rows width'],
         mask: Bool[Array, '#batch #heads #queries keys'] | None = None,
         *,
         train: bool,
-    ) -> Float[jax.Array, 'batch length width']:
-        """Computes the block; `mask` as in `attend`."""
-        norm = lambda name: nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
+        indices: packing.PackIndices | None = None,
+    ) -> Float[jax.Array, '*rows width']:
+        """Computes the block on x [batch, length, width], or packed [rows, width] with `indices`.
+
+        `mask` is that of `attend`.
+        """
+        attention = Attention(
+            self.heads, dtype=self.dtype, implementation=self.implementation, name='attention'
+        )
+        mlp = Mlp(self.mlp_width, self.approximate, dtype=self.dtype, name='mlp')
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        attention = Attention(self.heads, self.dtype, self.implementation, name='attention')
-        x = x + drop(attention(norm('norm_1')(x), mask=mask))
-        mlp = Mlp(self.mlp_width, self.approximate, self.dtype, name='mlp')
-        return x + drop(mlp(norm('norm_2')(x)))
+        kind = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}[self.norm]
+        halves = (functools.partial(attention, mask=mask, indices=indices), mlp)
+        for number, half in enumerate(halves, start=1):
+            norm = kind(epsilon=self.epsilon, dtype=self.dtype, name=f'norm_{number}')
+            y = drop(half(x if self.post_norm else norm(x)))
+            if self.layer_scale is not None:
+                start = nn.initializers.constant(self.layer_scale)
+                y = y * self.param(f'scale_{number}', start, x.shape[-1:]).astype(self.dtype)
+            x = norm(x + y) if self.post_norm else x + y
+        return x

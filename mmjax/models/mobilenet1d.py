@@ -1,5 +1,7 @@
 """A small MobileNetV3 over frames: inverted residual blocks whose statistics see valid frames."""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,43 +10,35 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from mmjax.models.convolutions import Conv, DepthwiseConv, clear
-from mmjax.models.layers import Dense, MaskedBatchNorm
-from mmjax.typing import Array, DType
+from mmjax.models.layers import Dense, Layer, MaskedBatchNorm
+from mmjax.typing import Array
 
 
 class Row(NamedTuple):
-    """A row of the table of blocks. `activation`: 'relu' or 'hard_swish'."""
+    """A row of the table of blocks."""
 
     expanded: int
     features: int
     kernel: int
     stride: int
     squeeze: bool
-    activation: str
+    activation: Callable[[jax.Array], jax.Array]
 
 
 PUBLISHED = (
-    Row(16, 16, 3, 1, True, 'relu'),
-    Row(72, 24, 3, 2, False, 'relu'),
-    Row(88, 24, 3, 1, False, 'relu'),
-    Row(96, 40, 5, 1, True, 'hard_swish'),
-    Row(240, 40, 5, 1, True, 'hard_swish'),
-    Row(120, 48, 5, 1, True, 'hard_swish'),
+    Row(16, 16, 3, 1, True, nn.relu),
+    Row(72, 24, 3, 2, False, nn.relu),
+    Row(88, 24, 3, 1, False, nn.relu),
+    Row(96, 40, 5, 1, True, nn.hard_swish),
+    Row(240, 40, 5, 1, True, nn.hard_swish),
+    Row(120, 48, 5, 1, True, nn.hard_swish),
 )
 
 
-def activate(name: str, x: Float[Array, '*shape']) -> Float[jax.Array, '*shape']:
-    """Applies the activation of this name."""
-    if name not in ('relu', 'hard_swish'):
-        raise ValueError(f"activation '{name}' is not relu or hard_swish")
-    return nn.relu(x) if name == 'relu' else nn.hard_swish(x)
-
-
-class SqueezeExcitation(nn.Module):
+class SqueezeExcitation(Layer):
     """Scales channels by what the mean over a row's valid frames says (Hu 2018, Howard 2019)."""
 
     hidden: int
-    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -58,7 +52,7 @@ class SqueezeExcitation(nn.Module):
         return x * scale[:, None]
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(Layer):
     """1×1 to `expanded` (left out where that is the width already), depthwise, 1×1 to `features`.
 
     The squeeze-excitation, of expanded // 4 hidden units, comes after the depthwise convolution's
@@ -66,7 +60,6 @@ class InvertedResidual(nn.Module):
     """
 
     row: Row
-    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -85,30 +78,26 @@ class InvertedResidual(nn.Module):
         y = x
         if row.expanded != x.shape[-1]:
             y = Conv(row.expanded, dtype=self.dtype, name='expand')(y, mask)
-            y = activate(row.activation, norm('expand_norm', y, mask))
-        y = DepthwiseConv(row.kernel, row.stride, self.dtype, name='depthwise')(y, mask)
-        y = activate(row.activation, norm('depthwise_norm', y, after))
+            y = row.activation(norm('expand_norm', y, mask))
+        y = DepthwiseConv(row.kernel, row.stride, dtype=self.dtype, name='depthwise')(y, mask)
+        y = row.activation(norm('depthwise_norm', y, after))
         if row.squeeze:
-            y = SqueezeExcitation(row.expanded // 4, self.dtype, name='squeeze')(y, after)
+            y = SqueezeExcitation(row.expanded // 4, dtype=self.dtype, name='squeeze')(y, after)
         y = Conv(row.features, dtype=self.dtype, name='project')(y, after)
         y = norm('project_norm', y, after)
         return x + y if row.stride == 1 and x.shape == y.shape else y
 
 
-class MobileNet1d(nn.Module):
+class MobileNet1d(Layer):
     """A stem (3 taps, stride 2, hard swish), then inverted residual blocks: `block_0`, …"""
 
     stem: int = 16
     blocks: tuple[Row, ...] = PUBLISHED
-    dtype: DType = jnp.float32
 
     @property
     def stride(self) -> int:
         """How many input frames make one output frame."""
-        stride = 2
-        for row in self.blocks:
-            stride *= row.stride
-        return stride
+        return 2 * math.prod(row.stride for row in self.blocks)
 
     @nn.compact
     def __call__(
@@ -123,6 +112,6 @@ class MobileNet1d(nn.Module):
         mask = mask[:, ::2]
         x = nn.hard_swish(MaskedBatchNorm(dtype=self.dtype, name='stem_norm')(x, mask, train=train))
         for index, row in enumerate(self.blocks):
-            x = InvertedResidual(row, self.dtype, name=f'block_{index}')(x, mask, train=train)
+            x = InvertedResidual(row, dtype=self.dtype, name=f'block_{index}')(x, mask, train=train)
             mask = mask[:, :: row.stride]
         return x

@@ -44,7 +44,6 @@ class ImageStatistics(nn.Module):
     histogram has length 1, the layer-normed statistics of all maps together `share`.
     """
 
-    bins: int = 8
     share: float = 1.0
     limits: tuple[float, float] = (0.0, 1.0)  # of the pixels
 
@@ -54,8 +53,8 @@ class ImageStatistics(nn.Module):
         images: Float[Array, 'batch height width 3'],
         maps: list[Float[Array, 'batch _ _ _']],
     ) -> Float[jax.Array, 'batch features']:
-        """Returns bins³ colours and two numbers for each channel of the maps."""
-        colours = colour_histogram(images[:, ::2, ::2], self.bins, self.limits)
+        """Returns 8³ colours and two numbers for each channel of the maps."""
+        colours = colour_histogram(images[:, ::2, ::2], limits=self.limits)
         statistics = []
         for index, x in enumerate(maps):
             x = x.astype(jnp.float32)

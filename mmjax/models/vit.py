@@ -6,17 +6,15 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from mmjax.models import layers
-from mmjax.typing import Array, DType
+from mmjax.typing import Array
 
 
-class AttentionPool(nn.Module):
+class AttentionPool(layers.AttentionLayer):
     """Pools tokens by one learned query, then adds an MLP of it (Zhai 2022, "MAP head")."""
 
     heads: int
     mlp_width: int
     epsilon: float = 1e-6
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     @nn.compact
     def __call__(self, x: Float[Array, 'batch length width']) -> Float[jax.Array, 'batch width']:
@@ -24,13 +22,15 @@ class AttentionPool(nn.Module):
         width = x.shape[-1]
         probe = self.param('probe', layers.kernel_init, (1, width))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, width))
-        attention = layers.Attention(self.heads, self.dtype, self.implementation, name='attention')
+        attention = layers.Attention(
+            self.heads, dtype=self.dtype, implementation=self.implementation, name='attention'
+        )
         pooled = attention(probe, x)[:, 0]
         normed = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(pooled)
-        return pooled + layers.Mlp(self.mlp_width, True, self.dtype, name='mlp')(normed)
+        return pooled + layers.Mlp(self.mlp_width, True, dtype=self.dtype, name='mlp')(normed)
 
 
-class ViT(nn.Module):
+class ViT(layers.AttentionLayer):
     """SigLIP's image tower (Zhai 2023): no class token, pre-LN blocks, attention pooling.
 
     The defaults are siglip-base-patch16-224: 92,884,224 parameters. Blocks are `block_0`, …
@@ -44,8 +44,6 @@ class ViT(nn.Module):
     mlp_width: int = 3072
     dropout: float = 0.0
     epsilon: float = 1e-6
-    dtype: DType = jnp.float32
-    implementation: str = 'xla'
 
     @nn.compact
     def __call__(
@@ -67,12 +65,17 @@ class ViT(nn.Module):
                 self.mlp_width,
                 self.dropout,
                 self.epsilon,
-                True,
-                self.dtype,
-                self.implementation,
+                approximate=True,
+                dtype=self.dtype,
+                implementation=self.implementation,
                 name=f'block_{index}',
             )(x, train=train)
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='norm')(x)
         return AttentionPool(
-            self.heads, self.mlp_width, self.epsilon, self.dtype, self.implementation, name='pool'
+            self.heads,
+            self.mlp_width,
+            self.epsilon,
+            dtype=self.dtype,
+            implementation=self.implementation,
+            name='pool',
         )(x)

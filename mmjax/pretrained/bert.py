@@ -31,6 +31,16 @@ _KEYS = {
     'types': ('type_vocab_size', 2),
     'epsilon': ('layer_norm_eps', 1e-12),
 }
+_BLOCK = {
+    'attention/query': 'attention.self.query',
+    'attention/key': 'attention.self.key',
+    'attention/value': 'attention.self.value',
+    'attention/out': 'attention.output.dense',
+    'norm_1': 'attention.output.LayerNorm',
+    'mlp/up': 'intermediate.dense',
+    'mlp/down': 'output.dense',
+    'norm_2': 'output.LayerNorm',
+}
 
 
 def fields(folder) -> dict[str, Any]:
@@ -68,30 +78,16 @@ def entries(
     **_: Any,
 ) -> list[files.Entry]:
     """Returns the table of an encoder of these sizes (fields of Bert), without the prefix."""
-    table = [
-        files.Entry(
-            f'embeddings.{theirs}_embeddings.weight', (count, width), (f'params/{ours}/embedding',)
-        )
-        for theirs, ours, count in (
-            ('word', 'words', vocabulary),
-            ('position', 'positions', max_length),
-            ('token_type', 'types', types),
-        )
+    embedding = lambda theirs, ours, count: files.Entry(
+        f'embeddings.{theirs}_embeddings.weight', (count, width), (f'params/{ours}/embedding',)
+    )
+    return [
+        embedding('word', 'words', vocabulary),
+        embedding('position', 'positions', max_length),
+        embedding('token_type', 'types', types),
+        *files.norm('embeddings.LayerNorm', 'params/norm', width),
+        *files.blocks('encoder.layer', 'params', depth, _BLOCK, width, mlp_width),
     ]
-    table += files.norm('embeddings.LayerNorm', 'params/norm', width)
-    for index in range(depth):
-        name, path = f'encoder.layer.{index}', f'params/block_{index}'
-        for part in ('query', 'key', 'value'):
-            table += files.linear(
-                f'{name}.attention.self.{part}', f'{path}/attention/{part}', width, width
-            )
-        output = f'{name}.attention.output'
-        table += files.linear(f'{output}.dense', f'{path}/attention/out', width, width)
-        table += files.norm(f'{output}.LayerNorm', f'{path}/norm_1', width)
-        table += files.linear(f'{name}.intermediate.dense', f'{path}/mlp/up', width, mlp_width)
-        table += files.linear(f'{name}.output.dense', f'{path}/mlp/down', mlp_width, width)
-        table += files.norm(f'{name}.output.LayerNorm', f'{path}/norm_2', width)
-    return table
 
 
 def _rename(name: str) -> str:

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from mmjax.errors import UserError
@@ -95,14 +94,8 @@ def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[st
     weights = files.Weights(folder)
     published = fields(folder)
     table = clip_names.openai if clip_names.is_openai(weights) else clip_names.hugging_face
-    variables = files.load(folder, table(**published), (*UNUSED, 'logit_scale'))
-    logit_scale = weights.read(['logit_scale'])['logit_scale']
-    if logit_scale.shape:
-        raise UserError(
-            f"{weights.names['logit_scale']}: tensor 'logit_scale' has shape "
-            f'{list(logit_scale.shape)}, the model needs []'
-        )
-    params = {**variables['params'], 'logit_scale': logit_scale}
+    variables = files.load(folder, table(**published), UNUSED)
+    params = variables['params']
     vision = published['vision']
     if image_size is not None and image_size != vision['image_size']:
         cell = clip_names.cell(vision)
@@ -119,28 +112,20 @@ def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
 
     Bicubic with half-pixel centres, smoothed where it shrinks, as open_clip does it.
     """
-    first, square = positions[:1], positions[1:]
-    old, width = math.isqrt(len(square)), positions.shape[1]
-    if grid == old:
-        return positions
-    square = square.reshape(old, old, width)
-    resized = np.asarray(jax.image.resize(square, (grid, grid, width), 'cubic', antialias=True))
-    return np.concatenate([first, resized.reshape(grid * grid, width)])
+    resized = files.resize_positions(positions[1:], grid, 'cubic', antialias=True)
+    return np.concatenate([positions[:1], resized])
 
 
 def export(
     params: Mapping[str, Any],
     batch_stats: Mapping[str, Any],
     fields: Mapping[str, Mapping[str, Any]],
-    eos_token_id: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Writes a Clip under its published names.
 
     Args:
       params, batch_stats: of `models.clip.Clip`.
       fields: the towers' fields, as complete as `fields` returns them.
-      eos_token_id: the end-of-text token, by which CLIPModel finds the state to read; None: the
-        vocabulary's last, as CLIP's is.
 
     Returns:
       (tensors, config): a CLIPModel's, for config.json; with a ModifiedResNet, which CLIPModel
@@ -152,15 +137,10 @@ def export(
     vision, text = fields['vision'], fields['text']
     resnet = 'stage_sizes' in vision
     table = clip_names.openai(vision, text) if resnet else clip_names.hugging_face(vision, text)
-    trees = {
-        'params': {name: tree for name, tree in params.items() if name != 'logit_scale'},
-        'batch_stats': batch_stats,
-    }
-    tensors = files.export(trees, table)
-    tensors['logit_scale'] = np.asarray(params['logit_scale'])
+    tensors = files.export({'params': params, 'batch_stats': batch_stats}, table)
     if resnet:
         return tensors, _open_clip_config(vision, text)
-    return tensors, _hugging_face_config(vision, text, eos_token_id)
+    return tensors, _hugging_face_config(vision, text)
 
 
 # ------------------------------------------- Hugging Face's config
@@ -192,13 +172,13 @@ def _section(path, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return config[key]
 
 
-def _hugging_face_config(vision, text, eos_token_id: int | None) -> dict[str, Any]:
+def _hugging_face_config(vision, text) -> dict[str, Any]:
     def part(tower: str, sizes: Mapping[str, Any], keys) -> dict[str, Any]:
         known = {key: sizes[field] for field, (key, _) in keys.items()}
         extra = {'hidden_act': sizes['activation'], 'projection_dim': sizes['features']}
         return {'model_type': f'clip_{tower}_model', **known, **extra}
 
-    end = text['vocabulary'] - 1 if eos_token_id is None else eos_token_id
+    end = text['vocabulary'] - 1  # CLIPModel reads the state of this token
     return {
         'model_type': 'clip',
         'architectures': ['CLIPModel'],

@@ -1,30 +1,37 @@
 """Tables of CLIP's tensors: Hugging Face's CLIPModel, and OpenAI's names, which open_clip keeps.
 
-Both leave out `logit_scale`, a scalar that both call so.
+`logit_scale`, a scalar, is called so in both.
 """
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mmjax.errors import UserError
-from mmjax.pretrained import files
+from mmjax.pretrained import files, resnet
 
 EPSILON = 1e-5  # of every LayerNorm, unless a Hugging Face config says otherwise
+LOGIT_SCALE = files.Entry('logit_scale', (), ('params/logit_scale',))
 HEAD = 64  # the width of each of OpenAI's heads
 
-PATCHES = files.Layout(  # [width, 3, patch, patch] → [patch · patch · 3, width]
-    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-    lambda x: x.reshape(math.isqrt(len(x) // 3), -1, 3, x.shape[1]).transpose(3, 2, 0, 1),
-)
-INWARD = ('query', 'key', 'value')
+_HUGGING_FACE = {
+    'query': 'self_attn.q_proj',
+    'key': 'self_attn.k_proj',
+    'value': 'self_attn.v_proj',
+    'out': 'self_attn.out_proj',
+    'norm_1': 'layer_norm1',
+    'norm_2': 'layer_norm2',
+    'up': 'mlp.fc1',
+    'down': 'mlp.fc2',
+}
+_OPENAI = {'norm_1': 'ln_1', 'norm_2': 'ln_2', 'up': 'mlp.c_fc', 'down': 'mlp.c_proj'}
 
 
 def hugging_face(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[files.Entry]:
     """Returns CLIPModel's table for towers of these fields (ClipVision, ClipText)."""
     width, root, path = vision['width'], 'vision_model', 'params/vision'
     table = [
+        LOGIT_SCALE,
         files.Entry(f'{root}.embeddings.class_embedding', (width,), (f'{path}/class_token',)),
         _patches(f'{root}.embeddings.patch_embedding.weight', vision),
         files.Entry(
@@ -71,6 +78,7 @@ def openai(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[files.Ent
     width, path = text['width'], 'params/text'
     tower = _modified_resnet(vision) if 'stage_sizes' in vision else _transformer(vision)
     return [
+        LOGIT_SCALE,
         *tower,
         files.Entry(
             'token_embedding.weight', (text['vocabulary'], width), (f'{path}/words/embedding',)
@@ -131,7 +139,7 @@ def openai_fields(weights: files.Weights) -> dict[str, dict[str, Any]]:
     def transformer(root: str, width: int, features: int) -> dict[str, Any]:
         return {
             'width': width,
-            'depth': _count(weights, rf'{root}\.resblocks\.(\d+)\.'),
+            'depth': weights.count(rf'{root}\.resblocks\.(\d+)\.'),
             'heads': heads(weights.folder, width, HEAD),
             'mlp_width': shape(f'{root}.resblocks.0.mlp.c_fc.bias', 1)[0],
             'features': features,
@@ -144,10 +152,9 @@ def openai_fields(weights: files.Weights) -> dict[str, dict[str, Any]]:
     _, features = shape('text_projection', 2)
     text = {'vocabulary': vocabulary, 'max_length': max_length}
     text |= transformer('transformer', width, features)
-    stages = _count(weights, r'visual\.layer(\d+)\.', first=1)
-    if stages:
-        sizes = (_count(weights, rf'visual\.layer{i}\.(\d+)\.') for i in range(1, stages + 1))
-        vision = {'stage_sizes': tuple(sizes), 'width': shape('visual.layer1.0.conv1.weight', 4)[0]}
+    sizes = resnet.stage_sizes(weights, r'visual\.')
+    if sizes:
+        vision = {'stage_sizes': sizes, 'width': shape('visual.layer1.0.conv1.weight', 4)[0]}
         positions, channels = shape('visual.attnpool.positional_embedding', 2)
         vision |= {'heads': heads(weights.folder, channels, HEAD), 'features': features}
     else:
@@ -160,47 +167,23 @@ def openai_fields(weights: files.Weights) -> dict[str, dict[str, Any]]:
     }
 
 
-def _count(weights: files.Weights, pattern: str, first: int = 0) -> int:
-    """Returns how many numbers from `first` on the group of `pattern` takes among the names."""
-    matches = (re.match(pattern, name) for name in weights.names)
-    return max((int(match[1]) + 1 - first for match in matches if match), default=0)
-
-
 def _patches(name: str, vision: Mapping[str, Any]) -> files.Entry:
     shape = (vision['width'], 3, vision['patch_size'], vision['patch_size'])
-    return files.Entry(name, shape, ('params/vision/patch_embedding/kernel',), PATCHES)
+    return files.Entry(name, shape, ('params/vision/patch_embedding/kernel',), files.PATCHES)
 
 
-def _layers(root: str, path: str, tower: Mapping[str, Any]) -> Iterator[files.Entry]:
-    width, mlp_width = tower['width'], tower['mlp_width']
+def _layers(root: str, path: str, tower: Mapping[str, Any]) -> list[files.Entry]:
+    sizes = tower['width'], tower['mlp_width']
+    return files.blocks(f'{root}.encoder.layers', path, tower['depth'], _HUGGING_FACE, *sizes)
+
+
+def _resblocks(root: str, path: str, tower: Mapping[str, Any]) -> list[files.Entry]:
+    width = tower['width']
+    name = f'{root}.resblocks'
+    table = files.blocks(name, path, tower['depth'], _OPENAI, width, tower['mlp_width'])
     for index in range(tower['depth']):
-        name, block = f'{root}.encoder.layers.{index}', f'{path}/block_{index}'
-        for theirs, ours in (
-            ('q_proj', 'query'),
-            ('k_proj', 'key'),
-            ('v_proj', 'value'),
-            ('out_proj', 'out'),
-        ):
-            yield from files.linear(f'{name}.self_attn.{theirs}', f'{block}/{ours}', width, width)
-        yield from files.norm(f'{name}.layer_norm1', f'{block}/norm_1', width)
-        yield from files.norm(f'{name}.layer_norm2', f'{block}/norm_2', width)
-        yield from files.linear(f'{name}.mlp.fc1', f'{block}/up', width, mlp_width)
-        yield from files.linear(f'{name}.mlp.fc2', f'{block}/down', mlp_width, width)
-
-
-def _resblocks(root: str, path: str, tower: Mapping[str, Any]) -> Iterator[files.Entry]:
-    width, mlp_width = tower['width'], tower['mlp_width']
-    for index in range(tower['depth']):
-        name, block = f'{root}.resblocks.{index}', f'{path}/block_{index}'
-        kernels = tuple(f'{block}/{part}/kernel' for part in INWARD)
-        biases = tuple(f'{block}/{part}/bias' for part in INWARD)
-        yield files.Entry(f'{name}.attn.in_proj_weight', (3 * width, width), kernels, files.LINEAR)
-        yield files.Entry(f'{name}.attn.in_proj_bias', (3 * width,), biases)
-        yield from files.linear(f'{name}.attn.out_proj', f'{block}/out', width, width)
-        yield from files.norm(f'{name}.ln_1', f'{block}/norm_1', width)
-        yield from files.norm(f'{name}.ln_2', f'{block}/norm_2', width)
-        yield from files.linear(f'{name}.mlp.c_fc', f'{block}/up', width, mlp_width)
-        yield from files.linear(f'{name}.mlp.c_proj', f'{block}/down', mlp_width, width)
+        table += files.fused_attention(f'{name}.{index}.attn', f'{path}/block_{index}', width)
+    return table
 
 
 def _transformer(vision: Mapping[str, Any]) -> list[files.Entry]:
@@ -219,64 +202,25 @@ def _transformer(vision: Mapping[str, Any]) -> list[files.Entry]:
 
 
 def _modified_resnet(vision: Mapping[str, Any]) -> list[files.Entry]:
-    width, table = vision['width'], []
-    stem = ((3, width // 2), (width // 2, width // 2), (width // 2, width))
-    for number, (inputs, outputs) in enumerate(stem, start=1):
-        table += _conv(
-            f'conv{number}',
-            f'bn{number}',
-            f'stem_{number}',
-            f'stem_norm_{number}',
-            inputs,
-            outputs,
-            3,
-        )
-    inputs, index = width, 0
-    for stage, blocks in enumerate(vision['stage_sizes']):
-        inner = width * 2**stage
-        for position in range(blocks):
-            name, path = f'layer{stage + 1}.{position}', f'block_{index}'
-            plan = ((inputs, inner, 1), (inner, inner, 3), (inner, 4 * inner, 1))
-            for number, (before, after, kernel) in enumerate(plan, start=1):
-                table += _conv(
-                    f'{name}.conv{number}',
-                    f'{name}.bn{number}',
-                    f'{path}/conv_{number}',
-                    f'{path}/norm_{number}',
-                    before,
-                    after,
-                    kernel,
-                )
-            if inputs != 4 * inner or (position == 0 and stage > 0):
-                table += _conv(
-                    f'{name}.downsample.0',
-                    f'{name}.downsample.1',
-                    f'{path}/shortcut',
-                    f'{path}/shortcut_norm',
-                    inputs,
-                    4 * inner,
-                    1,
-                )
-            inputs, index = 4 * inner, index + 1
+    width, sizes = vision['width'], vision['stage_sizes']
+    channels = width * cell(vision)  # of the last stage: they grow as the map shrinks
     name, path = 'visual.attnpool', 'params/vision/pool'
-    table.append(
-        files.Entry(
-            f'{name}.positional_embedding', (positions(vision), inputs), (f'{path}/positions',)
+    table = resnet.stages(sizes, width, True, prefix='visual.', root='vision/')
+    stem = ((width // 2, 3), (width // 2, width // 2), (width, width // 2))
+    for number, (outputs, inputs) in enumerate(stem, start=1):
+        table += resnet.convolution(
+            f'visual.conv{number}',
+            f'visual.bn{number}',
+            f'vision/stem_{number}',
+            f'vision/stem_norm_{number}',
+            (outputs, inputs, 3),
         )
-    )
-    for theirs, ours in (('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value')):
-        table += files.linear(f'{name}.{theirs}', f'{path}/{ours}', inputs, inputs)
-    return table + files.linear(f'{name}.c_proj', f'{path}/out', inputs, vision['features'])
-
-
-def _conv(
-    conv: str, norm: str, path: str, norm_path: str, inputs: int, outputs: int, kernel: int
-) -> list[files.Entry]:
-    shape = (outputs, inputs, kernel, kernel)
-    conv, norm, running = f'visual.{conv}', f'visual.{norm}', f'batch_stats/vision/{norm_path}'
+    shape = (positions(vision), channels)
     return [
-        files.Entry(f'{conv}.weight', shape, (f'params/vision/{path}/kernel',), files.CONV),
-        *files.norm(norm, f'params/vision/{norm_path}', outputs),
-        files.Entry(f'{norm}.running_mean', (outputs,), (f'{running}/mean',)),
-        files.Entry(f'{norm}.running_var', (outputs,), (f'{running}/variance',)),
+        *table,
+        files.Entry(f'{name}.positional_embedding', shape, (f'{path}/positions',)),
+        *files.linear(f'{name}.q_proj', f'{path}/query', channels, channels),
+        *files.linear(f'{name}.k_proj', f'{path}/key', channels, channels),
+        *files.linear(f'{name}.v_proj', f'{path}/value', channels, channels),
+        *files.linear(f'{name}.c_proj', f'{path}/out', channels, vision['features']),
     ]

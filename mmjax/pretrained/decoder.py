@@ -158,35 +158,33 @@ def entries(
 
     `fused`: under InternLM2's names, whose queries, keys and values are one tensor `fused`.
     """
-    names, narrow = _INTERNLM2 if fused else _LLAMA, width // heads * kv_heads
+    names = _INTERNLM2 if fused else _LLAMA
+    narrow = width // heads * kv_heads
     norm = lambda name, path: files.Entry(f'{name}.weight', (width,), (f'{path}/scale',))
-    matrix = lambda name, shape, path: files.Entry(f'{name}.weight', shape, (path,), files.LINEAR)
+    head = files.Entry(
+        f'{names["head"]}.weight', (vocabulary, width), ('params/head',), files.LINEAR
+    )
     table = [
         files.Entry(f'{names["words"]}.weight', (vocabulary, width), ('params/words',)),
         norm(names['norm'], 'params/norm'),
+        *([] if tied else [head]),
     ]
-    if not tied:
-        table.append(matrix(names['head'], (vocabulary, width), 'params/head'))
-    inward = {'query': width, 'key': narrow, 'value': narrow}
+    inward = {'query': (width, width), 'key': (width, narrow), 'value': (width, narrow)}
     if fused:
-        inward = {'fused': width + 2 * narrow}
-    outward = {
+        inward = {'fused': (width, width + 2 * narrow)}
+    shapes = inward | {
         'out': (width, width),
-        'gate': (mlp_width, width),
-        'up': (mlp_width, width),
-        'down': (width, mlp_width),
+        'gate': (width, mlp_width),
+        'up': (width, mlp_width),
+        'down': (mlp_width, width),
     }
     for index in range(depth):
         layer, block = f'model.layers.{index}', f'params/block_{index}'
-        table += [
-            norm(f'{layer}.{names[ours]}', f'{block}/{ours}') for ours in ('norm_1', 'norm_2')
-        ]
-        for ours, outputs in inward.items():
-            name, path = f'{layer}.{names[ours]}', f'{block}/{ours}'
-            linear = files.linear(name, path, width, outputs)
-            table += linear if qkv_bias else linear[:1]
-        for ours, shape in outward.items():
-            table.append(matrix(f'{layer}.{names[ours]}', shape, f'{block}/{ours}/kernel'))
+        for ours in ('norm_1', 'norm_2'):
+            table.append(norm(f'{layer}.{names[ours]}', f'{block}/{ours}'))
+        for ours, shape in shapes.items():
+            linear = files.linear(f'{layer}.{names[ours]}', f'{block}/{ours}', *shape)
+            table += linear if qkv_bias and ours in inward else linear[:1]
     return table
 
 

@@ -5,12 +5,15 @@ is laid out. Reading and writing both follow the table, so one cannot drift from
 weights are never opened.
 """
 
+import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import safetensors
 from flax import traverse_util
@@ -30,6 +33,10 @@ class Layout(NamedTuple):
 
 SAME = Layout(lambda x: x, lambda x: x)
 LINEAR = Layout(lambda x: x.T, lambda x: x.T)  # [out, in] → [in, out]
+PATCHES = Layout(  # [width, 3, patch, patch] → [patch · patch · 3, width]
+    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+    lambda x: x.reshape(math.isqrt(len(x) // 3), -1, 3, x.shape[1]).transpose(3, 2, 0, 1),
+)
 CONV = Layout(  # [out, in, height, width] → [height, width, in, out]
     lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
 )
@@ -60,6 +67,36 @@ def norm(name: str, path: str, features: int) -> list[Entry]:
     ]
 
 
+def fused_attention(name: str, path: str, width: int) -> list[Entry]:
+    """Entries of a PyTorch MultiheadAttention, whose queries, keys and values are one tensor."""
+    inward = [f'{path}/{part}' for part in ('query', 'key', 'value')]
+    kernels = tuple(f'{part}/kernel' for part in inward)
+    biases = tuple(f'{part}/bias' for part in inward)
+    return [
+        Entry(f'{name}.in_proj_weight', (3 * width, width), kernels, LINEAR),
+        Entry(f'{name}.in_proj_bias', (3 * width,), biases),
+        *linear(f'{name}.out_proj', f'{path}/out', width, width),
+    ]
+
+
+def blocks(
+    name: str, path: str, depth: int, parts: Mapping[str, str], width: int, mlp_width: int
+) -> list[Entry]:
+    """Entries of all blocks of a transformer: `name`.0 is `path`/block_0, …
+
+    `parts` maps the submodules of our block to those of the published one.
+    """
+    shapes = {'up': (width, mlp_width), 'down': (mlp_width, width)}
+    table = []
+    for index, (ours, theirs) in itertools.product(range(depth), parts.items()):
+        names = f'{name}.{index}.{theirs}', f'{path}/block_{index}/{ours}'
+        if ours.startswith('norm'):
+            table += norm(*names, width)
+        else:
+            table += linear(*names, *shapes.get(ours.rpartition('/')[2], (width, width)))
+    return table
+
+
 class Weights:
     """The tensors of a folder: `model.safetensors`, or the shards that its index names.
 
@@ -81,11 +118,10 @@ class Weights:
             if not isinstance(listed, dict) or not listed:
                 raise UserError(f"{self.folder / INDEX}: key 'weight_map' is missing or empty")
             files = sorted(set(listed.values()))
-        elif (self.folder / SINGLE).is_file():
-            listed, files = None, [SINGLE]
-        elif (self.folder / OPEN_CLIP).is_file():
-            listed, files = None, [OPEN_CLIP]
         else:
+            listed = {}
+            files = [name for name in (SINGLE, OPEN_CLIP) if (self.folder / name).is_file()][:1]
+        if not files:
             raise UserError(
                 f'{self.folder}: found neither {SINGLE} nor {INDEX}; other formats, such as '
                 'pytorch_model.bin, can run code when read and have to be converted first'
@@ -97,9 +133,14 @@ class Weights:
                 if name in self.names:
                     raise UserError(f"{path}: tensor '{name}' is in {self.names[name].name} too")
                 self.names[name] = path
-        for name, file in (listed or {}).items():
+        for name, file in listed.items():
             if self.names.get(name) != self.folder / file:
                 raise UserError(f"{self.folder / file}: {INDEX} puts tensor '{name}' here")
+
+    def count(self, pattern: str, first: int = 0) -> int:
+        """Returns how many numbers from `first` on the group of `pattern` takes in the names."""
+        matches = (re.match(pattern, name) for name in self.names)
+        return max((int(match[1]) + 1 - first for match in matches if match), default=0)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor from its file's header."""
@@ -215,11 +256,26 @@ def load(
     tensors = weights.read(published.values())
     leaves = {}
     for entry in entries:
-        parts = np.split(tensors[published[entry.name]], len(entry.paths))
+        tensor = tensors[published[entry.name]]
+        several = len(entry.paths) > 1  # a scalar cannot be split
+        parts = np.split(tensor, len(entry.paths)) if several else [tensor]
         for path, part in zip(entry.paths, parts, strict=True):
-            leaves[path] = np.ascontiguousarray(entry.layout.load(part))
+            leaves[path] = np.asarray(entry.layout.load(part), order='C')
     tree = traverse_util.unflatten_dict(leaves, sep='/')
     return {'params': tree.get('params', {}), 'batch_stats': tree.get('batch_stats', {})}
+
+
+def resize_positions(
+    positions: np.ndarray, grid: int, method: str, *, antialias: bool
+) -> np.ndarray:
+    """Resizes positions [old · old, width] of a square grid to [grid · grid, width]."""
+    old = math.isqrt(len(positions))
+    if grid == old:
+        return positions
+    square = positions.reshape(old, old, -1)
+    shape = (grid, grid, square.shape[-1])
+    resized = jax.image.resize(square, shape, method, antialias=antialias)
+    return np.asarray(resized).reshape(grid * grid, -1)
 
 
 def export(variables: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, np.ndarray]:
@@ -235,7 +291,8 @@ def export(variables: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, 
         if missing:
             raise ValueError(f"the tree has no leaf '{missing[0]}'")
         parts = [entry.layout.save(np.asarray(leaves.pop(path))) for path in entry.paths]
-        tensors[entry.name] = np.ascontiguousarray(np.concatenate(parts))
+        joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        tensors[entry.name] = np.asarray(joined, order='C')
         if tensors[entry.name].shape != entry.shape:
             shape = list(tensors[entry.name].shape)
             raise ValueError(f"'{entry.name}' has shape {shape}, not {list(entry.shape)}")

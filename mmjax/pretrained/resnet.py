@@ -1,6 +1,5 @@
 """ResNets: torchvision's names (timm's too) as safetensors, with running statistics."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,18 +20,14 @@ def fields(folder) -> dict[str, Any]:
       UserError: the names are not those of a ResNet.
     """
     weights = files.Weights(folder)
-    blocks = [re.match(r'layer(\d+)\.(\d+)\.', name) for name in weights.names]
-    counts: dict[int, int] = {}
-    for match in filter(None, blocks):
-        stage, block = int(match[1]), int(match[2])
-        counts[stage] = max(counts.get(stage, 0), block + 1)
-    if not counts or sorted(counts) != list(range(1, len(counts) + 1)):
+    sizes = stage_sizes(weights)
+    if not sizes or 0 in sizes:
         raise UserError(f"{folder}: the tensors are not named as torchvision's ResNets are")
     stem = weights.shape('conv1.weight')
     if len(stem) != 4:
         raise UserError(f"{weights.names['conv1.weight']}: tensor 'conv1.weight' is no convolution")
     return {
-        'stage_sizes': tuple(counts[stage] for stage in sorted(counts)),
+        'stage_sizes': sizes,
         'width': stem[0],
         'bottleneck': 'layer1.0.conv3.weight' in weights.names,
         'stem_kernel': stem[2],
@@ -43,47 +38,71 @@ def entries(
     *, stage_sizes: tuple[int, ...], width: int, bottleneck: bool, stem_kernel: int, **_: Any
 ) -> list[files.Entry]:
     """Returns the table of a net of these sizes (fields of ResNet)."""
-    table = _conv('conv1', 'bn1', 'stem', 'stem_norm', 3, width, stem_kernel)
-    inputs, index = width, 0
+    return [
+        *convolution('conv1', 'bn1', 'stem', 'stem_norm', (width, 3, stem_kernel)),
+        *stages(stage_sizes, width, bottleneck),
+    ]
+
+
+def stage_sizes(weights: files.Weights, prefix: str = '') -> tuple[int, ...]:
+    """Returns how many blocks the stages `layer1`, `layer2`, … have, by the tensors' names."""
+    count = weights.count(rf'{prefix}layer(\d+)\.', first=1)
+    return tuple(weights.count(rf'{prefix}layer{i}\.(\d+)\.') for i in range(1, count + 1))
+
+
+def stages(
+    stage_sizes: tuple[int, ...],
+    width: int,
+    bottleneck: bool,
+    *,
+    prefix: str = '',
+    root: str = '',
+) -> list[files.Entry]:
+    """Returns the table of all blocks of a ResNet.
+
+    Args:
+      prefix: of the published names.
+      root: of our paths, behind 'params/' and 'batch_stats/'.
+    """
+    table = []
+    inputs = width
+    index = 0
     for stage, blocks in enumerate(stage_sizes):
         inner = width * 2**stage
-        outputs = inner * (4 if bottleneck else 1)
-        for block in range(blocks):
-            name, path = f'layer{stage + 1}.{block}', f'block_{index}'
-            if bottleneck:
-                plan = ((inputs, inner, 1), (inner, inner, 3), (inner, outputs, 1))
-            else:
-                plan = ((inputs, inner, 3), (inner, inner, 3))
-            for number, (before, after, kernel) in enumerate(plan, start=1):
-                table += _conv(
+        plan = ((inner, 1), (inner, 3), (4 * inner, 1)) if bottleneck else ((inner, 3),) * 2
+        for position in range(blocks):
+            name, path = f'{prefix}layer{stage + 1}.{position}', f'{root}block_{index}'
+            features = inputs
+            for number, (outputs, kernel) in enumerate(plan, start=1):
+                table += convolution(
                     f'{name}.conv{number}',
                     f'{name}.bn{number}',
                     f'{path}/conv_{number}',
                     f'{path}/norm_{number}',
-                    before,
-                    after,
-                    kernel,
+                    (outputs, features, kernel),
                 )
-            if inputs != outputs or (block == 0 and stage > 0):
-                table += _conv(
+                features = outputs
+            if inputs != features or (position == 0 and stage > 0):
+                table += convolution(
                     f'{name}.downsample.0',
                     f'{name}.downsample.1',
                     f'{path}/shortcut',
                     f'{path}/shortcut_norm',
-                    inputs,
-                    outputs,
-                    1,
+                    (features, inputs, 1),
                 )
-            inputs, index = outputs, index + 1
+            inputs = features
+            index += 1
     return table
 
 
-def _conv(
-    conv: str, norm: str, path: str, norm_path: str, inputs: int, outputs: int, kernel: int
+def convolution(
+    conv: str, norm: str, path: str, norm_path: str, shape: tuple[int, int, int]
 ) -> list[files.Entry]:
-    shape = (outputs, inputs, kernel, kernel)
+    """Returns a convolution and its batch norm; `shape` is (outputs, inputs, kernel)."""
+    outputs, inputs, kernel = shape
+    weight = (outputs, inputs, kernel, kernel)
     return [
-        files.Entry(f'{conv}.weight', shape, (f'params/{path}/kernel',), files.CONV),
+        files.Entry(f'{conv}.weight', weight, (f'params/{path}/kernel',), files.CONV),
         *files.norm(norm, f'params/{norm_path}', outputs),
         files.Entry(f'{norm}.running_mean', (outputs,), (f'batch_stats/{norm_path}/mean',)),
         files.Entry(f'{norm}.running_var', (outputs,), (f'batch_stats/{norm_path}/variance',)),

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from mmjax.errors import UserError
@@ -22,10 +21,16 @@ _KEYS = {
     'mlp_width': ('intermediate_size', 3072),
     'epsilon': ('layer_norm_eps', 1e-6),
 }
-_PATCHES = files.Layout(  # [width, 3, patch, patch] → [patch · patch · 3, width]
-    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-    lambda x: x.reshape(math.isqrt(len(x) // 3), -1, 3, x.shape[1]).transpose(3, 2, 0, 1),
-)
+_BLOCK = {
+    'attention/query': 'self_attn.q_proj',
+    'attention/key': 'self_attn.k_proj',
+    'attention/value': 'self_attn.v_proj',
+    'attention/out': 'self_attn.out_proj',
+    'norm_1': 'layer_norm1',
+    'norm_2': 'layer_norm2',
+    'mlp/up': 'mlp.fc1',
+    'mlp/down': 'mlp.fc2',
+}
 
 
 def fields(folder) -> dict[str, Any]:
@@ -49,62 +54,27 @@ def entries(
 ) -> list[files.Entry]:
     """Returns the table of a tower of these sizes (fields of ViT)."""
     patches = (image_size // patch_size) ** 2
-    table = [
+    name = 'vision_model.embeddings'
+    head = 'vision_model.head'
+    pool = 'params/pool'
+    probe = files.Layout(lambda x: x[0], lambda x: x[None])
+    return [
         files.Entry(
-            'vision_model.embeddings.patch_embedding.weight',
+            f'{name}.patch_embedding.weight',
             (width, 3, patch_size, patch_size),
             ('params/patch_embedding/kernel',),
-            _PATCHES,
+            files.PATCHES,
         ),
-        files.Entry(
-            'vision_model.embeddings.patch_embedding.bias',
-            (width,),
-            ('params/patch_embedding/bias',),
-        ),
-        files.Entry(
-            'vision_model.embeddings.position_embedding.weight',
-            (patches, width),
-            ('params/positions',),
-        ),
-    ]
-    for index in range(depth):
-        name, path = f'vision_model.encoder.layers.{index}', f'params/block_{index}'
-        for theirs, ours in (
-            ('q_proj', 'query'),
-            ('k_proj', 'key'),
-            ('v_proj', 'value'),
-            ('out_proj', 'out'),
-        ):
-            table += files.linear(
-                f'{name}.self_attn.{theirs}', f'{path}/attention/{ours}', width, width
-            )
-        table += files.norm(f'{name}.layer_norm1', f'{path}/norm_1', width)
-        table += files.norm(f'{name}.layer_norm2', f'{path}/norm_2', width)
-        table += files.linear(f'{name}.mlp.fc1', f'{path}/mlp/up', width, mlp_width)
-        table += files.linear(f'{name}.mlp.fc2', f'{path}/mlp/down', mlp_width, width)
-    table += files.norm('vision_model.post_layernorm', 'params/norm', width)
-    head, pool = 'vision_model.head', 'params/pool'
-    inward = [f'{pool}/attention/{name}' for name in ('query', 'key', 'value')]
-    probe = files.Layout(lambda x: x[0], lambda x: x[None])
-    table += [
+        files.Entry(f'{name}.patch_embedding.bias', (width,), ('params/patch_embedding/bias',)),
+        files.Entry(f'{name}.position_embedding.weight', (patches, width), ('params/positions',)),
+        *files.blocks('vision_model.encoder.layers', 'params', depth, _BLOCK, width, mlp_width),
+        *files.norm('vision_model.post_layernorm', 'params/norm', width),
         files.Entry(f'{head}.probe', (1, 1, width), (f'{pool}/probe',), probe),
-        files.Entry(
-            f'{head}.attention.in_proj_weight',
-            (3 * width, width),
-            tuple(f'{path}/kernel' for path in inward),
-            files.LINEAR,
-        ),
-        files.Entry(
-            f'{head}.attention.in_proj_bias',
-            (3 * width,),
-            tuple(f'{path}/bias' for path in inward),
-        ),
+        *files.fused_attention(f'{head}.attention', f'{pool}/attention', width),
+        *files.norm(f'{head}.layernorm', f'{pool}/norm', width),
+        *files.linear(f'{head}.mlp.fc1', f'{pool}/mlp/up', width, mlp_width),
+        *files.linear(f'{head}.mlp.fc2', f'{pool}/mlp/down', mlp_width, width),
     ]
-    table += files.linear(f'{head}.attention.out_proj', f'{pool}/attention/out', width, width)
-    table += files.norm(f'{head}.layernorm', f'{pool}/norm', width)
-    table += files.linear(f'{head}.mlp.fc1', f'{pool}/mlp/up', width, mlp_width)
-    table += files.linear(f'{head}.mlp.fc2', f'{pool}/mlp/down', mlp_width, width)
-    return table
 
 
 def _rename(name: str) -> str:
@@ -134,16 +104,10 @@ def load(folder, image_size: int | None = None) -> tuple[dict[str, Any], dict[st
         if not grid:
             size = published['patch_size']
             raise UserError(f'{folder}: image_size {image_size} is below the patch size {size}')
-        params['positions'] = resize_positions(params['positions'], grid)
+        params['positions'] = files.resize_positions(
+            params['positions'], grid, 'bilinear', antialias=False
+        )
     return params, {}
-
-
-def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
-    """Resizes positions [old · old, width] of a square grid to [grid · grid, width], bilinear."""
-    old, width = math.isqrt(len(positions)), positions.shape[1]
-    square = positions.reshape(old, old, width)
-    resized = jax.image.resize(square, (grid, grid, width), 'bilinear', antialias=False)
-    return np.asarray(resized).reshape(grid * grid, width)
 
 
 def export(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -281,7 +281,6 @@ def test_bucketed_batches_have_one_bucket_that_fits_tightly(case):
 @pytest.mark.parametrize(
     'spec, message',
     [
-        ('pk', "sampler='pk' is not a section with the key name"),
         (
             {'name': 'pkk'},
             "sampler.name='pkk' is not one of 'sequential', 'shuffle', 'stratified', 'pk', "
@@ -382,8 +381,6 @@ def test_faults_of_the_data_are_one_sentence():
         make({'name': 'bucketed', 'by': 'a'}, {'a': np.ones(4, int)}, 4, 2)
     with pytest.raises(UserError, match='has no bucket lengths'):
         make({'name': 'sequential', 'by': 'a'}, {'a': np.ones(4, int)}, 4, 2)
-    with pytest.raises(UserError, match='seed=-1 is negative'):
-        make({'name': 'shuffle'}, {}, 3, 2, seed=-1)
 
 
 @pytest.mark.slow

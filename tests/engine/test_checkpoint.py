@@ -32,7 +32,7 @@ def _state(step: int = 1, frozen: bool = True):
         'trainable': {'head': {'kernel': array(3, 4), 'bias': array(4).astype(jnp.bfloat16)}},
         'frozen': {'tower': {'kernel': array(2, 2)}} if frozen else {},
         'batch_stats': {'norm': {'mean': array(4)}},
-        'moments': {'mu': {'head/kernel': array(3, 4)}, 'nu': {}},
+        'opt_state': {'mu': {'head/kernel': array(3, 4)}, 'nu': {}},
         'ema': {},
         'seen': jnp.asarray([True, False]),
     }
@@ -167,8 +167,6 @@ def test_leaves_that_cannot_be_saved_are_named(tmp_path):
         for leaf in (1.5, jnp.zeros((0, 3)), jax.random.key(0)):
             with pytest.raises(ValueError, match='a/b'):
                 checkpoints.save(1, {'a': {'b': leaf}}, {})
-    with pytest.raises(ValueError, match='keep'):
-        Checkpoints(tmp_path, keep=0)
 
 
 # Strictness ------------------------------------------------------------------------------------
@@ -501,7 +499,7 @@ def test_merge_is_strict_and_keeps_the_fresh_dtype():
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, fresh)
     np.testing.assert_array_equal(merged['a']['kernel'], jnp.full((2, 3), 0.1, jnp.bfloat16))
     assert int(merged['n']) == 4 and merged['b'].sharding == fresh['b'].sharding
-    assert report.loaded == ('a/kernel', 'b', 'n') and not report.fresh and not report.unused
+    assert report == '3 leaves loaded; 0 fresh; 0 unused'
 
     with pytest.raises(UserError, match=r'a/kernel has shape \(2, 3\) in the model, \(3, 2\)'):
         merge(fresh, loaded | {'a': {'kernel': np.zeros((3, 2))}})
@@ -514,7 +512,7 @@ def test_merge_is_strict_and_keeps_the_fresh_dtype():
     with pytest.raises(UserError, match=r'^head/old would stay unused'):
         merge(fresh, less, allow_fresh=['b'], allow_unused=['head'])  # the whole path must match
     merged, report = merge(fresh, less, allow_fresh=['b'], allow_unused=['head/.*'])
-    assert (report.fresh, report.unused) == (('b',), ('head/old',))
+    assert report.endswith('; 1 fresh: b; 1 unused: head/old')
     assert str(report) == '2 leaves loaded; 1 fresh: b; 1 unused: head/old'
     assert merged['b'] is fresh['b']
     with pytest.raises(UserError, match='no regular expression'):

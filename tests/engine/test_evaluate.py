@@ -97,7 +97,7 @@ def test_losses_on_batches_of_rows_are_sums_over_sums(monkeypatch):
     built = build.run(config())
     variables = built.init_variables()
     predictor = evaluate.Predictor(built.task, variables, built.mesh)
-    weights = evaluate.Weights.of(built.stages[0], 0, built.final_weights)
+    weights = evaluate.LossWeights.of(built.stages[0], 0, built.final_weights)
     results = evaluate.losses(predictor, built.task, built.evaluators['val'], weights)
     assert results.losses['mse'] == pytest.approx(results.outputs['loss'].mean(), rel=1e-5)
     assert results.losses['row_mean'] == pytest.approx((4.5 + 52.5) / 2)

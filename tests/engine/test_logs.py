@@ -85,7 +85,6 @@ def test_lines_are_strict_json_in_order_and_exact(tmp_path):
 def test_a_value_that_is_no_scalar_is_refused_by_name(tmp_path):
     log = quiet(tmp_path)
     for values, message in (
-        ({'step': 3}, "'step'"),
         ({'x': [1.0]}, "'x'"),
         ({'x': None}, "'x'"),
         ({'x': np.zeros(2)}, "'x'"),
@@ -206,7 +205,6 @@ def test_write_json_is_strict_ordered_and_readable(tmp_path):
     value = {
         'z': 1,
         'a': (np.float32(0.5), math.nan, -np.inf),
-        'path': tmp_path,
         'none': None,
         'array': np.arange(3),
         'jax': jnp.ones((1, 2)),
@@ -217,9 +215,9 @@ def test_write_json_is_strict_ordered_and_readable(tmp_path):
     path = tmp_path / 'new' / 'x.json'
     logs.write_json(path, value)
     actual = strict(path.read_text())
-    assert list(actual) == ['z', 'a', 'path', 'none', 'array', 'jax', 'page', 'bad', '3']
+    assert list(actual) == ['z', 'a', 'none', 'array', 'jax', 'page', 'bad', '3']
     assert actual['a'] == [0.5, 'nan', '-inf'] and actual['array'] == [0, 1, 2]
-    assert actual['jax'] == [[1.0, 1.0]] and actual['path'] == str(tmp_path)
+    assert actual['jax'] == [[1.0, 1.0]]
     assert actual['bad'] == '\udcff' and '漫画' in path.read_text()
 
 
@@ -228,7 +226,6 @@ def test_write_json_is_strict_ordered_and_readable(tmp_path):
     [
         ({'a': [1, {2}]}, r'x\.json\.a\[1\] is a set'),
         ({'a': 1j}, r'x\.json\.a is a complex'),
-        ({1: 0, '1': 0}, 'two keys'),
     ],
 )
 def test_what_json_cannot_hold_is_named_and_changes_nothing(tmp_path, value, where):
@@ -285,8 +282,6 @@ def test_results(tmp_path):
     assert actual == strict((tmp_path / 'results.json').read_text())
     assert list(actual) == ['best', 'weights', 'final', 'stages', 'skipped']
     assert list(actual['stages']) == ['b', 'a'] and actual['final']['val']['x'] == 'nan'
-    with pytest.raises(ValueError, match="'best' or 'last'"):
-        logs.write_results(tmp_path, best=None, final={}, stages={}, skipped={}, weights='newest')
     with pytest.raises(ValueError, match='val/r1 is not a number'):
         logs.write_results(
             tmp_path, best=None, final={'val': {'r1': [1]}}, stages={}, skipped={}, weights='last'
@@ -421,7 +416,18 @@ def test_time_left_follows_recent_steps_of_the_stage(monkeypatch):
     monkeypatch.setattr(screen.time, 'monotonic', lambda: now[0])
     seen = screen.Screen(None)
     for step in range(1, 301):
-        seen.progress('a' if step <= 200 else 'b', int(step > 200), 2, 0.0, step, 1000, '')
+        late = step > 200
+        seen.progress(
+            stage='b' if late else 'a',
+            index=int(late),
+            stages=2,
+            epoch=0.0,
+            step=step,
+            steps=1000,
+            loss=1.0,
+            rate=1e-3,
+            examples_per_second=10.0,
+        )
         if step in (1, 201):  # the first call of a stage cannot know
             assert seen._seconds_left(1) is None
         now[0] += 1.0 if step < 200 else 3.0

@@ -124,14 +124,6 @@ ORACLES = {
             [optax.cosine_decay_schedule(1.0, 30 * 2**i) for i in range(3)], [30, 90]
         ),
     ),
-    'step': (
-        dict(schedule='step', period_epochs=5.0, gamma=0.5),
-        optax.piecewise_constant_schedule(1.0, {50: 0.5, 100: 0.5, 150: 0.5}),
-    ),
-    'one-cycle': (
-        dict(schedule='one_cycle', end=1 / 25e4),
-        optax.cosine_onecycle_schedule(N, 1.0, 0.3, 25.0, 1e4),
-    ),
 }
 
 
@@ -143,7 +135,7 @@ def test_schedules_equal_optax(name):
     np.testing.assert_allclose(ours, [float(oracle(t)) for t in range(N)], atol=2e-6)
 
 
-@pytest.mark.parametrize('schedule', ['linear', 'cosine', 'one_cycle'])
+@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
 def test_decay_ends_exactly_on_its_end(schedule):
     assert (
         optim.schedule(Optimizer(learning_rate=1.0, schedule=schedule, warmup_steps=W), N, N) == 0.0
@@ -192,7 +184,7 @@ def test_updates_equal_optax_adamw_with_a_rate_and_decay_a_group():
         ),
     )
     state = oracle.init(theirs)
-    moments = optim.moments(ours, groups(), this.optimizer)
+    moments = optim.init(ours, groups(), this.optimizer)
     for seed in range(5):
         grads = params(seed + 1)
         updates, state = oracle.update(grads, state, theirs)
@@ -208,6 +200,32 @@ def test_norm_is_that_of_all_leaves_together():
     np.testing.assert_allclose(jax.jit(optim.norm)(tree), np.linalg.norm(numbers), rtol=1e-6)
     assert optim.norm({}) == 0
     assert not np.isfinite(optim.norm({**tree, 'bad': jnp.array([[jnp.nan]])}))
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize(('key', 'value'), [('b1', 0.9999), ('b2', 0.5), ('eps', 1e-3)])
+def test_a_key_that_changes_no_update_is_refused(name, key, value):
+    """Updates tell which keys an optimizer uses; of the others only the default is accepted."""
+
+    def updates(**spec):
+        this = stage(name=name, **spec)
+        weights = params()
+        state = optim.init(weights, groups(), this.optimizer)
+        for seed in (1, 2):
+            out, state = update(this, params(seed), state, weights)
+        return jax.tree.leaves(out)
+
+    used = any((a != b).any() for a, b in zip(updates(), updates(**{key: value}), strict=True))
+    spec = Optimizer(name=name, **{key: value})
+    if used:
+        spec.check('optimizer')
+    else:
+        message = (
+            rf"^optimizer\.{key}={value} has no effect with optimizer\.name='{name}': only adam"
+        )
+        with pytest.raises(UserError, match=message):
+            spec.check('optimizer')
+    Optimizer(name=name).check('optimizer')
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -242,7 +260,7 @@ def test_every_rule_follows_optax_group_by_group(name):
     )
     ours = theirs = params()
     state = oracle.init(theirs)
-    moments = optim.moments(ours, groups(), this.optimizer)
+    moments = optim.init(ours, groups(), this.optimizer)
     for seed in range(4):
         grads = params(seed + 1)
         updates, state = oracle.update(grads, state, theirs)
@@ -256,21 +274,22 @@ def test_every_rule_follows_optax_group_by_group(name):
 def test_moments_of_every_rule_are_carried_for_groups_that_keep_learning(name):
     first = stage([('tower', 0.0), ('last', 0.0)], name=name)
     trainable, _ = groups().split(params(), first)
-    moments = optim.moments(trainable, groups(), first.optimizer)
+    moments = optim.init(trainable, groups(), first.optimizer)
     grads, _ = groups().split(params(1), first)
     _, moments = update(first, grads, moments, trainable)
-    fresh = optim.moments(params(), groups(), first.optimizer)
-    entered, carried = optim.enter(moments, fresh)
-    assert carried == ['head'] and set(entered) == {'tower', 'last', 'head'}
+    fresh = optim.init(params(), groups(), first.optimizer)
+    entered = optim.carry(moments, fresh)
+    assert set(entered) == {'tower', 'last', 'head'}
     jax.tree.map(np.testing.assert_array_equal, entered['head'], moments['head'])
     jax.tree.map(np.testing.assert_array_equal, entered['tower'], fresh['tower'])
-    other = optim.moments(params(), groups(), Optimizer(name='sgd' if name != 'sgd' else 'lion'))
-    assert optim.enter(moments, other)[1] == []
+    assert any(x.any() for x in jax.tree.leaves(entered['head']))
+    other = optim.init(params(), groups(), Optimizer(name='sgd' if name != 'sgd' else 'lion'))
+    jax.tree.map(np.testing.assert_array_equal, optim.carry(moments, other), other)
 
 
 def test_moments_stay_where_a_step_is_not_ok():
     this = stage([('tower', 0.1), ('last', 0.01)])
-    moments = optim.moments(params(), groups(), this.optimizer)
+    moments = optim.init(params(), groups(), this.optimizer)
     run = jax.jit(lambda grads, moments, ok: update(this, grads, moments, params(), ok)[1])
     first = run(params(1), moments, True)
     head = first['head']
@@ -302,13 +321,13 @@ def test_moments_are_carried_and_a_group_that_enters_starts_at_count_zero():
     first = stage([('tower', 0.0), ('last', 0.0)])
     second = stage([('tower', 1.0), ('last', 0.0)], clip=0.0)
     trainable, _ = groups().split(params(), first)
-    moments = optim.moments(trainable, groups(), first.optimizer)
+    moments = optim.init(trainable, groups(), first.optimizer)
     for seed in range(50):
         grads, _ = groups().split(params(seed), first)
         _, moments = update(first, grads, moments, trainable)
     trainable, _ = groups().split(params(), second)
-    entered, carried = optim.enter(moments, optim.moments(trainable, groups(), second.optimizer))
-    assert carried == ['head'] and int(entered['head']['count']) == 50
+    entered = optim.carry(moments, optim.init(trainable, groups(), second.optimizer))
+    assert int(entered['head']['count']) == 50
     jax.tree.map(np.testing.assert_array_equal, entered['head'], moments['head'])
     assert int(entered['tower']['count']) == 0 and 'last' not in entered
     grads, _ = groups().split(params(9), second)

@@ -87,7 +87,7 @@ else:
 built = build.run(config)
 stage = built.stages[-1]
 call = functools.partial(
-    step.train_step, task=built.task, stage=stage.program, groups=built.groups,
+    step.train_step, task=built.task, stage=stage.compile_key, groups=built.groups,
     settings=built.settings,
 )
 variables = jax.tree.map(np.asarray, built.init_variables())
@@ -136,8 +136,8 @@ def test_the_step_under_pmap_gives_losses_and_weights_of_the_mesh(tmp_path, name
 
 def test_a_mesh_that_does_not_fit_the_devices_is_an_error():
     with pytest.raises(UserError, match='data=3 × fsdp=1 does not make the 1 devices'):
-        parallel.mesh({'data': 3, 'fsdp': 1})
-    mesh = parallel.mesh({'data': -1, 'fsdp': 1})
+        parallel.mesh(3, 1)
+    mesh = parallel.mesh(-1, 1)
     with pytest.raises(UserError, match='not a multiple of accumulation=3'):
         parallel.check_batch(8, 3, mesh)
 

@@ -67,6 +67,7 @@ def fake_run(workdir, *, every=5, finished=True, word='', broken=()):
                     'digest': '9f2c' * 8 + word,
                 }
             },
+            'verdicts': {'healthy': ('good', 'Panels differ.')},
         },
     )
     log = logs.Logs(workdir, enabled=True, tensorboard=False, stream=io.StringIO())
@@ -192,6 +193,7 @@ def test_page_tells_the_run(finished):
         'query_gallery',
         'rank1',
         'healthy',
+        'Panels differ.',
         'image cannot be read',
         'comic_pages',
         'Panels with the text',
@@ -210,6 +212,13 @@ def test_page_tells_the_run(finished):
     ):
         assert words in page.text, words
     assert 'could not be' not in page.text
+
+
+def test_the_page_colours_the_verdicts_that_the_task_declares_and_no_other_word(finished):
+    workdir, _ = finished
+    source = (workdir / 'report.html').read_text()
+    assert '<span class="badge good">healthy</span>' in source
+    assert '<td class="n">weak_alignment</td>' in source  # as text: this run declares it not
 
 
 def test_page_is_self_contained_and_runs_no_script(finished):
@@ -255,8 +264,7 @@ def test_charts_are_valid_svg_and_show_stages_and_series(finished):
     assert loss.wide and all(word in words for word in ('anchor', 'pages', 'train', 'val'))
     recall = next(c for c in sections['Scores'] if c.title.startswith('image_to_text'))
     assert 'best 0.9' in ' '.join(ElementTree.fromstring(recall.svg).itertext())
-    rates = sections['Schedules'][0]
-    assert 'frozen throughout' not in rates.caption  # text thaws in the last stage
+    assert 'log scale' in sections['Schedules'][0].caption  # 0 while frozen: gaps
     assert still['count/alignment'] == 128 and still['pages (val)'] == 128
 
 

@@ -138,12 +138,12 @@ def test_rows_come_back_in_order_and_keep_their_key():
 def test_frozen_leaves_are_bit_identical_and_have_no_moments():
     state, call, rates, weights, *_ = setup(stage(towers=0.0))
     before = jax.tree.map(np.asarray, state['frozen'])
-    assert set(state['moments']) == {'head'} == set(state['trainable'])
+    assert set(state['opt_state']) == {'head'} == set(state['trainable'])
     for seed in range(5):
         state, _ = jax.jit(call)(state, batch(seed), rates, weights)
     jax.tree.map(np.testing.assert_array_equal, before, state['frozen'])
     leaves = {'head/image/kernel', 'head/text/kernel'}
-    assert set(optim.flatten(state['moments']['head']['mu'])) == leaves
+    assert set(optim.flatten(state['opt_state']['head']['mu'])) == leaves
 
 
 def flops(this, **settings):
@@ -184,7 +184,7 @@ def test_an_update_that_is_not_finite_is_never_accepted(fault):
         before = jax.tree.map(np.asarray, state)
         state, metrics = jax.jit(call)(state, bad, rates, weights)
         assert not metrics['ok']
-        for name in ('trainable', 'moments'):
+        for name in ('trainable', 'opt_state'):
             jax.tree.map(np.testing.assert_array_equal, before[name], state[name])
     assert int(state['step']) == 3  # the position moves on, the weights do not
 
@@ -240,7 +240,7 @@ def test_entering_a_stage_keeps_weights_and_moments_and_restarts_its_position():
     for seed in range(3):
         state, _ = jax.jit(call)(state, batch(seed), rates, weights)
     second = stage(towers=0.1)
-    entered = step.enter(state, second, groups, settings)
+    entered = step.enter_stage(state, second, groups, settings)
     jax.tree.map(
         np.testing.assert_array_equal,
         step.variables(state)['params'],
@@ -248,10 +248,10 @@ def test_entering_a_stage_keeps_weights_and_moments_and_restarts_its_position():
     )
     assert int(entered['step']) == 3 and int(entered['stage_step']) == 0
     np.testing.assert_array_equal(
-        entered['moments']['head']['nu']['head']['text']['kernel'],
-        state['moments']['head']['nu']['head']['text']['kernel'],
+        entered['opt_state']['head']['nu']['head']['text']['kernel'],
+        state['opt_state']['head']['nu']['head']['text']['kernel'],
     )
-    assert int(entered['moments']['towers']['count']) == 0
+    assert int(entered['opt_state']['towers']['count']) == 0
 
 
 def test_steps_of_one_stage_trace_once():
@@ -271,3 +271,26 @@ def test_steps_of_one_stage_trace_once():
 def test_a_term_without_active_items_is_zero_with_a_zero_gradient():
     mean = lambda x: Term(x * 0.0, jnp.float32(0)).mean()
     assert float(mean(3.0)) == 0.0 and float(jax.grad(mean)(3.0)) == 0.0
+
+
+class Noisy(Towers):
+    """Puts the draws of dropout into the outputs, and their values by row into a diagnostic."""
+
+    def forward(self, variables, batch, stage, *, train, key):
+        out, stats = super().forward(variables, batch, stage, train=train, key=key)
+        return out | {'dropout': jax.random.normal(key, (len(batch['row']),))}, stats
+
+    def terms(self, variables, outputs, batch, stage):
+        return super().terms(variables, outputs, batch, stage) | {'dropout': outputs['dropout']}
+
+
+def test_each_device_of_a_mapped_step_draws_its_own_dropout():
+    this = stage()
+    state, call, rates, weights, *_ = setup(this, Noisy())
+    local = {name: x.reshape(2, B // 2, *x.shape[1:]) for name, x in batch().items()}
+    mapped = jax.vmap(
+        functools.partial(call, axis_name='devices'), (None, 0, None, None), axis_name='devices'
+    )
+    _, metrics = mapped(state, local, rates, weights)
+    first, second = np.split(np.asarray(metrics['dropout'][0]), 2)  # gathered from both devices
+    assert not set(first) & set(second)

@@ -128,13 +128,13 @@ def test_a_decoder_reads_what_stands_before_and_says_what_it_was_told(jit):
 def test_class_scores_are_those_of_a_hand_count():
     """Class 3 is neither true nor said: no mean counts it. Class 2 is said, and never right."""
     truth, answers = [0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 2, 0]
-    found = classes.score(truth, answers, 4)
-    assert found.confusion.tolist() == [[3, 1, 0, 0], [0, 1, 1, 0], [0] * 4, [0] * 4]
-    assert found.accuracy == pytest.approx(4 / 6) and found.majority == pytest.approx(4 / 6)
-    assert found.precision == pytest.approx((1 + 1 / 2 + 0) / 3)
-    assert found.recall == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
-    assert found.f1 == pytest.approx((6 / 7 + 1 / 2 + 0) / 3)
-    assert (found.low, found.high) == classes.wilson(4, 6)
+    found, confusion = classes.score(truth, answers, 4)
+    assert confusion.tolist() == [[3, 1, 0, 0], [0, 1, 1, 0], [0] * 4, [0] * 4]
+    assert found['accuracy'] == pytest.approx(4 / 6) and found['majority'] == pytest.approx(4 / 6)
+    assert found['precision'] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert found['recall'] == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
+    assert found['f1'] == pytest.approx((6 / 7 + 1 / 2 + 0) / 3)
+    assert (found['accuracy_low'], found['accuracy_high']) == classes.wilson(4, 6)
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,8 @@ def test_logits_with_the_cache_are_those_without(prefix, fields):
     expected = _uncached(model, prefix, tokens, *_given())
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     heads = model.kv_heads
-    chex.assert_shape([*cache.keys, *cache.values], (4, heads, prefix, 4))  # once a row
-    chex.assert_shape([*suffix.keys, *suffix.values], (4, 3, heads, A + 2, 4))
+    chex.assert_shape(jax.tree.leaves(cache.caches), (4, heads, prefix, 4))  # once a row
+    chex.assert_shape(jax.tree.leaves(suffix), (4, 3, heads, A + 2, 4))
 
 
 # ------------------------------------------- the rest
@@ -172,7 +172,7 @@ def test_bfloat16_computes_the_same_with_float32_parameters_and_logits():
     assert hidden.dtype == jnp.bfloat16
     tokens = np.random.default_rng(2).integers(0, V, (4, 3, A))
     found, cache, _ = _cached(half, 7, tokens, embeddings, mask)
-    assert cache.keys[0].dtype == jnp.bfloat16 and found.dtype == jnp.float32
+    assert cache.caches[0][0].dtype == jnp.bfloat16 and found.dtype == jnp.float32
     expected = _uncached(Decoder(**SIZES), 7, tokens, embeddings, mask)
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 

@@ -48,7 +48,7 @@ def test_pool_is_the_projection_of_histogram_and_scaled_statistics():
     rng = np.random.default_rng(1)
     images = rng.uniform(-1, 1, (3, 4, 4, 3)).astype(np.float32)
     maps = [rng.normal(size=(3, 2, 2, 4)).astype(np.float32), rng.normal(size=(3, 1, 1, 6))]
-    pool = StatisticsPool(5, bins=2, share=0.5)
+    pool = StatisticsPool(5, share=0.5)
     variables = pool.init(jax.random.key(0), images, maps)
     found = pool.apply(variables, images, maps)
     parts = []
@@ -57,7 +57,7 @@ def test_pool_is_the_projection_of_histogram_and_scaled_statistics():
         parts.append((x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6))
     statistics = np.concatenate(parts, 1)
     statistics *= 0.5 / np.sqrt(statistics.shape[1])
-    colours = np.stack([histogram_oracle(picture[::2, ::2], 2) for picture in images])
+    colours = np.stack([histogram_oracle(picture[::2, ::2], 8, CLIP_RANGE) for picture in images])
     out = variables['params']['out']
     expected = np.concatenate([colours, statistics], 1) @ np.float64(out['kernel']) + out['bias']
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -102,9 +102,3 @@ def test_a_resnet_puts_out_the_statistics_of_all_its_maps():
     norm = lambda x: (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
     means = np.asarray(found)[:, -16:-8] * np.sqrt(32)  # of the last map, in a norm with deviations
     assert np.corrcoef(np.ravel(norm(means)), np.ravel(norm(np.asarray(last))))[0, 1] > 0.999
-
-
-def test_an_unknown_pooling_is_named():
-    net = ModifiedResNet(16, (1, 1), 4, 2, 8, 'mean')
-    with pytest.raises(ValueError, match="pooling 'mean' is not attention or statistics"):
-        net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), train=False)

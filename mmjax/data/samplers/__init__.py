@@ -57,8 +57,6 @@ def make(
       UserError: an unknown name or option, a wrong type or value, an array the index lacks, a split
         that gives no batch.
     """
-    if not hasattr(spec, 'items'):  # a ConfigDict is no Mapping
-        raise UserError(f"{where}={spec!r} is not a section with the key name, as {{'name': 'pk'}}")
     name = spec.get('name')
     if not isinstance(name, str) or name not in SAMPLERS:
         hint = sections.did_you_mean(name, list(SAMPLERS))
@@ -69,10 +67,6 @@ def make(
     parsed = sections.parse(options, given, where)
     if size < 1:
         raise UserError('the split has no rows')
-    if batch_size < 1:
-        raise UserError(f'batch_size={batch_size} is not at least 1')
-    if seed < 0:
-        raise UserError(f'seed={seed} is negative')
     for key, array in index.items():
         if len(array) != size:
             raise UserError(f"index '{key}' has {len(array)} values for {size} rows")

@@ -6,6 +6,6 @@
 """
 
 from mmjax.engine.checkpoint.store import Checkpoints
-from mmjax.engine.checkpoint.weights import MergeReport, load_weights, merge, run_of
+from mmjax.engine.checkpoint.weights import load_weights, merge, run_of
 
-__all__ = ['Checkpoints', 'MergeReport', 'load_weights', 'merge', 'run_of']
+__all__ = ['Checkpoints', 'load_weights', 'merge', 'run_of']

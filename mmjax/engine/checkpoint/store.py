@@ -27,8 +27,6 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int) -> None:
-        if keep < 1:
-            raise ValueError(f'keep must be at least 1, got {keep}')
         self._workdir = checksums.absolute(workdir)
         self._keep = {'checkpoints': keep, 'best': 1}
         self._skipped: dict[str, dict[int, str]] = {'checkpoints': {}, 'best': {}}

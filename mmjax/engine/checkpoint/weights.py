@@ -1,6 +1,5 @@
 """Loads the weights of another run (`--init_from`) and merges them strictly into a fresh model."""
 
-import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
@@ -68,33 +67,21 @@ def run_of(spec: str) -> epath.Path | None:
     return next((folder for folder in folders if (folder / 'config.json').exists()), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class MergeReport:
-    """What `merge` did, as leaf paths 'a/b/kernel'."""
-
-    loaded: tuple[str, ...]
-    fresh: tuple[str, ...]
-    unused: tuple[str, ...]
-
-    def __str__(self) -> str:
-        texts = [f'{len(self.loaded)} leaves loaded']
-        for name, paths in (('fresh', self.fresh), ('unused', self.unused)):
-            texts.append(f'{len(paths)} {name}' + (f': {", ".join(paths)}' if paths else ''))
-        return '; '.join(texts)
-
-
 def merge(
     fresh: PyTree,
     loaded: PyTree,
     *,
     allow_fresh: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
-) -> tuple[PyTree, MergeReport]:
+) -> tuple[PyTree, str]:
     """Replaces `fresh` leaves by the `loaded` ones of the same path.
 
     Structure, dtype and sharding are those of `fresh`. A fresh leaf that is not replaced and a
     loaded leaf that is not used are errors, unless a regex of `allow_fresh` or `allow_unused`
     matches the whole path ('a/b/kernel').
+
+    Returns:
+      (the merged tree, what was loaded, left fresh and unused).
 
     Raises:
       UserError: on such a leaf, on another shape, or on floats for integers.
@@ -108,9 +95,11 @@ def merge(
     if bad := _not_allowed(unused, allow_unused):
         raise UserError(f'{arrays.join_paths(bad)} would stay unused: the model has no such leaf')
     leaves = [_cast(path, old[path], x) if path in old else x for path, x in new.items()]
-    names = lambda paths: tuple(sorted('/'.join(path) for path in paths))
-    report = MergeReport(names(new.keys() & old.keys()), names(remaining), names(unused))
-    return jax.tree.unflatten(treedef, leaves), report
+    texts = [f'{len(new) - len(remaining)} leaves loaded']
+    for name, paths in (('fresh', remaining), ('unused', unused)):
+        names = ', '.join(sorted('/'.join(path) for path in paths))
+        texts.append(f'{len(paths)} {name}' + (f': {names}' if paths else ''))
+    return jax.tree.unflatten(treedef, leaves), '; '.join(texts)
 
 
 def _cast(

@@ -23,14 +23,9 @@ def plain(value: object, name: str = 'value') -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
-        out = {str(key): plain(item, f'{name}.{key}') for key, item in value.items()}
-        if len(out) < len(value):
-            raise TypeError(f'{name} has two keys that are the same in JSON')
-        return out
+        return {str(key): plain(item, f'{name}.{key}') for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f'{name}[{i}]') for i, item in enumerate(value)]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     if hasattr(value, 'tolist') and not isinstance(items := value.tolist(), type(value)):
         return plain(items, name)
     raise TypeError(f'{name} is a {type(value).__name__}, which JSON cannot hold')
@@ -81,8 +76,6 @@ def write_results(
     `best` is {'step', 'metric', 'value'} or None; `weights`, 'best' or 'last', tells which weights
     `final` scores. Raises ValueError if a score is neither a number nor a string.
     """
-    if weights not in ('best', 'last'):
-        raise ValueError(f"weights is 'best' or 'last', not {weights!r}")
     sections = {'best': best, 'weights': weights, 'final': final}
     out = plain({**sections, 'stages': stages, 'skipped': skipped}, 'results')
     for evaluator, scores in out['final'].items():

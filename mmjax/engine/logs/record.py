@@ -20,7 +20,6 @@ from mmjax.engine.logs.screen import Screen
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_RESERVED = ('step', 'stage', 'epoch')
 _REMOTE_SECONDS = 30.0  # an object store cannot append: the whole log is sent, at most this often
 
 
@@ -58,12 +57,10 @@ class Logs:
     def write(self, step: int, stage: str, epoch: float, values: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl; TensorBoard gets numbers as scalars, strings as text.
 
-        Raises ValueError if `values` names step, stage or epoch, or holds something else.
+        Raises ValueError if `values` holds something else.
         """
         if not self._enabled:
             return
-        if reserved := [name for name in _RESERVED if name in values]:
-            raise ValueError(f"'{reserved[0]}' is set by the log itself and cannot be a value")
         line = {'step': int(step), 'stage': stage, 'epoch': float(epoch), **values}
         line = files.plain(line, 'metrics.jsonl')
         if wrong := [name for name in line if not isinstance(line[name], int | float | str)]:
@@ -125,30 +122,10 @@ class Logs:
         if self._screen:
             self._screen.message(str(text))
 
-    def progress(
-        self,
-        *,
-        stage: str,
-        index: int,
-        stages: int,
-        epoch: float,
-        step: int,
-        steps: int,
-        loss: float,
-        rate: float,
-        examples_per_second: float,
-    ) -> None:
-        """Shows the position of the run: stage `index` (from 0) of `stages`, `step` of `steps`.
-
-        A terminal shows one live line. Elsewhere plain lines appear, at most one every five
-        seconds at first and one a minute in a long run. The time left follows the wall clock of
-        the last 64 calls in this stage, with evaluations and checkpoints.
-        """
+    def progress(self, **position: Any) -> None:
+        """Shows the position of the run, see `Screen.progress`."""
         if self._screen:
-            speed = examples_per_second
-            speed_text = f'{speed:,.0f}' if speed >= 100 else f'{speed:.3g}'
-            numbers = f'loss {loss:.4g}  rate {rate:.3g}  {speed_text} examples/s'
-            self._screen.progress(stage, index, stages, epoch, step, steps, numbers)
+            self._screen.progress(**position)
 
     def flush(self) -> None:
         """Sends the rest of a remote metrics.jsonl; call it before a checkpoint is saved."""

@@ -38,14 +38,23 @@ class Screen:
 
     def progress(
         self,
+        *,
         stage: str,
         index: int,
         stages: int,
         epoch: float,
         step: int,
         steps: int,
-        numbers: str,
+        loss: float,
+        rate: float,
+        examples_per_second: float,
     ) -> None:
+        """Shows the position of the run: stage `index` (from 0) of `stages`, `step` of `steps`.
+
+        A terminal shows one live line. Elsewhere plain lines appear, at most one every five
+        seconds at first and one a minute in a long run. The time left follows the wall clock of
+        the last 64 calls in this stage, with evaluations and checkpoints.
+        """
         now = time.monotonic()
         entered = (index, stage) != self._stage
         self._stage = (index, stage)
@@ -54,6 +63,10 @@ class Screen:
         self._points.append((now, step))  # of this stage
         left = f'{clock(self._seconds_left(steps - step))} left'
         head = f'{stage} {index + 1}/{stages}'
+        speed = (
+            f'{examples_per_second:{",.0f" if examples_per_second >= 100 else ".3g"}} examples/s'
+        )
+        numbers = f'loss {loss:.4g}  rate {rate:.3g}  {speed}'
         tail = f'epoch {epoch:.2f}  step {step}/{steps}  {numbers}  {left}'
         with self._guard():
             if self._console:

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 BINS = 150  # points per curve, over all stages; denser logs are averaged
 INK, MUTED = '#1d2733', '#66727f'
@@ -107,7 +107,7 @@ def chart(
     *,
     wide: bool = False,
     log: bool = False,
-    zero: str = '',
+    gaps: bool = False,
     best: tuple[int, float] | None = None,
 ) -> Chart:
     """Draws one chart.
@@ -118,55 +118,41 @@ def chart(
       stages: of the run.
       wide: whether it takes the whole width of the page.
       log: asks for a log axis, which is used if all values allow it and span a factor of 30.
-      zero: what the value 0 means, for curves that leave a log axis at 0.
+      gaps: whether a curve that is not positive may have gaps on a log axis.
       best: (step, value) of the point to mark.
     """
-    unused = [s.label for s in series if zero and not any(s.value)]
-    series = _merge([s for s in series if s.label not in unused])
     values = np.array([v for s in series for v in s.value if math.isfinite(v)])
     positive = values[values > 0]
     log = log and len(positive) > 0 and bool(positive.max() > 30 * positive.min())
-    log = log and (bool(zero) or len(positive) == len(values))
-    width, height, letters = (11.4, 2.6, 150) if wide else (5.6, 1.9, 68)
+    log = log and (gaps or len(positive) == len(values))
+    letters = 150 if wide else 68
     columns = max(1, letters // (7 + max((len(s.label) for s in series), default=0)))
-    rows = math.ceil(len(series) / columns) if len(series) > 1 else 0
-    total = height + 0.66 + 0.2 * rows
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # glyphs that only the reader's fonts have
-        figure = Figure(figsize=(width, total))
-        axis = figure.add_axes(
-            (0.6 / width, 1 - (0.24 + height) / total, 1 - 0.7 / width, height / total)
-        )
+        size = (11.4, 3.4) if wide else (5.6, 2.7)
+        figure = Figure(figsize=size, layout='constrained')
+        axis = figure.subplots()
         _draw_stages(axis, stages, letters)
-        averaged = [_draw_curve(axis, s, log, band=len(series) < 4) for s in series]
+        averaged = [_draw_curve(axis, s, band=len(series) < 4) for s in series]
         if log:
-            axis.set_yscale('log')
-            axis.set_ylim(bottom=max(positive.min() * 0.8, positive.max() * 1e-4))
-        elif len(values) and 0 <= values.min() < 0.35 * values.max():
-            axis.set_ylim(bottom=0)
-        elif len(values) and np.ptp(values) < (least := 0.02 * np.abs(values).max()):
-            middle = (values.min() + values.max()) / 2
-            axis.set_ylim(middle - least, middle + least)
+            axis.set_yscale('log', nonpositive='mask')
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:.3g}'))
+            axis.minorticks_off()
         if best:
-            _mark_best(axis, *best)
+            step, value = best
+            axis.plot(step, value, 'o', ms=10, mfc='none', mec=INK, mew=1.2, zorder=5)
+            axis.set_title(f'best {value:.4g}', loc='right', fontsize=8, fontweight='bold', pad=14)
         axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:,.0f}'))
         axis.set_xlabel('step', labelpad=1)
-        if log:
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:.3g}'))
-            axis.minorticks_off()
-        elif max(map(abs, axis.get_ylim())) >= 1e4:
-            axis.yaxis.set_major_formatter(EngFormatter(sep=''))
-        if rows:
-            axis.legend(loc='upper left', bbox_to_anchor=(0, -0.33 / height), ncols=columns)
+        if len(series) > 1:
+            figure.legend(loc='outside lower left', ncols=columns)
         buffer = io.StringIO()
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
     broken = sum(len(s.value) for s in series) - len(values)
     notes = {
         'log scale': log,
-        f'{zero} throughout: {", ".join(unused)}': unused,
         f'{broken} value{"s" * (broken > 1)} not finite (red marks)': broken,
-        f'gaps: {zero} or at 0': log and zero and len(positive) < len(values),
     }
     caption = '; '.join(words for words, applies in notes.items() if applies)
     # The reader's interface font has every script, matplotlib's own has not.
@@ -175,59 +161,20 @@ def chart(
     return Chart(title, caption, svg, wide, max(averaged, default=1))
 
 
-def _merge(series: Sequence[Series]) -> list[Series]:
-    """Puts equal curves, such as those of groups with one rate, under one label."""
-    equal: dict[tuple, list[Series]] = {}
-    for s in series:
-        equal.setdefault((tuple(s.step), tuple(s.value), s.dots), []).append(s)
-    join = lambda curves: ', '.join(s.label for s in curves)
-    return [dataclasses.replace(curves[0], label=join(curves)) for curves in equal.values()]
-
-
-def _draw_curve(axis: Axes, s: Series, log: bool, *, band: bool) -> int:
+def _draw_curve(axis: Axes, s: Series, *, band: bool) -> int:
     """Draws one curve, and red marks where it is not finite; returns the width of its bins."""
     parts, width = bins(s)
-    axis.plot([], [], color=s.colour, lw=1.6, marker='o' if s.dots else None, label=s.label)
-    for x, *curves in parts:
-        mean, low, high = (np.where(y > 0, y, np.nan) if log else y for y in curves)
+    label: str | None = s.label
+    for x, mean, low, high in parts:
         marker = 'o' if s.dots or len(x) < 3 else None
-        axis.plot(
-            x, mean, color=s.colour, lw=1.5 if band else 1.2, marker=marker, zorder=3 + s.dots
-        )
+        axis.plot(x, mean, color=s.colour, lw=1.4, marker=marker, zorder=3 + s.dots, label=label)
+        label = None  # one entry of the legend
         if width > 1 and band:
             axis.fill_between(x, low, high, color=s.colour, alpha=0.16, lw=0)
-    if s.dots and len(parts) > 1:  # a faint line connects the evaluations of all stages
-        x, y = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-        axis.plot(x, np.where(y > 0, y, np.nan) if log else y, color=s.colour, lw=0.8, alpha=0.5)
     broken = [x for x, y in zip(s.step, s.value, strict=True) if not math.isfinite(y)]
-    axis.plot(
-        broken,
-        [0.03] * len(broken),
-        'x',
-        color='#c81e1e',
-        ms=5,
-        mew=1.4,
-        clip_on=False,
-        zorder=6,
-        transform=axis.get_xaxis_transform(),
-    )
+    options: dict[str, Any] = {'color': '#c81e1e', 'ms': 5, 'mew': 1.4, 'clip_on': False}
+    axis.plot(broken, [0.03] * len(broken), 'x', transform=axis.get_xaxis_transform(), **options)
     return width
-
-
-def _mark_best(axis: Axes, step: int, value: float) -> None:
-    axis.plot(step, value, 'o', ms=10, mfc='none', mec=INK, mew=1.2, zorder=5)
-    x, y = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))
-    axis.annotate(
-        f'best {value:.4g}',
-        (step, value),
-        xytext=(0, -16 if y > 0.5 else 10),
-        textcoords='offset points',
-        ha='right' if x > 0.9 else 'left' if x < 0.1 else 'center',
-        fontweight='bold',
-        annotation_clip=False,
-        zorder=7,
-        bbox={'fc': 'white', 'ec': 'none', 'pad': 1.2, 'alpha': 0.85},
-    )
 
 
 def _draw_stages(axis: Axes, stages: Sequence[Span], letters: int) -> None:

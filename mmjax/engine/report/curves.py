@@ -85,22 +85,19 @@ def draw(
         if re.match('loss(/|$)', key):
             series = [train[key], *evaluations.pop(key.removeprefix('loss/'), [])]
             add('Losses', key, series, wide=key == 'loss', log=True)
-    other = [k for k in train if not re.match(r'(loss|lr|weight|count|grad_norm)(/|$)', k)]
+    other = [k for k in train if not re.match(r'(loss|lr|weight|grad_norm)(/|$)', k)]
     diagnostics = {key: [train[key], *evaluations.pop(key, [])] for key in other}
     for title, series in _by_stem(evaluations, len(colours) > 1).items():
         add('Scores', title, series)
-    add('Schedules', 'learning rate', family('lr'), log=True, zero='frozen')
+    add('Schedules', 'learning rate', family('lr'), log=True, gaps=True)
     add('Schedules', 'loss weight', family('weight'))
     norms = family('grad_norm', 1)
     if 'grad_norm' in train:
         total = dataclasses.replace(train['grad_norm'], label='all')
         norms = [total, *norms] if len(norms) > 1 else [total]
     add('Health', 'gradient norm', norms, log=True)
-    for key in sorted(diagnostics, key=lambda key: key not in _MACHINE):
-        add('Health' if key in _MACHINE else 'Diagnostics', key, diagnostics[key])
-    for key in train:
-        if key.startswith('count/'):
-            add('Diagnostics', key, [train[key]])
+    for key, series in diagnostics.items():
+        add('Health' if key in _MACHINE else 'Diagnostics', key, series)
     return dict(sections), constants
 
 

@@ -39,6 +39,11 @@ class RunFiles:
             self.faults.append(f'{name} could not be read: {error}')
             return {}
 
+    def verdict(self, value: object) -> tuple[str, str] | None:
+        """Returns kind and sentence of a word that the task declares as a verdict."""
+        verdicts = self.info.get('verdicts') or {}
+        return verdicts.get(value) if isinstance(value, str) else None
+
     def finite(self, key: str) -> list[float]:
         """Returns the finite values of `key` in metrics.jsonl."""
         values = [number(line.get(key)) for line in self.lines]

@@ -1,6 +1,7 @@
 """Builds the HTML of a report: one self-contained page of escaped text, tables and images."""
 
 import base64
+import functools
 import html
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -85,16 +86,9 @@ def element(name: str, *children: object, class_: str = '', **attributes: str) -
     return Markup(f'<{name}{words}>{join(children)}</{name}>')
 
 
-def heading(words: str) -> Markup:
-    return element('h2', words)
-
-
-def note(words: str) -> Markup:
-    return element('p', words, class_='note')
-
-
-def muted(*children: object) -> Markup:
-    return element('p', *children, class_='muted')
+heading = functools.partial(element, 'h2')
+note = functools.partial(element, 'p', class_='note')
+muted = functools.partial(element, 'p', class_='muted')
 
 
 def details(words: str, *children: object) -> Markup:

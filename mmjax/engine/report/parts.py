@@ -14,12 +14,6 @@ from mmjax.engine.report.files import RunFiles, number
 from mmjax.engine.report.page import Markup, element, heading, muted, note, show, table
 
 _LARGE = 3_000_000  # bytes of an image above which the page carries a reduced copy
-_VERDICTS = {
-    'healthy': 'good',
-    'collapsed': 'bad',
-    'page_collapsed': 'bad',
-    'weak_alignment': 'warn',
-}
 
 
 def header(run: RunFiles) -> Iterator[Markup]:
@@ -117,7 +111,7 @@ def scores(run: RunFiles) -> Iterator[Markup]:
         last = final.get(name, {})
         logged = [k.removeprefix(f'{name}/') for k in history if k.startswith(f'{name}/')]
         metrics = list(dict.fromkeys([*last, *logged]))
-        rows = [_score(m, last.get(m), history.get(f'{name}/{m}', [])) for m in metrics]
+        rows = [_score(run, m, last.get(m), history.get(f'{name}/{m}', [])) for m in metrics]
         marked = [i for i, m in enumerate(metrics) if f'{name}/{m}' == best.get('metric')]
         yield element('h3', name)
         head = ('metric', 'final', 'first evaluation', 'last evaluation', 'lowest', 'highest')
@@ -125,9 +119,14 @@ def scores(run: RunFiles) -> Iterator[Markup]:
         if marked:
             value = f'{show(best["value"])} at step {best["step"]:,}'
             yield muted(f'The marked metric picked the best weights: {value}.')
+        for value in last.values():
+            if verdict := run.verdict(value):
+                yield element('p', element('b', value), f': {verdict[1]}')
 
 
-def _score(metric: str, final: object, history: list[tuple[int, Any]]) -> tuple[object, ...]:
+def _score(
+    run: RunFiles, metric: str, final: object, history: list[tuple[int, Any]]
+) -> tuple[object, ...]:
     numbers = [(x, step) for step, value in history if (x := number(value)) is not None and x == x]
     ends: list[str | None] = [None, None]
     if len(numbers) > 1:
@@ -135,14 +134,13 @@ def _score(metric: str, final: object, history: list[tuple[int, Any]]) -> tuple[
         step = ' (step {:,})' if low[0] < high[0] else ''
         ends = [show(value) + step.format(at) for value, at in (low, high)]
     first, last = (history[i][1] if history else None for i in (0, -1))
-    return (metric, *map(_badge, (final, first, last)), *ends)
+    return (metric, *(_badge(run, value) for value in (final, first, last)), *ends)
 
 
-def _badge(value: object) -> object:
+def _badge(run: RunFiles, value: object) -> object:
     """Colours a verdict."""
-    if not isinstance(value, str) or value not in _VERDICTS:
-        return value
-    return element('span', value, class_=f'badge {_VERDICTS[value]}')
+    verdict = run.verdict(value)
+    return element('span', value, class_=f'badge {verdict[0]}') if verdict else value
 
 
 def charts(run: RunFiles) -> Iterator[Markup]:

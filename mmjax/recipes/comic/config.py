@@ -31,7 +31,7 @@ class Data(config.Data):
     vocabulary: int = field(2048, 'of the tokenizer trained on the texts', least=300)
     hidden_tokens: float = field(0.0, 'fraction of tokens hidden in training', least=0, most=1)
     hidden_texts: float = field(0.0, 'fraction of texts hidden in training', least=0, most=1)
-    hidden_places: float = field(
+    hidden_compositions: float = field(
         0.0, 'fraction of compositions hidden in training', least=0, most=1
     )
     use_composition: bool = field(True, 'give the model the place of a panel')

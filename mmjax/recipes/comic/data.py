@@ -123,7 +123,7 @@ class ComicPages(prepare.PreparedDataset):
         augmentation: images.Augmentation | None = _AUGMENTATION,
         hidden_tokens: float = 0.0,
         hidden_texts: float = 0.0,
-        hidden_places: float = 0.0,
+        hidden_compositions: float = 0.0,
         cache_bytes: int = 256 << 20,
     ):
         """Opens a split.
@@ -135,8 +135,8 @@ class ComicPages(prepare.PreparedDataset):
           buckets: panels a batch may be padded to, for the samplers; none: max_panels.
           use_composition: False leaves the composition out (zeros, modality absent): an ablation.
           augmentation: applied when training; None for none.
-          hidden_tokens, hidden_texts, hidden_places: fraction of the tokens, of the panels' whole
-            texts and of their compositions that are hidden at random in training.
+          hidden_tokens, hidden_texts, hidden_compositions: fraction of the tokens, of the panels'
+            whole texts and of their compositions that are hidden at random in training.
           cache_bytes: memory, in each process, for decoded pages, so that a small set is decoded
             only in the first epoch; 0 for none.
         """
@@ -151,7 +151,7 @@ class ComicPages(prepare.PreparedDataset):
         self.augmentation = augmentation
         self.hidden_tokens = hidden_tokens
         self.hidden_texts = hidden_texts
-        self.hidden_places = hidden_places
+        self.hidden_compositions = hidden_compositions
         self._cache = images.ImageCache(cache_bytes)
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> 'ComicPages':
@@ -233,7 +233,7 @@ class ComicPages(prepare.PreparedDataset):
         panels = np.arange(limit) < n
         has_composition = panels & self.use_composition
         if train:
-            has_composition &= rng.random(limit) >= self.hidden_places
+            has_composition &= rng.random(limit) >= self.hidden_compositions
         composition *= has_composition[:, None]
         return {
             'images': pixels,

@@ -17,6 +17,19 @@ from mmjax.recipes.comic.data import MODALITIES
 # (alone [rows, 3, D], present bool [rows, 3]) → fused [rows, D]
 Fuse = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
+# Of the collapse verdict and the modality verdict, for the report.
+VERDICTS = {
+    'healthy': ('good', 'Panels of a page differ, and images find the text of their panel.'),
+    'weak_alignment': ('warn', 'Images find the text of their panel no better than by chance.'),
+    'page_collapsed': ('bad', 'The panels of a page have nearly the same embedding.'),
+    'collapsed': ('bad', 'All panels have nearly the same embedding.'),
+    modalities.BALANCED: ('good', 'Another image, text or place moves the fused embedding.'),
+    **{
+        f'ignores_{name}': ('bad', f'Another {word} hardly moves the fused embedding.')
+        for name, word in zip(MODALITIES, ('image', 'text', 'place'), strict=True)
+    },
+}
+
 
 class PageScores(Evaluator):
     """Scores a split as one batch: contrastive losses, retrieval, collapse.

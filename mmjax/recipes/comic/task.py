@@ -24,7 +24,7 @@ from mmjax.pretrained import siglip as siglip_weights
 from mmjax.recipes.comic import data as comic
 from mmjax.recipes.comic.config import BACKBONES, Config
 from mmjax.recipes.comic.model import EVALUATION, TOWERS, ComicModel
-from mmjax.recipes.comic.scores import PageScores
+from mmjax.recipes.comic.scores import VERDICTS, PageScores
 
 MODULES = {'siglip': ViT, 'resnet': ResNet, 'bert': Bert}
 FAMILIES = {'siglip': siglip_weights, 'resnet': resnet_weights, 'bert': bert_weights}
@@ -43,6 +43,7 @@ class ComicTask(Task):
     """
 
     Config = Config
+    verdicts = VERDICTS
 
     def __init__(self, config: Config, assets: epath.Path | None = None):
         self.splits, self.tokenizer = _pages(config, assets)
@@ -255,7 +256,7 @@ def _pages(config: Config, assets: epath.Path | None):
         wait=jax.process_index() > 0,
     )
     names = ('image_size', 'max_tokens', 'buckets', 'use_composition')
-    names += ('hidden_tokens', 'hidden_texts', 'hidden_places')
+    names += ('hidden_tokens', 'hidden_texts', 'hidden_compositions')
     options = {name: getattr(spec, name) for name in names}
     options['augmentation'] = spec.augmentation
     splits = {name: comic.ComicPages(prepared, name, **options) for name in ('train', 'val')}

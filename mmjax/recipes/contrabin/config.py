@@ -30,6 +30,12 @@ class Compile:
     time_limit: float = field(20.0, 'seconds for one run of the compiler', least=0.1)
     workers: int = field(2, 'files compiled at a time; changes no row', least=1)
 
+    def check(self, where: str) -> None:
+        if self.val + self.test >= 1:
+            raise UserError(
+                f'{where}.val={self.val:g} and {where}.test={self.test:g} leave none to train on'
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class BuiltIn:

@@ -44,10 +44,8 @@ def prepare_code(
       options: of `prepare.prepare`.
 
     Raises:
-      UserError: a split without a file, too many faults of rows, or other `registers`.
+      UserError: a split without a file, or too many faults of rows.
     """
-    if registers not in ('keep', 'class'):
-        raise UserError(f"data.compile.registers '{registers}' is not keep or class")
     if root is None:
         from mmjax.recipes.contrabin.synthetic import catalogue
 
@@ -129,6 +127,8 @@ def as_read(text: str, content: str) -> str:
 class CodeFunctions(prepare.PreparedDataset):
     """One prepared split; a row is one binary of one function, with its source and comment.
 
+    `example` and `packed_lengths` need the tokenizers of `with_tokens`.
+
     index: identity (int64, equal if the source is), level (int8, position in LEVELS or −1), label
     and comment_id (int64, hashes of the label and the comment; 0 for none), path (int64, a hash of
     the file; of the function itself if its file is unknown).
@@ -141,8 +141,6 @@ class CodeFunctions(prepare.PreparedDataset):
             key: np.unique(self.index[key], return_inverse=True)[1].astype(np.int32)
             for key in ('identity', 'comment_id')
         }
-        self._tokenizers: dict[str, Tokenizer] = {}
-        self._lengths: dict[str, int] = {}
 
     def with_tokens(
         self, tokenizers: Mapping[str, Tokenizer], lengths: Mapping[str, int]
@@ -187,8 +185,6 @@ class CodeFunctions(prepare.PreparedDataset):
           `<text>` int32 [length] and `<text>_mask` bool [length] for each text of TEXTS;
           has_comment bool; identity and comment_id int32, equal if those of the index are.
         """
-        if not self._tokenizers:
-            raise ValueError('CodeFunctions has no tokenizers yet: see with_tokens')
         record = self.record(row)
         example = {}
         for text in TEXTS:

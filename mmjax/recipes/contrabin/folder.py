@@ -1,4 +1,4 @@
-"""Reads and writes rows of (source, comment, binary), one JSON object a line. Free of jax.
+"""Reads rows of (source, comment, binary), one JSON object a line. Free of jax.
 
     {"source": str, "binary": str, "comment": str,
      "metadata": {"path", "label", "compiler", "opt_level", "language", "name": all str}}
@@ -7,15 +7,13 @@ label: the algorithm, '' if unknown; opt_level: O0, O1, O2 or O3, or '-O2' and s
 be ''. Other keys are ignored.
 """
 
-import contextlib
 import gzip
-import json
 import os
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mmjax.data.faults import FaultReport
 from mmjax.data.tables import parse_json
@@ -51,51 +49,6 @@ def read(path: str | os.PathLike, report: FaultReport) -> Iterator[dict[str, Any
             report.fault(error, number)
         else:
             yield {**row, 'line': number}
-
-
-class Writer:
-    """Writes SPLIT.jsonl.gz of several splits and report.json to a folder: all of them, or none.
-
-    Files have temporary names until `finish`; leaving the block without it removes them. The same
-    rows make the same bytes.
-    """
-
-    def __init__(self, folder: pathlib.Path, splits: Sequence[str]):
-        self._folder = folder
-        self._names = [*(f'{split}.jsonl.gz' for split in splits), 'report.json']
-        self._files: dict[str, IO[bytes]] = {}
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> 'Writer':
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for name in self._names[:-1]:
-                raw = self._stack.enter_context(self._temporary(name).open('wb'))
-                file = gzip.GzipFile(filename='', mode='wb', fileobj=raw, mtime=0)
-                self._files[name] = self._stack.enter_context(file)
-        except OSError as error:
-            self.__exit__()
-            raise UserError(f'{self._folder} cannot be written to: {error}') from error
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
-        for name in self._names:
-            with contextlib.suppress(OSError):  # the folder may not exist
-                self._temporary(name).unlink()
-
-    def write(self, split: str, row: Mapping[str, Any]) -> None:
-        self._files[f'{split}.jsonl.gz'].write(json.dumps(row).encode() + b'\n')
-
-    def finish(self, report: Mapping[str, Any]) -> None:
-        """Gives the files their names, report.json last."""
-        self._stack.close()
-        self._temporary('report.json').write_text(json.dumps(report, indent=1) + '\n')
-        for name in self._names:
-            os.replace(self._temporary(name), self._folder / name)
-
-    def _temporary(self, name: str) -> pathlib.Path:
-        return self._folder / f'.{name}.{os.getpid()}.tmp'
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:

@@ -96,8 +96,6 @@ class ContraBin(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        if self.anchor is self.binary:
-            raise ValueError('ContraBin needs two encoders, but anchor and binary are one module')
         head = lambda: Projection(self.features, self.head, self.dropout, self.dtype)
         self.source_head = head()
         self.comment_head = head()

@@ -1,7 +1,8 @@
 """Scores of the ContraBin recipe: retrieval in pools, across optimisation levels, a probe."""
 
+import collections
 import functools
-from collections import Counter
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -13,14 +14,6 @@ from mmjax.evals import gallery
 from mmjax.evals.probe import linear_probe
 from mmjax.recipes.contrabin.data import LEVELS, TEXTS, CodeFunctions, sample
 
-PAIRS = (
-    ('source', 'binary'),
-    ('comment', 'binary'),
-    ('source', 'comment'),
-    ('binary', 'source'),
-    ('binary', 'comment'),
-    ('comment', 'source'),
-)
 PROBE_ROWS = 2000  # training functions that a probe learns from
 SIMILARITY_ROWS = 64  # functions drawn
 PROJECTION_ROWS = 600
@@ -47,7 +40,7 @@ class CodeScores(Evaluator):
       normalize: whether embeddings are used with length 1.
     """
 
-    methods = ('embed_binary', 'interpolation_weights')
+    methods = ('embed_binary',)
 
     def __init__(
         self,
@@ -78,23 +71,26 @@ class CodeScores(Evaluator):
             outputs = {text: _unit(x) for text, x in outputs.items()}
         has = results.batch['has_comment']
         rows, size = len(self.dataset), self.pools.shape[1]
-        metrics = {'functions': rows, 'pool': size, 'left_out': rows - self.pools.size}
-        metrics |= {'r1_chance': 1 / size, 'r10_chance': min(10 / size, 1.0)}
-        metrics |= self._full
-        metrics['final_loss'] = sum(w * results.losses[name] for name, w in self.weights.items())
-        metrics |= _commented(has, self.pools)
-        for a, b in PAIRS:
+        metrics = {
+            'functions': rows,
+            'pool': size,
+            'left_out': rows - self.pools.size,
+            'r1_chance': 1 / size,
+            'r10_chance': min(10 / size, 1.0),
+            'final_loss': sum(w * results.losses[name] for name, w in self.weights.items()),
+            **self._full,
+            **_commented(has, self.pools),
+        }
+        for a, b in itertools.permutations(TEXTS, 2):
             metrics |= _pair(outputs, a, b, has, self.pools)
         metrics |= self._levels(predict)
         metrics |= self._probe(predict, outputs['binary'])
         figures = {}
         if final:
             labels = [self.dataset.record(row)['label'] for row in range(rows)]
-            weights, _ = gather(predict, self.methods[1], self.dataset, self.batch_size)
             figures = {
                 'similarity': similarity(outputs, self.pools[0], has),
                 'projection': projection(outputs, has, labels),
-                'interpolation': histogram(weights, has),
             }
         return Scores(metrics, figures)
 
@@ -103,8 +99,7 @@ class CodeScores(Evaluator):
         """Returns the fraction of each text whose last token is real."""
         rng = np.random.default_rng(0)
         examples = (self.dataset.example(row, rng, False) for row in range(len(self.dataset)))
-        last = [[example[f'{text}_mask'][-1] for text in TEXTS] for example in examples]
-        means = np.mean(last, axis=0)
+        means = np.mean([[one[f'{text}_mask'][-1] for text in TEXTS] for one in examples], axis=0)
         return {f'{text}_full': float(mean) for text, mean in zip(TEXTS, means, strict=True)}
 
     def _levels(self, predict) -> dict[str, float]:
@@ -116,22 +111,18 @@ class CodeScores(Evaluator):
             return {}
         data = self.functions.subset(rows)
         embeddings, _ = gather(predict, 'embed_binary', data, self.batch_size)
-        identity, level = data.index['identity'], data.index['level']
-        members = _by_pool_and_level(identity, level, dealt)
-        metrics = {}
-        for a in np.unique(level):
-            for b in np.unique(level):
-                maps = []
-                for by_level in members if a != b else ():
-                    q, g = by_level[a], by_level[b]
-                    if np.isin(identity[q], identity[g]).any():
-                        scores = gallery.rank(
-                            embeddings[q], embeddings[g], identity[q], identity[g]
-                        )
-                        maps.append(scores.map)
-                if maps:
-                    name = f'binary_{LEVELS[a].lower()}_{LEVELS[b].lower()}_map'
-                    metrics[name] = float(np.mean(maps))
+        identity = data.index['identity']
+        level = data.index['level']
+        maps = collections.defaultdict(list)
+        for pool in dealt:
+            here = np.isin(identity, pool)
+            for a, b in itertools.permutations(np.unique(level), 2):
+                q = here & (level == a)
+                g = here & (level == b)
+                if np.isin(identity[q], identity[g]).any():
+                    scores = gallery.rank(embeddings[q], embeddings[g], identity[q], identity[g])
+                    maps[f'binary_{LEVELS[a]}_{LEVELS[b]}_map'.lower()].append(scores.map)
+        metrics = {name: float(np.mean(values)) for name, values in maps.items()}
         if metrics:
             metrics['binary_levels_map'] = float(np.mean(list(metrics.values())))
         return metrics
@@ -147,18 +138,10 @@ class CodeScores(Evaluator):
             return {}
         embeddings, _ = gather(predict, 'embed_binary', data, self.batch_size)
         scored = labels != 0
-        probe = linear_probe(embeddings, data.index['label'], binaries[scored], labels[scored])
-        return {'probe_accuracy': probe.accuracy, 'probe_majority': probe.majority}
-
-
-def _by_pool_and_level(identity, level, dealt) -> list[list[np.ndarray]]:
-    """Returns [pool][level] → rows; dealt [pools, functions] are the identities of each pool."""
-    order = np.argsort(dealt, axis=None)
-    pool = order[np.searchsorted(dealt.ravel(), identity, sorter=order)] // dealt.shape[1]
-    position = pool * len(LEVELS) + level
-    ends = np.cumsum(np.bincount(position, minlength=len(dealt) * len(LEVELS)))
-    parts = np.split(np.argsort(position, kind='stable'), ends[:-1])
-    return [parts[start : start + len(LEVELS)] for start in range(0, len(parts), len(LEVELS))]
+        accuracy, majority = linear_probe(
+            embeddings, data.index['label'], binaries[scored], labels[scored]
+        )
+        return {'probe_accuracy': accuracy, 'probe_majority': majority}
 
 
 def _commented(has, pools) -> dict[str, float]:
@@ -241,25 +224,13 @@ def projection(outputs: Mapping[str, np.ndarray], has: np.ndarray, labels: Seque
     left.legend(fontsize=7)
     labels = np.array(labels[:PROJECTION_ROWS])
     palette = matplotlib.colormaps['tab20'].colors
-    counts = Counter(label for label in labels.tolist() if label)
+    counts = collections.Counter(filter(None, labels.tolist()))
     known = sorted(label for label, _ in counts.most_common(len(palette)))
-    other = ~np.isin(labels, known)
-    if other.any():
-        right.scatter(*points['binary'][other].T, s=6, color=GREY, label='none or others')
-    for label, colour in zip(known, palette, strict=False):
-        right.scatter(*points['binary'][labels == label].T, s=6, color=[colour], label=label)
+    groups = [('none or others', GREY, ~np.isin(labels, known))]
+    groups += [(one, colour, labels == one) for one, colour in zip(known, palette, strict=False)]
+    for label, colour, rows in groups:
+        if rows.any():
+            right.scatter(*points['binary'][rows].T, s=6, color=[colour], label=label)
     if known:
         right.legend(fontsize=6, loc='upper left', bbox_to_anchor=(1, 1))
-    return figure
-
-
-def histogram(weights: Mapping[str, np.ndarray], has: np.ndarray) -> Figure:
-    """Draws how often λ, float [functions] by kind of interpolation, has which value."""
-    figure = Figure(figsize=(6, 3), layout='constrained')
-    figure.set_label('Weight of the source in the interpolation with its comment, by function.')
-    axis = figure.subplots()
-    for kind, values in weights.items():
-        axis.hist(values[has], bins=np.linspace(0, 1, 51), alpha=0.6, label=kind)
-    axis.set(xlabel='λ', ylabel='functions')
-    axis.legend()
     return figure

@@ -26,7 +26,7 @@ from mmjax.pretrained import bert as bert_weights
 from mmjax.pretrained import files
 from mmjax.recipes.contrabin import data as code
 from mmjax.recipes.contrabin.config import Config
-from mmjax.recipes.contrabin.model import ENCODERS, KINDS, TOWERS, build
+from mmjax.recipes.contrabin.model import ENCODERS, TOWERS, build
 from mmjax.recipes.contrabin.scores import CodeScores
 
 PRIMARY = ('source_binary', 'comment_binary')  # losses that every stage of the curriculum has
@@ -65,13 +65,10 @@ class ContraBinTask(Task):
         pack = config.model.pack and jax.device_count() == 1
         rows = config.batch_size // config.accumulation
         self.packed_lengths = self.splits['train'].packed_lengths(rows) if pack else {}
-        self.pretrained_folders = dataclasses.asdict(config.model.pretrained)
         self.model = build(config, {text: t.size for text, t in self.tokenizers.items()})
-        self.losses = config.losses
+        self.config = config
         final = stages.final_weights(config)
         self.weights = {name: weight for name, weight in final.items() if name in PRIMARY}
-        self.batch_size = config.batch_size
-        self.pool = config.evaluate_pool
 
     def dataset(self, split):
         return self.splits[split]
@@ -99,11 +96,11 @@ class ContraBinTask(Task):
 
     def pretrained(self, variables):
         params = dict(variables['params'])
-        folders = {side: folder for side, folder in self.pretrained_folders.items() if folder}
-        for side, folder in folders.items():
-            loaded, _ = bert_weights.load(folder)
-            params[side] = files.graft(params[side], loaded, folder)
-        return {**variables, 'params': params} if folders else variables
+        for side, folder in dataclasses.asdict(self.config.model.pretrained).items():
+            if folder:
+                loaded, _ = bert_weights.load(folder)
+                params[side] = files.graft(params[side], loaded, folder)
+        return {**variables, 'params': params}
 
     def forward(self, variables, batch, stage, *, train, key):
         losses = set(stage.losses)
@@ -151,11 +148,12 @@ class ContraBinTask(Task):
         mask = batch['mask']
         both = mask & batch['has_comment']
         comment_id = batch['comment_id']
-        options = {'temperature': self.losses.temperature, 'chunk': self.losses.chunk}
+        losses = self.config.losses
+        options = {'temperature': losses.temperature, 'chunk': losses.chunk}
         primary = functools.partial(
             interpolation.primary,
-            softness=self.losses.softness,
-            normalize=self.losses.normalize,
+            softness=losses.softness,
+            normalize=losses.normalize,
             **options,
         )
         # Functions of one comment are no wrong answers to it; of one source there is one per batch.
@@ -188,21 +186,20 @@ class ContraBinTask(Task):
         They have length 1 where the losses normalize.
         """
         x = self._embed(variables, batch, EVALUATION, None, text)
-        if self.losses.normalize:
+        if self.config.losses.normalize:
             x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
         return x
 
-    def interpolation_weights(self, variables, batch):
-        """Returns λ of each row in both interpolations, mean of its coordinates: float [batch]."""
-        pair = [self._embed(variables, batch, EVALUATION, None, t) for t in ('source', 'comment')]
-        apply = lambda kind: self._apply(variables, None, 'interpolated', *pair, kind, False)
-        return {kind: apply(kind)[1].mean(-1) for kind in KINDS}
-
     def evaluators(self):
         train = self.splits['train']
-        normalize = self.losses.normalize
+        options = (
+            self.weights,
+            self.config.batch_size,
+            self.config.evaluate_pool,
+            self.config.losses.normalize,
+        )
         return {
-            name: CodeScores(functions, train, self.weights, self.batch_size, self.pool, normalize)
+            name: CodeScores(functions, train, *options)
             for name, functions in self.splits.items()
             if name != 'train'
         }
@@ -220,16 +217,16 @@ class ContraBinTask(Task):
         split = self.splits.get('test', self.splits['val'])
         functions = split.subset(split.one_each())
         other = 'source' if kind == 'binary' else 'binary'
-        embeddings, _ = gather(predict, 'encode', functions, self.batch_size)
+        embeddings, _ = gather(predict, 'encode', functions, self.config.batch_size)
         (cosines,), (rows,) = gallery.search(query, embeddings[other], 10)
-        lines = [f'nearest to this {kind}, by {other}, in split {split.split}:']
         nearest = []
-        for rank, (row, cosine) in enumerate(zip(rows, cosines, strict=True), start=1):
-            record = functions.record(int(row))
-            entry = {name: record[name] for name in ('name', 'path', 'comment')}
-            nearest.append({**entry, 'cosine': float(cosine)})
+        lines = [f'nearest to this {kind}, by {other}, in split {split.split}:']
+        for row, cosine in zip(rows.tolist(), cosines.tolist(), strict=True):
+            record = functions.record(row)
+            nearest.append({key: record[key] for key in ('name', 'path', 'comment')})
+            nearest[-1]['cosine'] = cosine
             comment = ' '.join(record['comment'].split())
-            lines.append(f'{rank:2d}  {cosine:.3f}  {record["name"]}  {comment:.70}')
+            lines.append(f'{len(nearest):2d}  {cosine:.3f}  {record["name"]}  {comment:.70}')
         write_prediction(output, 'nearest', {'query': inputs, 'nearest': nearest})
         return '\n'.join(lines)
 
@@ -239,7 +236,7 @@ class ContraBinTask(Task):
         keys = ('opt_level', 'name', 'path', 'label')
         with EmbeddingWriter(output, sum(map(len, self.splits.values()))) as writer:
             for name, split in self.splits.items():
-                outputs, _ = gather(predict, 'encode', split, self.batch_size)
+                outputs, _ = gather(predict, 'encode', split, self.config.batch_size)
                 records = map(split.record, range(len(split)))
                 entries = [{'split': name, **{k: record[k] for k in keys}} for record in records]
                 writer.add(outputs['binary'], entries)
@@ -254,10 +251,7 @@ class ContraBinTask(Task):
         if not self.compiled:
             return ''
         folder, table = self.compiled
-        output.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.iterdir()):
-            if not path.name.startswith('.'):  # left by a preparation that was killed
-                shutil.copy(path, output / path.name)
+        shutil.copytree(folder, output, dirs_exist_ok=True)
         return f'{table}\n\nwritten: {output}'
 
 
@@ -275,13 +269,12 @@ def _lambda_statistics(means, variances, mask):
 
 def _read_query(inputs: str) -> tuple[str, str]:
     """Returns (which of source, comment and binary, the text) of `--input`."""
-    path = pathlib.Path(inputs)
-    suffix = path.suffix.lower()
+    suffix = pathlib.Path(inputs).suffix.lower()
     kind = SUFFIXES.get(suffix, 'comment')
     text = inputs
     if os.path.isfile(inputs):  # Path.is_file raises where a sentence is too long for a name
         try:
-            text = path.read_text('utf-8', errors='replace')
+            text = pathlib.Path(inputs).read_text('utf-8', errors='replace')
         except OSError as error:
             raise UserError(f'{inputs} cannot be read: {error.strerror}') from error
     elif any(map(str.isspace, inputs)):
@@ -312,11 +305,10 @@ def open_splits(
     available = code.SPLITS
     if spec.c_files:
         from mmjax.recipes.contrabin.c_projects import prepare as c_projects
-        from mmjax.recipes.contrabin.c_projects.compiled import compile_once
 
         options = {'seed': spec.seed, 'wait': wait, **dataclasses.asdict(spec.compile)}
         progress = progress_lines('compiling', 'files')
-        root, report = compile_once(spec.c_files, cache, progress=progress, **options)
+        root, report = c_projects.compile_once(spec.c_files, cache, progress=progress, **options)
         compiled = root, c_projects.table(report)
         available = report['rows']
         for name in ('train', 'val'):
@@ -370,8 +362,8 @@ def choose_tokenizers(
     make = functools.partial(tokenizers.train_tokenizer, lower_case=False)
     if 'anchor' not in chosen:
         rows = train.one_each()
-        rows = rows[code.sample(len(rows), TOKENIZER_ROWS, spec.seed)]
-        pairs = ((text, train.record(row)) for row in rows for text in ('source', 'comment'))
+        drawn = rows[code.sample(len(rows), TOKENIZER_ROWS, spec.seed)]
+        pairs = ((text, train.record(row)) for row in drawn for text in ('source', 'comment'))
         texts = (code.as_read(text, record[text]) for text, record in pairs)
         chosen['anchor'] = make(texts, spec.vocabulary)
     if 'binary' not in chosen:

@@ -63,20 +63,18 @@ def prepare_receipts(
         from mmjax.recipes.receipts.synthetic import pictures
 
         sizes = pictures.catalogue(synthetic_sizes or {}, splits)
-        kind = 'synthetic'
         code = prepare.source_digest(*GENERATOR)
         settings = [seed, sorted(sizes.items()), synthetic_side, synthetic_most, code]
         drawn = {'sizes': sizes, 'side': synthetic_side, 'most': synthetic_most}
         records = functools.partial(pictures.records, seed=seed, **drawn)
     else:
         folder = receipts_folder.open_folder(root, splits)
-        kind = 'folder'
         settings = [folder.digest]
         root = folder.root.absolute()
         records = functools.partial(folder.records, max_pixels=max_pixels)
     prepared = prepare.prepare_cached(
         cache_dir,
-        f'receipts_{kind}',
+        f'receipts_{"folder" if root else "synthetic"}',
         [*settings, max_pixels],
         version=VERSION,
         splits={split: functools.partial(records, split) for split in splits},
@@ -162,8 +160,6 @@ class ReceiptQuestions(prepare.PreparedDataset):
           augmentation: applied when training; None for none.
           cache_bytes: memory, in each process, for decoded images; 0 for none.
         """
-        if classes < 2:
-            raise UserError(f'data.classes is {classes}, less than 2')
         if not buckets or min(buckets) < 2:
             raise UserError(f'data.buckets is {tuple(buckets)}: lengths from 2 are needed')
         super().__init__(prepared, split)

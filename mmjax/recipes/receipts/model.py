@@ -17,12 +17,11 @@ from mmjax.models.internvit import InternViT, shuffle_pixels
 PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(layers.Layer):
     """Attention of question tokens to image tokens."""
 
     heads: int = 8
     dropout: float = 0.1
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -49,13 +48,12 @@ class CrossAttention(nn.Module):
         return project('out', values.reshape(question.shape)), weights
 
 
-class Classifier(nn.Module):
+class Classifier(layers.Layer):
     """Linear, BatchNorm, GELU, dropout, twice, and a linear layer to the classes."""
 
     classes: int = 3
     widths: tuple[int, ...] = (512, 256)
     dropouts: tuple[float, ...] = (0.2, 0.1)
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
@@ -67,7 +65,7 @@ class Classifier(nn.Module):
         return layers.Dense(self.classes, name='out')(x.astype(jnp.float32))
 
 
-class ReceiptsModel(nn.Module):
+class ReceiptsModel(layers.Layer):
     """Vision tower, projector, decoder, cross-attention and classification head.
 
     Parameters: `vision`, `projector_norm`, `projector_up`, `projector_down`, `language`,
@@ -80,14 +78,15 @@ class ReceiptsModel(nn.Module):
     shuffle: int = 2
     cross_heads: int = 8
     cross_dropout: float = 0.1
-    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         width = self.language.width
         self.projector_norm = nn.LayerNorm(dtype=self.dtype)
         self.projector_up = layers.Dense(width, dtype=self.dtype)
         self.projector_down = layers.Dense(width, dtype=self.dtype)
-        self.cross_attention = CrossAttention(self.cross_heads, self.cross_dropout, self.dtype)
+        self.cross_attention = CrossAttention(
+            self.cross_heads, self.cross_dropout, dtype=self.dtype
+        )
         self.classifier = Classifier(self.classes, dtype=self.dtype)
 
     def __call__(

@@ -36,21 +36,16 @@ class ReceiptScores(Evaluator):
         rows = results.batch['row']
         _, first = np.unique(data.index['picture'][rows], return_index=True)
         labels = data.index['label'][rows][first]
-        counted = classification.score(labels, results.outputs['predicted'][first], data.classes)
-        decoding = self.task.decode.final if final else self.task.decode.running
+        predicted = results.outputs['predicted'][first]
+        counted, confusion = classification.score(labels, predicted, data.classes)
+        decoding = self.task.config.decode.final if final else self.task.config.decode.running
         method = 'answer_final' if final else 'answer_running'
         (tokens, lengths), batch = gather(predict, method, data, self.batch_size, ('row',))
         decode = self.task.tokenizer.decode
         texts = [decode(ids[:n]).strip() for ids, n in zip(tokens, lengths, strict=True)]
         records = [data.record(int(row)) for row in batch['row']]
         metrics = {
-            'accuracy': counted.accuracy,
-            'accuracy_low': counted.low,
-            'accuracy_high': counted.high,
-            'precision': counted.precision,
-            'recall': counted.recall,
-            'f1': counted.f1,
-            'majority': counted.majority,
+            **counted,
             'pictures': len(first),
             'questions': len(rows),
             'texts_cut': data.texts_cut,
@@ -63,7 +58,7 @@ class ReceiptScores(Evaluator):
         figures = {}
         if final:
             names = class_names(data.classes)
-            figures = {'confusion': classification.figure(counted.confusion, names)}
+            figures = {'confusion': classification.figure(confusion, names)}
             figures |= self._examples(predict, texts, batch['row'])
         return Scores(metrics, figures)
 

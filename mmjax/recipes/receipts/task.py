@@ -51,23 +51,18 @@ class ReceiptsTask(Task):
     def __init__(self, config: Config, assets: epath.Path | None = None):
         if config.model.attention == 'cudnn' and jax.default_backend() != 'gpu':
             raise UserError(f"model.attention='cudnn' needs a GPU, not {jax.default_backend()}")
+        self.config = config
         self.splits, self.tokenizer = _splits(config, assets)
         self.model = _model(config, self.tokenizer.size)
-        self.folder = config.model.pretrained.language
-        self.thaw_blocks = config.model.thaw_blocks
         self.opening_id = self.splits['train'].closing_id  # as in GPT-2, it opens a text too
         self.max_tokens = self.splits['train'].lengths[-1]
-        self.decode = config.decode
-        self.batch_size = config.batch_size
-        self.seed = config.seed
-        self.smoothing = config.losses.smoothing
 
     def dataset(self, split):
         return self.splits[split]
 
     def rules(self):
         depth = self.model.vision.depth
-        top = '|'.join(map(str, range(depth - self.thaw_blocks, depth)))
+        top = '|'.join(map(str, range(depth - self.config.model.thaw_blocks, depth)))
         return (
             ('vision_top', f'vision/block_({top})/.*'),
             ('vision', 'vision/.*'),
@@ -85,11 +80,12 @@ class ReceiptsTask(Task):
         return self.model.init({'params': key, 'dropout': key}, *(batch[name] for name in names))
 
     def pretrained(self, variables):
-        if not self.folder:
+        source = self.config.model.pretrained.language
+        if not source:
             return variables
-        loaded, _ = decoder_weights.load(self.folder)
+        loaded, _ = decoder_weights.load(source)
         params = dict(variables['params'])
-        params['language'] = files.graft(params['language'], loaded, self.folder)
+        params['language'] = files.graft(params['language'], loaded, source)
         return {**variables, 'params': params}
 
     def forward(self, variables, batch, stage, *, train, key):
@@ -114,7 +110,7 @@ class ReceiptsTask(Task):
         tokens = language.shift_right(*answer, self.opening_id)
         logits = apply(prefix, prefix_mask, *tokens, train=train['language'], method='answer')
         sums, counts, correct = language.token_rows(logits, *answer)
-        smoothing = 0.0 if key is None else self.smoothing
+        smoothing = 0.0 if key is None else self.config.losses.smoothing
         outputs = {
             'classification': classification.cross_entropy_rows(
                 scores, batch['label'], smoothing=smoothing
@@ -152,11 +148,11 @@ class ReceiptsTask(Task):
 
     def answer_running(self, variables, batch):
         """Answers by `decode.running`: (int32 tokens [batch, max_tokens], lengths [batch])."""
-        return self._generate(variables, batch, self.decode.running)
+        return self._generate(variables, batch, self.config.decode.running)
 
     def answer_final(self, variables, batch):
         """Answers by `decode.final`: (int32 tokens [batch, max_tokens], lengths [batch])."""
-        return self._generate(variables, batch, self.decode.final)
+        return self._generate(variables, batch, self.config.decode.final)
 
     def _generate(self, variables, batch, options):
         apply, image = self._image(variables, batch)
@@ -175,7 +171,7 @@ class ReceiptsTask(Task):
             max_tokens=self.max_tokens,
             eos=self.opening_id,
             pad=self.tokenizer.pad_id,
-            keys=fold(jax.random.key(self.seed), batch['row']),
+            keys=fold(jax.random.key(self.config.seed), batch['row']),
             **dataclasses.asdict(options),
         )[:2]
 
@@ -191,7 +187,7 @@ class ReceiptsTask(Task):
 
     def evaluators(self):
         return {
-            name: ReceiptScores(self, split, self.batch_size, final_only=name == 'test')
+            name: ReceiptScores(self, split, self.config.batch_size, final_only=name == 'test')
             for name, split in self.splits.items()
             if name != 'train'
         }
@@ -225,7 +221,7 @@ class ReceiptsTask(Task):
         """Writes embeddings.npy [rows, width], the mean image token, and index.jsonl."""
         with EmbeddingWriter(output, sum(map(len, self.splits.values()))) as writer:
             for name, split in self.splits.items():
-                for embeddings, batch in predict('embed_images', split, self.batch_size):
+                for embeddings, batch in predict('embed_images', split, self.config.batch_size):
                     records = [split.record(int(row)) for row in batch['row']]
                     entries = [
                         {

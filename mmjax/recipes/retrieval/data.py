@@ -67,21 +67,19 @@ def prepare_items(
         identities = sorted({identity for rows in plan.values() for identity, _ in rows})
         descriptions = tuple(synthetic.item(seed, identity) for identity in identities)
         items = tuple(entry['item'] for entry in descriptions)
-        kind = 'synthetic'
         settings = [seed, sorted(sizes.items()), prepare.source_digest(*GENERATOR)]
         records = functools.partial(synthetic.records, seed=seed, plan=plan)
     else:
         folder = retrieval_folder.open_folder(root, splits)
         items = tuple(folder.items())
         descriptions = ()
-        kind = 'folder'
         settings = [folder.digest]
         root = folder.root.absolute()
         records = functools.partial(folder.records, max_pixels=max_pixels)
     identity = {item: position for position, item in enumerate(items)}
     prepared = prepare.prepare_cached(
         cache_dir,
-        f'retrieval_{kind}',
+        f'retrieval_{"folder" if root else "synthetic"}',
         [*settings, max_pixels],
         version=VERSION,
         splits={split: functools.partial(records, split) for split in splits},

@@ -1,11 +1,9 @@
-"""Writes, checks, filters and shortens the prompts of image-text retrieval. Free of jax.
+"""Writes, checks, filters and shortens the prompts of image-text retrieval.
 
 Descriptions are [{item, color, description: [sentence, …]}], prompts {item_id: text}, metadata
 {relative path: {item_id, split}}: plain values, as in the JSON files.
 """
 
-import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -17,11 +15,8 @@ from typing import Any
 
 from mmjax.data.clip_tokenizer import CUTS, shorten
 from mmjax.data.tables import read_json
+from mmjax.engine import logs
 from mmjax.errors import UserError
-
-NOUN = 'clothing item'
-TEMPLATE = 'A {noun} in {color}. {description}'
-TEMPLATE_PLAIN = 'A {noun}. {description}'
 
 
 def read_descriptions(path: str | os.PathLike, unique: bool = True) -> list[dict[str, Any]]:
@@ -49,22 +44,14 @@ def read_prompts(path: str | os.PathLike) -> dict[str, str]:
 
 def write(path: str | os.PathLike, prompts: Mapping[str, str]) -> None:
     """Writes prompts as JSON in UTF-8, sorted; a reader or a kill meets the old file or the new."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    text = json.dumps(dict(prompts), ensure_ascii=False, indent=1, sort_keys=True)
-    try:
-        temporary.write_text(text + '\n', encoding='utf-8')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    logs.write_json(path, dict(sorted(prompts.items())))
 
 
 def generate(
     descriptions: Iterable[Mapping[str, Any]],
-    template: str = TEMPLATE,
-    noun: str = NOUN,
-    template_plain: str = TEMPLATE_PLAIN,
+    template: str,
+    noun: str,
+    template_plain: str,
 ) -> dict[str, str]:
     """Writes one prompt per item: the template, its fields noun, color and description filled in.
 
@@ -82,69 +69,52 @@ def generate(
     return prompts
 
 
-def noun_alone(noun: str = NOUN, template_plain: str = TEMPLATE_PLAIN) -> str:
+def noun_alone(noun: str, template_plain: str) -> str:
     """Returns the plain template without description: the fallback of `token_safe`."""
     empty = {'item': 'noun', 'description': []}
     return generate([empty], template_plain, noun, template_plain)['noun']
 
 
-class _Report:
-    def table(self) -> str:
-        """Returns lines for a terminal: numbers, and length and first names of each list."""
-        lines = []
-        for label, value in self.to_json().items():
-            cell = value
-            if isinstance(value, dict):
-                cell = ', '.join(f'{key} {number:g}' for key, number in value.items())
-            elif isinstance(value, list):
-                names = ', '.join(map(repr, value[:3])) + ', …' * (len(value) > 3)
-                cell = f'{len(value):,}  {names}'.rstrip()
-            lines.append(f'{label.replace("_", " "):<18}{cell}')
-        return '\n'.join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the whole report as JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Consistency(_Report):
-    """The result of `consistency`; names are sorted.
-
-    few_images: identities with fewer than 2 images in all; few_in_split: split → how many have
-    fewer than 2 there. outside_root: paths that leave the root by '..', '/' or a symbolic link.
-    """
-
-    identities: int
-    images: int
-    few_images: tuple[str, ...]
-    few_in_split: dict[str, int]
-    several_prompts: tuple[str, ...]
-    no_prompt: tuple[str, ...]
-    no_images: tuple[str, ...]  # items with a prompt
-    missing_files: tuple[str, ...]
-    outside_root: tuple[str, ...]
-    no_split: tuple[str, ...]
+def table(report: Mapping[str, Any]) -> str:
+    """Returns lines for a terminal: numbers, and length and first names of each list."""
+    lines = []
+    for label, value in report.items():
+        cell = value
+        if isinstance(value, dict):
+            cell = ', '.join(f'{key} {number:g}' for key, number in value.items())
+        elif isinstance(value, list):
+            names = ', '.join(map(repr, value[:3])) + ', …' * (len(value) > 3)
+            cell = f'{len(value):,}  {names}'.rstrip()
+        lines.append(f'{label.replace("_", " "):<18}{cell}')
+    return '\n'.join(lines)
 
 
 def consistency(
-    prompts: Mapping[str, str | Sequence[str]] | Iterable[Mapping[str, Any]],
+    prompts: Mapping[str, str] | Iterable[Mapping[str, Any]],
     metadata: Mapping[str, Any],
     root: str | os.PathLike,
-) -> Consistency:
-    """Compares prompts (or several per item, or descriptions), metadata and the files in `root`.
+) -> dict[str, Any]:
+    """Compares prompts (or descriptions), metadata and the files in `root`; nothing is changed.
 
-    Nothing is changed. A blank prompt counts as none. Raises UserError for malformed entries.
+    A blank prompt counts as none.
+
+    Returns:
+      JSON values, names sorted. identities and images, how many; few_images: identities with fewer
+      than 2 images in all; few_in_split: split → how many have fewer than 2 there;
+      several_prompts, no_prompt; no_images: items with a prompt; missing_files; outside_root: paths
+      that leave the root by '..', '/' or a symbolic link; no_split.
+
+    Raises:
+      UserError: a malformed entry.
     """
     texts: Counter[str] = Counter()
     if isinstance(prompts, Mapping):
-        for item, value in prompts.items():
-            several = [value] if isinstance(value, str) else value
-            texts[item] = sum(bool(text.strip()) for text in several)
+        texts.update(item for item, text in prompts.items() if text.strip())
     else:
         texts.update(entry['item'] for entry in _checked(prompts, '', unique=False))
     base = os.path.realpath(root)
-    missing, outside = [], []
+    missing = []
+    outside = []
     for path, _, _ in _images(metadata):
         real = '' if '\0' in path else os.path.realpath(os.path.join(base, path))
         if real and os.path.commonpath([base, real]) != base:
@@ -155,66 +125,49 @@ def consistency(
     in_split = Counter((split, item) for _, item, split in _images(metadata) if split)
     few_in_split = Counter({split: 0 for split, _ in sorted(in_split)})
     few_in_split.update(split for (split, _), n in in_split.items() if n < 2)
-    return Consistency(
-        identities=len(images),
-        images=images.total(),
-        few_images=tuple(sorted(item for item, n in images.items() if n < 2)),
-        few_in_split=dict(few_in_split),
-        several_prompts=tuple(sorted(item for item, n in texts.items() if n > 1)),
-        no_prompt=tuple(sorted(item for item in images if not texts[item])),
-        no_images=tuple(sorted(item for item, n in texts.items() if n and item not in images)),
-        missing_files=tuple(sorted(missing)),
-        outside_root=tuple(sorted(outside)),
-        no_split=tuple(sorted(path for path, _, split in _images(metadata) if not split)),
-    )
+    return {
+        'identities': len(images),
+        'images': images.total(),
+        'few_images': sorted(item for item, n in images.items() if n < 2),
+        'few_in_split': dict(few_in_split),
+        'several_prompts': sorted(item for item, n in texts.items() if n > 1),
+        'no_prompt': sorted(item for item in images if not texts[item]),
+        'no_images': sorted(item for item, n in texts.items() if n and item not in images),
+        'missing_files': sorted(missing),
+        'outside_root': sorted(outside),
+        'no_split': sorted(path for path, _, split in _images(metadata) if not split),
+    }
 
 
-def keep_pairs(
-    metadata: Mapping[str, Any], minimum: int = 2, split: str | None = None
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Keeps identities with at least `minimum` images, counted within a split, as samplers do.
+def keep_pairs(metadata: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """Returns the metadata, in order, less identities with one image in `split`, as samplers want.
 
-    Given a `split`, only its images are counted and filtered; without, those of every split are,
-    single query images too. Returns the metadata kept, in order, and the (split, item_id) left out,
-    sorted. Raises UserError for a split without images.
+    Images of other splits are not counted, and stay. Raises UserError for a split without images.
     """
-    counts = Counter((its, item) for _, item, its in _images(metadata))
-    splits = sorted({its for its, _ in counts})
-    if split is not None and split not in splits:
-        raise UserError(f'no image is of split {split!r} (splits: {", ".join(splits)})')
-    few = {key for key, n in counts.items() if n < minimum and split in (None, key[0])}
-    kept = {path: metadata[path] for path, item, its in _images(metadata) if (its, item) not in few}
-    return kept, sorted(few)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shortening(_Report):
-    """What `token_safe` did: tokens of the prompts, and which items met which kind of cut."""
-
-    limit: int
-    over_limit: int  # of the prompts before
-    before: dict[str, float]  # min, median, max
-    after: dict[str, float]
-    kept: tuple[str, ...]
-    front: tuple[str, ...]
-    end: tuple[str, ...]
-    words: tuple[str, ...]
-    unfit: tuple[str, ...]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Returns kind → number of prompts."""
-        return {kind: len(getattr(self, kind)) for kind in CUTS}
+    counts = Counter(item for _, item, its in _images(metadata) if its == split)
+    if not counts:
+        splits = ', '.join(sorted({its for _, _, its in _images(metadata)}))
+        raise UserError(f'no image is of split {split!r} (splits: {splits})')
+    few = {(split, item) for item, n in counts.items() if n < 2}
+    return {path: metadata[path] for path, item, its in _images(metadata) if (its, item) not in few}
 
 
 def token_safe(
     prompts: Mapping[str, str], count: Callable[[str], int], limit: int = 77, *, fallback: str
-) -> tuple[dict[str, str], Shortening]:
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Shortens prompts until `count` finds at most `limit` tokens in each; none is empty.
 
-    `count` is the tokenizer's `clip_tokenizer.token_counter`; `fallback` (see `noun_alone`) stands
-    in for what `clip_tokenizer.shorten` cannot fit, and for blank prompts. Raises UserError: the
-    fallback is blank or too long itself.
+    Args:
+      count: the tokenizer's `clip_tokenizer.token_counter`.
+      fallback: stands in for what `clip_tokenizer.shorten` cannot fit, and for blank prompts; see
+        `noun_alone`.
+
+    Returns:
+      (prompts, a report in JSON values): limit; over_limit: how many were longer; before and after:
+      tokens {min, median, max}; and of each kind in `clip_tokenizer.CUTS` the items that met it.
+
+    Raises:
+      UserError: the fallback is blank or too long itself.
     """
     if not fallback.strip() or count(fallback) > limit:
         raise UserError(f'the fallback {fallback!r} is blank or of more than {limit} tokens')
@@ -225,14 +178,10 @@ def token_safe(
         safe[item] = shortened or fallback
         items[kind].append(item)
     before = [count(text) for text in prompts.values()]
-    after = [count(text) for text in safe.values()]
-    return safe, Shortening(
-        limit=limit,
-        over_limit=sum(tokens > limit for tokens in before),
-        before=_spread(before),
-        after=_spread(after),
-        **{kind: tuple(names) for kind, names in items.items()},
-    )
+    over = sum(tokens > limit for tokens in before)
+    after = _spread([count(text) for text in safe.values()])
+    report = {'limit': limit, 'over_limit': over, 'before': _spread(before), 'after': after}
+    return safe, report | items
 
 
 def _spread(n: list[int]) -> dict[str, float]:

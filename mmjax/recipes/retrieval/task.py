@@ -58,7 +58,7 @@ class RetrievalTask(Task):
         self.count_tokens = clip_tokenizer.token_counter(self.tokenizer)
         if spec.prompt_policy == 'safe':
             self.prompts, report = self._token_safe()
-            cut = {kind: n for kind, n in report.counts.items() if kind != 'kept'}
+            cut = {kind: len(report[kind]) for kind in clip_tokenizer.CUTS if kind != 'kept'}
         else:
             self.prompts = raw
             cut = {'truncated': sum(self.count_tokens(t) > spec.max_tokens for t in raw.values())}
@@ -242,16 +242,15 @@ class RetrievalTask(Task):
         prompts.write(output / 'prompts_raw.json', self.raw_prompts)
         safe, report = self._token_safe()
         prompts.write(output / PROMPTS, safe)
-        to_json('prompts_report.json', report.to_json())
-        tables = [report.table()]
+        to_json('prompts_report.json', report)
+        tables = [prompts.table(report)]
         if self.config.data.root:
             root = pathlib.Path(self.config.data.root).expanduser()
             table = folder.read_table(root)
             consistency = prompts.consistency(self.source, table, root)
-            kept, _ = prompts.keep_pairs(table, split='train')
-            to_json('consistency.json', consistency.to_json())
-            to_json('image_paths_clean.json', kept)
-            tables.insert(0, consistency.table())
+            to_json('consistency.json', consistency)
+            to_json('image_paths_clean.json', prompts.keep_pairs(table, 'train'))
+            tables.insert(0, prompts.table(consistency))
         return '\n\n'.join([*tables, f'written: {output}'])
 
     def export(self, variables, output):

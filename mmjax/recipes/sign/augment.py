@@ -19,7 +19,6 @@ from mmjax.errors import UserError
 from mmjax.sections import field
 
 Streams = Mapping[str, tuple[int, int]]  # name → columns [start, end)
-MISSING = ('zero', 'none')
 FARTHEST = 1e4  # standard deviations from the mean; a value beyond is a fault of its file
 
 
@@ -79,12 +78,7 @@ class Normalization:
 
         Missing values are left out. A feature that is constant or always missing gets std 1. The
         landmarks of a stream in `coordinates` fill it.
-
-        Raises:
-          UserError: `how` is neither 'zero' nor 'none'.
         """
-        if how not in MISSING:
-            raise UserError(f"data.missing '{how}' is not one of {', '.join(MISSING)}")
         new = functools.partial(
             cls,
             streams=dict(streams),
@@ -273,12 +267,9 @@ class Augmentation:
             if changes is not None:
                 offset[changes] = 0
             features = features * gain + offset * (features != 0)
+        features = features.copy()
         if self.noise:
-            noise = rng.standard_normal(features.shape, np.float32)
-            noise *= np.float32(self.noise)
-            features = features + noise
-        else:
-            features = features.copy()
+            features += np.float32(self.noise) * rng.standard_normal(features.shape, np.float32)
         dropped = rng.random(len(streams)) < self.stream_dropout
         spared = rng.integers(len(streams))
         if dropped.all():

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from mmjax.engine import config
 from mmjax.errors import UserError
 from mmjax.recipes.sign.augment import Augmentation
-from mmjax.sections import did_you_mean, field
+from mmjax.sections import field
 
-LOSSES = ('ctc', 'teacher_ctc', 'distillation', 'smoothing')
 TEACHER_LOSSES = ('teacher_ctc', 'distillation')  # those that need a teacher
 
 
@@ -43,6 +42,10 @@ class Data(config.Data):
     frame_rate: float = field(25.0, 'frames per second, for the times of predict', above=0)
     augmentation: Augmentation = Augmentation(noise=0.03, feature_dropout=0.0, time_masks=0)
     built_in: BuiltIn = BuiltIn()
+
+    def check(self, where: str) -> None:
+        if self.buckets == ():
+            raise UserError(f'{where}.buckets=() names no length in frames')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,21 +114,13 @@ class Config(config.Config):
     decode: Decode = Decode()
 
     def check(self, where: str) -> None:
-        stages = {name: self.stage[name] for name in self.stages if name in self.stage}
-        self._check_weights('loss_weights', self.loss_weights)
-        for name, stage in stages.items():
-            self._check_weights(f'stage.{name}.loss_weights', stage.loss_weights)
-            self._check_stretch(f'stage.{name}.sampler', stage.sampler)
-
-    def _check_weights(self, where: str, weights: Mapping[str, object]) -> None:
-        for name, weight in weights.items():
-            if name not in LOSSES:
-                raise UserError(
-                    f'{where}.{name}={weight!r} is no loss of this recipe; its losses: '
-                    f'{", ".join(LOSSES)}{did_you_mean(name, LOSSES)}'
-                )
-            if name in TEACHER_LOSSES and weight and not self.model.distill:
-                raise UserError(f'{where}.{name}={weight!r} needs model.distill=True')
+        stages = {f'stage.{name}.': self.stage[name] for name in self.stages if name in self.stage}
+        for key, section in {'': self, **stages}.items():
+            for name, weight in section.loss_weights.items():
+                if name in TEACHER_LOSSES and weight and not self.model.distill:
+                    raise UserError(f'{key}loss_weights.{name}={weight!r} needs model.distill=True')
+        for key, stage in stages.items():
+            self._check_stretch(f'{key}sampler', stage.sampler)
 
     def _check_stretch(self, where: str, options: Mapping[str, object]) -> None:
         """Raises where buckets are shorter than what augmentation makes."""

@@ -1,6 +1,5 @@
 """Signed sentences as examples: normalised landmarks by frame, glosses, and the length of both."""
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -68,7 +67,6 @@ def prepare_sequences(
     root: str | os.PathLike | None,
     cache_dir: str | os.PathLike,
     *,
-    splits: Sequence[str] | None = None,
     streams: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     synthetic_sizes: Mapping[str, int] | None = None,
@@ -78,10 +76,10 @@ def prepare_sequences(
 
     Features are copied into the records, as float16 or float32, so that a run reads few files.
 
+    The splits are train, dev (or val, if the folder calls it so) and test, if the folder has one.
+
     Args:
       root: folder in the format of `sign_folder`; None performs the built-in sentences.
-      splits: those needed; None for train, dev (or val, if the folder calls it so) and test, if the
-        folder has one.
       streams: name → (start, end) or (start, end, coordinates), instead of those of the folder.
       seed, synthetic_sizes: arguments of the built-in sentences' `catalogue`.
       options: of `prepare.prepare`.
@@ -96,18 +94,19 @@ def prepare_sequences(
 
         built_in = {n: (*span, skeleton.COORDINATES) for n, span in skeleton.STREAMS.items()}
         streams = streams or sign_streams.check(built_in, 'sign_skeleton')
-        for name, (_, end, _) in streams.items():
-            if end > skeleton.FEATURES:
-                width = skeleton.FEATURES
-                raise UserError(f'data.streams: {name!r} ends at {end}, the built-in has {width}')
+        last, (_, end, _) = list(streams.items())[-1]
+        if end > skeleton.FEATURES:
+            raise UserError(
+                f'data.streams: {last!r} ends at {end}, the built-in has {skeleton.FEATURES}'
+            )
         sizes = dict(synthetic_sizes or {})
         plan = sentences.catalogue(seed, sizes)
-        splits = tuple(plan) if splits is None else tuple(splits)
+        splits = tuple(plan)
         kind = 'synthetic'
         settings = [seed, sorted(sizes.items()), prepare.source_digest(*GENERATOR)]
         read = functools.partial(sentences.records, seed=seed, plan=plan)
     else:
-        folder = sign_folder.open_folder(root, splits, streams)
+        folder = sign_folder.open_folder(root, streams)
         splits = tuple(folder.rows)
         streams = folder.streams
         kind = 'folder'
@@ -133,7 +132,6 @@ def _index(record: Mapping[str, Any]) -> dict[str, Any]:
         'length': np.int32(len(records.unpack(record['features']))),
         'n_labels': np.int32(len(words)),
         'needed': np.int32(len(words) + repeats),
-        'signer': record['signer'],
         'words': ' '.join(words),
     }
 
@@ -141,10 +139,9 @@ def _index(record: Mapping[str, Any]) -> dict[str, Any]:
 class SignSequences(prepare.PreparedDataset):
     """One prepared split; a row is a sentence.
 
-    index: length (frames), n_labels, needed (frames that CTC needs: labels and repeats), signer
-    (position in `signers`, those of all splits). lengths: see `buckets`; streams: name → columns
-    of an example's features. counts: also unknown_words and unalignable_rows (length < needed, or
-    an unknown word); unknown: word → how often.
+    index: length (frames), n_labels, needed (frames that CTC needs: labels and repeats). lengths:
+    see `buckets`; streams: name → columns of an example's features. counts: also unknown_words and
+    unalignable_rows (length < needed, or an unknown word).
     """
 
     length_key = 'length'
@@ -167,40 +164,23 @@ class SignSequences(prepare.PreparedDataset):
           buckets: lengths that batches are padded to, or how many (at most) to choose: those that
             pad the training rows least, stretched as augmentation may. A split for evaluation with
             longer sequences gets one more.
-
-        Raises:
-          UserError: buckets that are no such numbers.
         """
-        for length in [buckets] if isinstance(buckets, int) else [len(buckets), *buckets]:
-            if not length >= 1:
-                raise UserError(
-                    f'data.buckets={buckets} is neither 1 or more nor lengths in frames'
-                )
         super().__init__(prepared, split)
         self.vocabulary = vocabulary
         self.normalization = normalization
         self.augmentation = augmentation
         self.streams = normalization.output_streams
-        columns = self.index
         indices = {name: prepared.index(name) for name in prepared.splits}
         longest = max(int(index['n_labels'].max()) for index in indices.values())
         self._max_labels = -(-longest // 4) * 4
-        names = np.unique(np.concatenate([index['signer'] for index in indices.values()]))
-        self.signers = tuple(names.tolist())
-        self.index = {key: columns[key] for key in ('length', 'n_labels', 'needed')}
-        self.index['signer'] = np.searchsorted(names, columns['signer']).astype(np.int32)
-        trained = 'train' if 'train' in indices else split
-        self.lengths = self._lengths(indices[trained]['length'], buckets)
-        self._words = [tuple(words.split()) for words in columns['words'].tolist()]  # by record
+        self.lengths = self._lengths(indices['train']['length'], buckets)
+        # By record.
+        self._words = [tuple(words.split()) for words in self.index.pop('words').tolist()]
         self._labels = [vocabulary.encode(words) for words in self._words]
-        self.unknown: collections.Counter[str] = collections.Counter()
-        for words, labels in zip(self._words, self._labels, strict=True):
-            unknown = np.flatnonzero(labels == UNKNOWN_ID)
-            self.unknown.update(words[position] for position in unknown)
-        has_unknown = np.array([UNKNOWN_ID in labels for labels in self._labels], bool)
-        too_short = columns['length'] < columns['needed']
-        self.counts['unknown_words'] = self.unknown.total()
-        self.counts['unalignable_rows'] = int((too_short | has_unknown).sum())
+        unknown = np.array([np.sum(labels == UNKNOWN_ID) for labels in self._labels])
+        too_short = self.index['length'] < self.index['needed']
+        self.counts['unknown_words'] = int(unknown.sum())
+        self.counts['unalignable_rows'] = int((too_short | (unknown > 0)).sum())
 
     def _lengths(self, trained: np.ndarray, buckets: int | Sequence[int]) -> tuple[int, ...]:
         if isinstance(buckets, int):
@@ -243,15 +223,10 @@ class SignSequences(prepare.PreparedDataset):
     def with_features(self, features: np.ndarray) -> 'SignSequences':
         """Returns a split of one row without words, from [T, F] as in the files."""
         length = len(features)
-        numbers = {'length': length, 'n_labels': 0, 'needed': 0, 'signer': 0}
-        entry = {key: np.int32(value) for key, value in numbers.items()}
-        lengths = self.lengths
-        if length > max(lengths):
-            lengths = (*lengths, -(-length // 8) * 8)
         return self.with_record(
             {'features': records.pack(features)},
-            entry,
-            lengths=lengths,
+            {'length': np.int32(length), 'n_labels': np.int32(0), 'needed': np.int32(0)},
+            lengths=(-(-length // 8) * 8,) if length > max(self.lengths) else self.lengths,
             _words=[()],
             _labels=[np.zeros(0, np.int32)],
         )

@@ -1,7 +1,8 @@
 """Reads a folder of signed sentences: tables and vocabulary, landmark files, the streams' columns.
 
-    annotations/<split>.corpus.csv  id|signer|annotation, or id|folder|signer|annotation as in
-                                    PHOENIX-2014; glosses separated by spaces, nothing quoted
+    annotations/<split>.corpus.csv  columns id, signer and annotation, separated by |, others
+                                    beside them as in PHOENIX-2014; glosses separated by spaces,
+                                    nothing quoted
     features/<split>/<id>.npz       `features`: float16, float32 or float64 [frames, F]
     streams.json                    {name: [start, end]} over the F columns; those in none are
                                     left out. [start, end, n]: landmarks of n numbers each
@@ -11,11 +12,12 @@ structure raise UserError at once; faults of a row or its file are counted and l
 FaultReport. `features` or a split of it may be a link to elsewhere.
 """
 
+import csv
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ BLANK = '<blank>'
 BLANK_ID = 0
 UNKNOWN = '<unknown>'  # a word that training lacks: no model can predict it
 UNKNOWN_ID = -1
-_COLUMNS = ('id', 'signer', 'annotation')  # and `folder`, which nothing needs
+_COLUMNS = ('id', 'signer', 'annotation')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +58,13 @@ class Vocabulary:
         if not path.is_file():
             raise UserError(f'{path} does not exist')
         words = path.read_text('utf-8').removesuffix('\n').split('\n')
-        seen: set[str] = set()
         if words[0] != BLANK:
             raise UserError(f'{path}: line 1 is {words[0]!r:.60}, not {BLANK!r}')
+        seen: set[str] = set()
         for line, word in enumerate(words, start=1):
-            if word.split() != [word]:
-                raise UserError(f'{path}: line {line} is {word!r:.60}, not one word')
-            if word in seen:
-                raise UserError(f'{path}: line {line}: {word!r} stands twice')
+            if word.split() != [word] or word in seen:
+                problem = 'stands twice' if word in seen else 'is not one word'
+                raise UserError(f'{path}: line {line}: {word!r:.60} {problem}')
             seen.add(word)
         return cls(tuple(words))
 
@@ -81,12 +82,11 @@ class Vocabulary:
         """Returns int32 [words]: 1 … len − 1, or UNKNOWN_ID; never the blank."""
         return np.array([self._ids.get(word, UNKNOWN_ID) for word in words], np.int32)
 
-    def decode(self, ids: Iterable[int]) -> tuple[str, ...]:
-        """Reverses `encode`; UNKNOWN_ID becomes '<unknown>', an id beyond raises IndexError."""
-        ids = [int(i) for i in ids]
-        if beyond := [i for i in ids if not UNKNOWN_ID <= i < len(self)]:
-            raise IndexError(f'id {beyond[0]} in a vocabulary of {len(self)} words')
-        return tuple(UNKNOWN if i == UNKNOWN_ID else self.words[i] for i in ids)
+    def decode(self, ids: np.typing.ArrayLike) -> tuple[str, ...]:
+        """Reverses `encode`; UNKNOWN_ID becomes '<unknown>'."""
+        return tuple(
+            UNKNOWN if i == UNKNOWN_ID else self.words[i] for i in np.asarray(ids).tolist()
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +117,9 @@ class SignFolder:
 
     def records(self, split: str, report: FaultReport) -> Iterator[dict[str, Any]]:
         """Yields {'id', 'signer', 'words', 'line', 'features'}; what is left out is reported."""
-        rows = self.rows[split]
-        malformed = self.malformed[split]
-        report.rows = len(rows) + len(malformed)
-        for line, problem in malformed:
-            reason = 'no_glosses' if problem == 'has no gloss' else 'malformed_row'
-            message = f'{_table(self.root, split)}: line {line} {problem}'
-            report.fault(RecordError(reason, message), line)
-        for row in rows:
+        report.rows = len(self.rows[split])
+        report.malformed_rows(f'{_table(self.root, split)} line', self.malformed[split])
+        for row in self.rows[split]:
             try:
                 features = read_features(_features(self.root, split, row), self.width)
             except UserError as error:
@@ -132,24 +127,15 @@ class SignFolder:
                 continue
             if not_finite := int((~np.isfinite(features)).sum()):
                 report.counts['values_not_finite'] += not_finite
-            yield {
-                'id': row.id,
-                'signer': row.signer,
-                'words': row.words,
-                'line': row.line,
-                'features': records.pack(features),
-            }
+            yield {**vars(row), 'features': records.pack(features)}
 
 
 def open_folder(
-    root: str | os.PathLike,
-    splits: Sequence[str] | None = None,
-    streams: Mapping[str, Columns] | None = None,
+    root: str | os.PathLike, streams: Mapping[str, Columns] | None = None
 ) -> SignFolder:
     """Checks the structure of a folder, and of its files the first that can be read.
 
     Args:
-      splits: those needed; None for train, dev or val, and test, if any.
       streams: checked ones, instead of those of streams.json.
 
     Raises:
@@ -158,9 +144,8 @@ def open_folder(
         beyond the columns of the files.
     """
     root = tables.data_root(root)
-    splits = tuple(splits) if splits is not None else _splits(root)
     streams = streams or sign_streams.read(root)
-    read = {split: _read_table(_table(root, split)) for split in splits}
+    read = {split: _read_table(_table(root, split)) for split in _splits(root)}
     rows = {split: sentences for split, (sentences, _) in read.items()}
     malformed = {split: problems for split, (_, problems) in read.items()}
     width, name = _width(root, rows)
@@ -184,24 +169,27 @@ def read_features(path: pathlib.Path, width: int | None = None) -> np.ndarray:
         raise RecordError('missing_features', f'{name} does not exist')
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            keys = list(arrays.files)
-            features = arrays['features'] if 'features' in keys else None
+            if 'features' not in arrays:
+                raise ValueError(f"it has no 'features', but {arrays.files}")
+            features = arrays['features']
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds
         raise RecordError('unreadable_features', f'{name} cannot be read: {error}') from error
-    wrong = functools.partial(RecordError, 'malformed_features')
-    if features is None:
-        raise wrong(f"{name} has no 'features', but {keys}")
-    if features.dtype.kind != 'f' or features.dtype.itemsize > 8:
-        raise wrong(f'{name}: features are {features.dtype}, not float16, float32 or float64')
-    if features.ndim != 2 or not features.size or features.shape[1] != (width or features.shape[1]):
-        raise wrong(f'{name}: features are {features.shape}, not [frames, {width or "F"}]')
-    if features.dtype.itemsize > 2:
-        with np.errstate(over='ignore'):  # beyond float32 they count as not finite
-            features = features.astype(np.float32)
+    dtype = features.dtype
+    shape = features.shape
+    fits = len(shape) == 2 and features.size and shape[1] == (width or shape[1])
+    if dtype.kind != 'f' or dtype.itemsize > 8 or not fits:
+        raise RecordError(
+            'malformed_features',
+            f'{name}: features are {dtype} {shape}, not float16, float32 or float64 '
+            f'[frames, {width or "F"}]',
+        )
+    with np.errstate(over='ignore'):  # beyond float32 they count as not finite
+        kept = np.float16 if dtype.itemsize == 2 else np.float32
+        features = features.astype(kept, order='C', copy=False)
     fraction = float(np.mean(~np.isfinite(features)))
     if fraction > 0.5:
         raise RecordError('not_finite', f'{name}: {fraction:.0%} of the values are not finite')
-    return features.astype(features.dtype.newbyteorder('='), order='C', copy=False)
+    return features
 
 
 def _table(root: pathlib.Path, split: str) -> pathlib.Path:
@@ -224,58 +212,34 @@ def _splits(root: pathlib.Path) -> tuple[str, ...]:
 
 def _read_table(path: pathlib.Path) -> tuple[list[Row], list[tuple[int, str]]]:
     """Returns the rows of a table and (line, problem) of those that are none."""
-    if not path.is_file():
-        raise UserError(f'{path} does not exist')
-    data = path.read_bytes()
-    try:
-        text = data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b'\n') + 1
-        raise UserError(f'{path}: line {line} is not UTF-8') from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.split('\n'), start=1)]
-    lines = [(number, line) for number, line in lines if line]
-    columns = [name.strip() for name in lines[0][1].split('|')] if lines else []
-    if sorted({*columns} - {'folder'}) != sorted(_COLUMNS) or len({*columns}) != len(columns):
-        raise UserError(
-            f'{path}: the columns are {"|".join(columns) or "none"}, not id|signer|annotation or '
-            'id|folder|signer|annotation'
-        )
-    rows: list[Row] = []
-    malformed: list[tuple[int, str]] = []
-    seen: dict[str, int] = {}
-    for number, line in lines[1:]:
-        fields = line.split('|')
-        if len(fields) != len(columns):
-            malformed.append((number, f'has {len(fields)} fields for {len(columns)} columns'))
+    rows: dict[str, Row] = {}
+    malformed = []
+    for line, values, problem in tables.csv_rows(
+        path, _COLUMNS, optional=('signer',), delimiter='|', quoting=csv.QUOTE_NONE
+    ):
+        if problem:
+            malformed.append((line, problem))
             continue
-        row = {name: field.strip() for name, field in zip(columns, fields, strict=True)}
-        words = tuple(row['annotation'].split())
-        if '/' in row['id'] or '\0' in row['id'] or row['id'] in ('.', '..'):
-            raise UserError(f'{path}: line {number}: id {row["id"]!r} leads elsewhere')
-        if BLANK in words:
-            raise UserError(f'{path}: line {number}: the gloss {BLANK!r} is taken by CTC')
-        if row['id'] in seen:
-            raise UserError(
-                f'{path}: lines {seen[row["id"]]} and {number} have the id {row["id"]!r}'
-            )
-        if not row['id'] or not words:
-            malformed.append((number, 'has no gloss' if row['id'] else 'has no id'))
-            continue
-        seen[row['id']] = number
-        rows.append(Row(number, row['id'], row['signer'], words))
+        name, signer, annotation = values
+        row = Row(line, name, signer, tuple(annotation.split()))
+        tables.check_inside(name, f'{path}: line {line}')
+        if BLANK in row.words:
+            raise UserError(f'{path}: line {line}: the gloss {BLANK!r} is taken by CTC')
+        if name in rows:
+            raise UserError(f'{path}: lines {rows[name].line} and {line} have the id {name!r}')
+        rows[name] = row
     if not rows:
         raise UserError(f'{path} has no sentence')
-    return rows, malformed
+    return list(rows.values()), malformed
 
 
 def _width(root: pathlib.Path, rows: dict[str, list[Row]]) -> tuple[int, str]:
     """Returns F of the first file that can be read, and that file's name."""
-    fault = None
-    for split, sentences in rows.items():
-        for row in sentences[:100]:
-            path = _features(root, split, row)
-            try:
-                return read_features(path).shape[1], '/'.join(path.parts[-3:])
-            except RecordError as error:
-                fault = fault or error
-    raise UserError(f'{root}: of the first hundred files of a split none can be read: {fault}')
+    files = [_features(root, split, row) for split in rows for row in rows[split][:100]]
+    faults = []
+    for path in files:
+        try:
+            return read_features(path).shape[1], '/'.join(path.parts[-3:])
+        except RecordError as error:
+            faults.append(error)
+    raise UserError(f'{root}: of the first hundred files of a split none can be read: {faults[0]}')

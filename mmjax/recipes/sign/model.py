@@ -80,7 +80,7 @@ class CrossAttention(nn.Module):
         tokens = jnp.stack(tokens, -2).reshape(-1, len(streams), self.width)
         marks = self.param('marks', nn.initializers.normal(0.02), tokens.shape[1:])
         tokens = nn.LayerNorm(dtype=self.dtype, name='norm')(tokens + marks.astype(self.dtype))
-        tokens = Attention(self.heads, self.dtype, name='attention')(tokens)
+        tokens = Attention(self.heads, dtype=self.dtype, name='attention')(tokens)
         mixed = tokens.reshape(*frames, len(streams), self.width)
         return [x + dense(f'out_{k}', x.shape[-1])(mixed[..., k, :]) for k, x in enumerate(streams)]
 
@@ -114,8 +114,8 @@ class Sign(nn.Module):
         self.encoder = {s.name: StreamEncoder(s.width, self.dropout, dtype) for s in self.streams}
         if self.cross_attention:
             self.attention = CrossAttention(self.attention_width, self.attention_heads, dtype)
-        self.mobilenet = MobileNet1d(self.stem, self.blocks, dtype)
-        self.upsample = Upsample(self.width, self.mobilenet.stride, dtype)
+        self.mobilenet = MobileNet1d(self.stem, self.blocks, dtype=dtype)
+        self.upsample = Upsample(self.width, self.mobilenet.stride, dtype=dtype)
         self.upsample_norm = MaskedBatchNorm(dtype=dtype)
         self.refine = Conv(self.width, 3, use_bias=True, dtype=dtype)
         self.refine_norm = MaskedBatchNorm(dtype=dtype)

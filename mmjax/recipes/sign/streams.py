@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from mmjax.data.tables import read_json
 from mmjax.errors import UserError
 
-STREAMS = 'streams.json'
-
 
 class Columns(NamedTuple):
     """Columns [start, end) of a frame; coordinates: numbers per landmark, 0 for none."""
@@ -21,9 +19,7 @@ class Columns(NamedTuple):
 
 def read(root: pathlib.Path) -> dict[str, Columns]:
     """Returns the streams of a folder's `streams.json`; raises UserError where it is none."""
-    path = root / STREAMS
-    if not path.is_file():
-        raise UserError(f'{path} does not exist: it holds {{name: [start, end]}} of the columns')
+    path = root / 'streams.json'
     return check(read_json(path, str(path)), str(path))
 
 
@@ -40,9 +36,9 @@ def check(content: Any, where: str) -> dict[str, Columns]:
     if not isinstance(content, Mapping) or not content:
         raise UserError(f'{where} is not an object of streams {{name: [start, end]}}')
     for name, span in content.items():
-        numbers = isinstance(span, list | tuple) and len(span) in (2, 3)
-        numbers = numbers and all(type(n) is int for n in span)
-        if not numbers or not 0 <= span[0] < span[1] or min(span) < 0:
+        listed = isinstance(span, list | tuple) and len(span) in (2, 3)
+        numbers = listed and all(type(n) is int and n >= 0 for n in span)
+        if not numbers or span[0] >= span[1]:
             raise UserError(
                 f'{where}: stream {name!r} is {span!r:.60}, not [start, end] or '
                 '[start, end, coordinates]'

@@ -19,7 +19,7 @@ from mmjax.losses import ctc, distillation
 from mmjax.losses.term import Term
 from mmjax.recipes.sign import folder
 from mmjax.recipes.sign.augment import Normalization
-from mmjax.recipes.sign.config import LOSSES, TEACHER_LOSSES, Config, Network
+from mmjax.recipes.sign.config import TEACHER_LOSSES, Config, Network
 from mmjax.recipes.sign.data import SignSequences, prepare_sequences
 from mmjax.recipes.sign.model import PARTS, Sign, Stream, temporal_squares
 from mmjax.recipes.sign.scores import SignScores
@@ -27,7 +27,7 @@ from mmjax.recipes.sign.scores import SignScores
 VOCABULARY = 'vocabulary.txt'
 NORMALIZATION = 'normalization.npz'
 # The losses that need the logits of each model.
-NEEDED_BY = {'student': {*LOSSES} - {'teacher_ctc'}, 'teacher': {*TEACHER_LOSSES}}
+NEEDED_BY = {'student': {'ctc', 'distillation', 'smoothing'}, 'teacher': {*TEACHER_LOSSES}}
 
 
 class SignTask(Task):
@@ -51,7 +51,7 @@ class SignTask(Task):
             for name in ('student', 'teacher')
             if name == 'student' or config.model.distill
         }
-        self.losses = config.losses
+        self.config = config
         # Over several devices packed frames would be encoded by each, all of them.
         pack = config.model.pack and jax.device_count() == 1
         rows = config.batch_size // config.accumulation
@@ -64,8 +64,6 @@ class SignTask(Task):
         }
         if config.decode.language_model:
             self.beam_options['language_model'] = _bigrams(train, self.vocabulary)
-        self.batch_size = config.batch_size
-        self.frame_rate = config.data.frame_rate
 
     @property
     def towers(self):
@@ -88,13 +86,12 @@ class SignTask(Task):
     # Model -----------------------------------------------------------------------------------
 
     def init(self, key, batch):
-        variables = {'params': {}, 'batch_stats': {}}
+        fresh = {}
         for index, (name, model) in enumerate(self.models.items()):
             keys = {'params': jax.random.fold_in(key, index), 'dropout': key}
-            fresh = model.init(keys, batch['features'], batch['frames'])
-            for part, tree in variables.items():
-                tree[name] = fresh[part]
-        return variables
+            fresh[name] = model.init(keys, batch['features'], batch['frames'])
+        collections = ('params', 'batch_stats')
+        return {part: {name: tree[part] for name, tree in fresh.items()} for part in collections}
 
     def _apply(self, name, variables, batch, **options):
         own = {part: variables[part][name] for part in ('params', 'batch_stats')}
@@ -139,15 +136,15 @@ class SignTask(Task):
                     frames,
                     batch['labels'],
                     batch['label_mask'],
-                    blank_penalty=self.losses.blank_penalty,
+                    blank_penalty=self.config.losses.blank_penalty,
                 )
         if 'distillation' in losses:
-            weight = self.losses.distillation_blank_weight
+            weight = self.config.losses.distillation_blank_weight
             out['distillation'] = distillation.distillation(
                 logits['student'],
                 logits['teacher'],
                 frames,
-                temperature=self.losses.distillation_temperature,
+                temperature=self.config.losses.distillation_temperature,
                 weights=distillation.frame_weights(logits['teacher'], weight),
             )
         if 'smoothing' in losses:
@@ -174,7 +171,7 @@ class SignTask(Task):
         return self._log_probs(self._apply(name, variables, batch))
 
     def _log_probs(self, logits):
-        penalty = self.losses.blank_penalty
+        penalty = self.config.losses.blank_penalty
         logits = logits.astype(jnp.float32).at[..., folder.BLANK_ID].add(-penalty)
         return jax.nn.log_softmax(logits)
 
@@ -212,31 +209,31 @@ class SignTask(Task):
 
     def evaluators(self):
         return {
-            name: SignScores(split, self.batch_size)
+            name: SignScores(split, self.config.batch_size)
             for name, split in self.splits.items()
             if name != 'train'
         }
 
     def predict(self, predict, inputs, output, question=None):
         """Reads the glosses of one `.npz` (key `features`, [T, F]) with their times."""
-        path = pathlib.Path(inputs)
-        if not path.is_file():
-            raise UserError(f'{inputs} does not exist')
-        features = folder.read_features(path, self.normalization.width)
+        features = folder.read_features(pathlib.Path(inputs), self.normalization.width)
         one = self.splits['train'].with_features(features)
         ((log_probs, batch),) = predict('log_probs', one, 1)
         greedy = decoding.greedy(log_probs, batch['frames'])
         count = int(greedy.lengths[0])
         words = self.vocabulary.decode(greedy.ids[0][:count])
-        times = np.stack([greedy.starts[0], greedy.ends[0]], 1)[:count] / self.frame_rate
+        times = (
+            np.stack([greedy.starts[0], greedy.ends[0]], 1)[:count] / self.config.data.frame_rate
+        )
         glosses = [
             {'gloss': word, 'start': round(float(start), 3), 'end': round(float(end), 3)}
             for word, (start, end) in zip(words, times, strict=True)
         ]
         beams = decoding.beam_search(log_probs, batch['frames'], **self.beam_options)
         best = self.vocabulary.decode(np.asarray(beams.ids[0, 0])[: int(beams.lengths[0, 0])])
-        content = {'input': inputs, 'glosses': glosses, 'beam': list(best)}
-        write_prediction(output, 'glosses', content)
+        write_prediction(
+            output, 'glosses', {'input': inputs, 'glosses': glosses, 'beam': list(best)}
+        )
         lines = [f'{g["start"]:7.2f} s – {g["end"]:6.2f} s  {g["gloss"]}' for g in glosses]
         return '\n'.join([*lines, f'beam search: {" ".join(best)}'])
 
@@ -244,7 +241,7 @@ class SignTask(Task):
         """Writes embeddings.npy [sentences, width], mean hidden features, and index.jsonl."""
         with EmbeddingWriter(output, sum(map(len, self.splits.values()))) as writer:
             for name, split in self.splits.items():
-                for embeddings, batch in predict('embed_rows', split, self.batch_size):
+                for embeddings, batch in predict('embed_rows', split, self.config.batch_size):
                     ids = [split.record(row)['id'] for row in batch['row']]
                     writer.add(embeddings, [{'split': name, 'id': one} for one in ids])
         return f'{writer.rows} sentences: {writer.path}'
@@ -282,8 +279,7 @@ def _splits(config: Config, assets: epath.Path | None):
         )
         for name in prepared.splits
     }
-    train = splits['train']
-    train.skipped['infeasible'] = train.counts['unalignable_rows']
+    splits['train'].skipped['infeasible'] = splits['train'].counts['unalignable_rows']
     return splits, vocabulary, normalization
 
 
@@ -305,9 +301,9 @@ def _model(
 
 def _bigrams(train: SignSequences, vocabulary: folder.Vocabulary) -> np.ndarray:
     """Returns the bigram table of the training sentences, without the words it lacks."""
-    sentences = [vocabulary.encode(train.words(row)) for row in range(len(train))]
+    sentences = (vocabulary.encode(train.words(row)) for row in range(len(train)))
+    known = [ids[ids != folder.UNKNOWN_ID].tolist() for ids in sentences]
     try:
-        known = [ids[ids != folder.UNKNOWN_ID].tolist() for ids in sentences]
         return ngram.bigrams(known, len(vocabulary))
     except ValueError as error:
         raise UserError(f'decode.language_model: {error}') from None

@@ -130,7 +130,7 @@ def run_step(built, stage, state, batch):
     call = functools.partial(
         step.train_step,
         task=built.task,
-        stage=stage.program,
+        stage=stage.compile_key,
         groups=built.groups,
         settings=built.settings,
     )
@@ -144,7 +144,7 @@ def test_dropout_is_off_in_evaluation(built, variables):
     batch = batch_of(built)
     evaluated = [
         evaluate.forward(
-            built.task, stage.program, variables, {k: batch[k] for k in batch if k != 'key'}
+            built.task, stage.compile_key, variables, {k: batch[k] for k in batch if k != 'key'}
         )
         for _ in range(2)
     ]
@@ -264,7 +264,7 @@ def test_the_context_of_the_reconstruction_may_be_stopped(cache, stop):
 
 @pytest.mark.parametrize(
     ('key', 'column'),
-    [('hidden_tokens', 'text'), ('hidden_texts', 'text'), ('hidden_places', 'place')],
+    [('hidden_tokens', 'text'), ('hidden_texts', 'text'), ('hidden_compositions', 'place')],
 )
 def test_hidden_parts_are_hidden_in_training_alone(cache, key, column):
     built = build.run(tiny(cache, **{f'data__{key}': 1.0}))
@@ -327,7 +327,7 @@ def trained_scores(cache, workdir, steps, learning_rate, **changes):
     with jax.set_mesh(built.mesh):
         weights, _ = train.weights_from(built, str(workdir))
         predictor = evaluate.Predictor(built.task, weights, built.mesh)
-        weighing = evaluate.Weights.of(built.stages[-1], 0, built.final_weights)
+        weighing = evaluate.LossWeights.of(built.stages[-1], 0, built.final_weights)
         pages = {'train': PageScores(built.task.dataset('train'), 8, built.task.fuse)}
         scores = evaluate.run(pages, predictor, built.task, weighing, final=False)
     return scores['train'].metrics

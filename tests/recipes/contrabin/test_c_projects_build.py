@@ -88,14 +88,14 @@ def test_headers_are_found_by_the_name_of_their_folder(tmp_path, compiler):
     ):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_text(text)
-    found = code_build.find_projects(root)
+    files, headers, _ = code_build.find_projects(root)
     folders = ('one/include/one', 'one/include', 'one')
-    assert set(found.headers['one']) == {root / folder for folder in folders}
+    assert set(headers['one']) == {root / folder for folder in folders}
     listed = {}
-    for project, (file,) in found.files.items():
-        headers, work = tuple(found.headers[project]), tmp_path / project
+    for project, (file,) in files.items():
+        work = tmp_path / project
         work.mkdir()
-        builder = code_build.Builder(compiler, root / project, headers)
+        builder = code_build.Builder(compiler, root / project, headers[project])
         with contextlib.suppress(RecordError):
             listed[project] = builder.functions(file, 'O0', work)
     assert set(listed) == {'one'} and '$0x7' in listed['one']['f']

@@ -5,7 +5,6 @@ import subprocess
 
 import pytest
 
-from mmjax.errors import UserError
 from mmjax.recipes.contrabin.c_projects import canonical, parse
 
 pytest.importorskip('tree_sitter_c')
@@ -79,7 +78,7 @@ int declared(void);
 
 
 def test_every_function_has_its_comment_and_no_other():
-    found = {f.name: f for f in parse.functions(TEXT, 'shapes.c') if not f.fault}
+    found = {f.name: f for f in parse.functions(TEXT) if not f.fault}
     comments = {name: f.comment for name, f in found.items()}
     assert comments == {
         'first': '',
@@ -105,7 +104,7 @@ def test_every_function_has_its_comment_and_no_other():
 
 
 def test_faulty_functions_are_told():
-    faults = [(f.name, f.fault) for f in parse.functions(TEXT, 'shapes.c') if f.fault]
+    faults = [(f.name, f.fault) for f in parse.functions(TEXT) if f.fault]
     assert faults == [
         ('print', 'defined_twice'),
         ('print', 'defined_twice'),
@@ -115,19 +114,19 @@ def test_faulty_functions_are_told():
 
 def test_a_brace_left_open_costs_one_function():
     text = b'#if A\nint f(int a) {\n#else\nint f(char a) {\n#endif\nreturn a; }\n/* Is g. */\n'
-    found = parse.functions(text + b'int g(int a) { return a; }\n', 'x.c')
+    found = parse.functions(text + b'int g(int a) { return a; }\n')
     assert [(f.name, f.comment) for f in found if not f.fault] == [('g', 'Is g.')]
 
 
 def test_bytes_that_are_not_utf8_do_not_shift_the_rest():
     text = b'/* caf\xe9 */ int a;\n/* Br\xfccke. */\nint f(void) { return "\xff"[0]; }\n'
-    (found,) = parse.functions(text, 'x.c')
+    (found,) = parse.functions(text)
     assert (found.comment, found.source) == ('Br\ufffdcke.', 'int f(void) { return "\ufffd"[0]; }')
 
 
 def test_deep_nesting_does_not_end_the_reader():
     text = b'int f(void) { return ' + b'(' * 20_000 + b'1' + b')' * 20_000 + b'; }'
-    assert [f.name for f in parse.functions(text, 'x.c')] == ['f']
+    assert [f.name for f in parse.functions(text)] == ['f']
 
 
 def test_content_key_tells_twins():
@@ -191,8 +190,6 @@ def test_assembly_keeps_names_and_classes_on_demand():
     for name, kind in (('%rdi', '%r64'), ('%r9d', '%r32'), ('%rax', '%r64')):
         expected = expected.replace(name, kind)
     assert text == expected
-    with pytest.raises(UserError, match="registers is 'all'"):
-        canonical.canonical_assembly(lines, 'f', registers='all')
 
 
 MODULE = """

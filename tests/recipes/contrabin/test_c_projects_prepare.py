@@ -89,8 +89,7 @@ def test_every_reason_is_counted(made):
     output, report, _ = made
     assert report == json.loads((output / 'report.json').read_text())
     assert report['files'] == {
-        'link_inside': 2,
-        'link_outside': 1,
+        'link': 2,
         'no_file': 1,
         'too_large': 1,
         'found': 9,
@@ -114,7 +113,6 @@ def test_every_reason_is_counted(made):
         'parse_error': 1,
     }
     assert report['binaries'] == {'not_in_object': 2, 'too_short': 2, 'too_long': 2}
-    assert report['twins'] == {}
     (example,) = report['examples']['does_not_compile']
     assert example.startswith('alpha/broken.c:1:10: fatal error: config.h: No such file')
     assert sum(report['rows'].values()) == 2 * functions['kept']
@@ -153,9 +151,9 @@ def test_progress_counts_files(made):
     assert sum(whole for _, whole in last.values()) == 9
 
 
-def test_table_names_projects_and_examples(made):
+def test_table_names_counts_and_examples(made):
     text = code_prepare.table(made[1])
-    assert 'files     ' in text and 'does not compile 1' in text and 'epsilon' in text
+    assert 'files     ' in text and 'does not compile 1' in text
     assert 'does not compile, for one: alpha/broken.c:1:10: fatal error' in text
 
 
@@ -170,13 +168,12 @@ def test_two_projects_are_split_by_file(tmp_path):
     for number in range(4):
         file = tmp_path / 'root' / f'p{number % 2}' / f'{number}.c'
         file.parent.mkdir(parents=True, exist_ok=True)
-        # The same code under two texts: equal binaries of different sources.
+        # The same code under two texts: equal binaries of different sources are kept.
         file.write_text(loop(f'f{number}', 3) if number else loop('f', 3, kind='signed '))
     report = prepare(tmp_path / 'root', tmp_path / 'out', levels=['O2'])
     assert report['settings']['split_by'] == 'file'
     assert report['note'] == 'split by file: 2 projects make no three splits'
     assert set(report['rows']) <= {'train', 'val', 'test'} and sum(report['rows'].values()) == 2
-    assert report['twins']['binary_of_another_source'] == 1
     assert report['functions']['equal_source'] == 2
 
 
@@ -226,13 +223,7 @@ def test_splits_follow_from_seed_and_name(tmp_path):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(levels=('O2', 'O9')), 'levels are'),
-        (dict(levels=()), 'levels are'),
-        (dict(split_by='line'), "split_by is 'line'"),
-        (dict(val=0.5, test=0.5), 'leave some to train on'),
-        (dict(compiler='tcc'), "the compiler is 'tcc'"),
         (dict(flags=('-fplugin=x',)), "flag '-fplugin=x'"),
-        (dict(registers='all'), 'registers'),
         (dict(max_instructions=9), 'no function under .* makes a row'),
     ],
 )
@@ -241,7 +232,15 @@ def test_faults_leave_nothing_behind(tmp_path, options, message):
     (tmp_path / 'root' / 'p' / 'a.c').write_text(loop('f', 3))
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / 'root', tmp_path / 'out', **options)
-    assert not (tmp_path / 'out').exists() or not list((tmp_path / 'out').iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ['root']
+
+
+def test_rows_of_another_process_stay(folder, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'report.json').write_text('{}')
+    prepare(folder / 'beta', tmp_path / 'out', min_instructions=2)
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+    assert (tmp_path / 'out' / 'report.json').read_text() == '{}'
 
 
 def test_a_root_without_code_is_told(tmp_path):

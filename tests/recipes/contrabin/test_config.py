@@ -38,7 +38,7 @@ def test_all_words_build_on_the_built_in_functions(tmp_path_factory, words):
     # An epoch of the sampler pk shows every binary once, so 96 functions at four levels are 12
     # batches of 32.
     assert [stage.steps for stage in built.stages] == [120, 60, 60]
-    assert built.task.losses.softness == 1 and not built.task.losses.normalize
+    assert built.task.config.losses.softness == 1 and not built.task.config.losses.normalize
     assert 'the run warms up for 500 updates and makes 240 of them' in ' '.join(built.warnings)
     stage, spec = built.stages[1], built.stages[1].optimizer
     assert (spec.warmup_steps, spec.span, spec.clip, spec.b2) == (500, 'run', 1.0, 0.999)

@@ -120,30 +120,3 @@ def test_a_line_that_would_fill_the_memory_ends_it(tmp_path):
         read(path)
     assert tracemalloc.get_traced_memory()[1] < 40 << 20
     tracemalloc.stop()
-
-
-def test_what_is_written_is_read_and_appears_at_once(tmp_path):
-    texts = dict(source='int f;\n\t"\\u0000 é"', binary='L0:\nret')
-    with folder.Writer(tmp_path / 'out', ['train', 'val']) as writer:
-        writer.write('train', {**ROW, **texts})
-        assert all(path.name.startswith('.') for path in (tmp_path / 'out').iterdir())
-        writer.finish({'rows': 1})
-    names = sorted(path.name for path in (tmp_path / 'out').iterdir())
-    assert names == ['report.json', 'train.jsonl.gz', 'val.jsonl.gz']
-    ((row,), _) = read(tmp_path / 'out' / 'train.jsonl.gz')
-    assert row == {'comment': ROW['comment'], **texts, **METADATA, 'line': 1}
-
-
-def test_a_fault_while_writing_leaves_what_was_there(tmp_path):
-    (tmp_path / 'train.jsonl.gz').write_bytes(b'old')
-    with pytest.raises(RuntimeError), folder.Writer(tmp_path, ['train']) as writer:
-        writer.write('train', ROW)
-        raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ['train.jsonl.gz']
-    assert (tmp_path / 'train.jsonl.gz').read_bytes() == b'old'
-
-
-def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='cannot be written to'):
-        folder.Writer(tmp_path / 'file', ['train']).__enter__()

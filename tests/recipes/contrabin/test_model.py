@@ -269,12 +269,10 @@ def test_bfloat16_computes_in_half_and_keeps_parameters_and_outputs_in_float32()
     [
         ({'pooling': 'last'}, "'last'"),
         ({'head': 'deep'}, "'deep'"),
-        ({'binary': None}, 'anchor and binary are one module'),
     ],
 )
 def test_a_model_that_cannot_be_built_is_refused(fields, message):
     model = _model()
-    fields = {'binary': model.anchor} if 'binary' in fields else fields
     with pytest.raises((KeyError, ValueError), match=message):
         jax.eval_shape(model.clone(**fields).init, jax.random.key(0), *_inputs())
 

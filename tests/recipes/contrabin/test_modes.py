@@ -73,7 +73,7 @@ def program(built, stage):
     call = functools.partial(
         step.train_step,
         task=built.task,
-        stage=stage.program,
+        stage=stage.compile_key,
         groups=built.groups,
         settings=built.settings,
     )
@@ -86,7 +86,7 @@ def forward(built, variables, batch, stage, key):
     train = step.towers_training(built.task.towers, dict(built.groups.items), stage)
     if key is None:
         train = dict.fromkeys(train, False)
-    run = functools.partial(built.task.forward, stage=stage.program, train=train)
+    run = functools.partial(built.task.forward, stage=stage.compile_key, train=train)
     return jax.jit(lambda *inputs: run(*inputs[:2], key=inputs[2])[0])(variables, batch, key)
 
 
@@ -206,7 +206,7 @@ def test_frozen_parts_run_as_in_evaluation(cache, folder, groups, rules, frozen)
 
     def run(variables, key):
         train = dict.fromkeys(trains, False) if key is None else trains
-        outputs, _ = task.forward(variables, batch, stage.program, train=train, key=key)
+        outputs, _ = task.forward(variables, batch, stage.compile_key, train=train, key=key)
         for text, tower in (('source', 'anchor'), ('binary', 'binary')):
             hidden = task._encode(variables, batch, train[tower], key, text)
             outputs[f'{tower}_encoder'] = hidden
@@ -236,7 +236,7 @@ def test_padding_rows_and_neighbours_change_no_loss(bare, fresh):
         found = []
         for one in (batch, short):
             outputs = forward(bare, fresh.variables, one, stage, None)
-            terms = bare.task.terms(fresh.variables, outputs, one, stage.program)
+            terms = bare.task.terms(fresh.variables, outputs, one, stage.compile_key)
             found.append({n: float(t.mean()) for n, t in terms.items() if hasattr(t, 'mean')})
     assert set(found[0]) >= {'anchor', 'source_binary', 'comment_binary', 'intermediate'}
     assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -256,7 +256,7 @@ def test_precision_accumulation_and_clip_reach_the_step(cache, folder, fresh):
             call, *rest = program(built, stage)
             state, metrics = call(state, first_batch(built, stage), *rest)
         assert metrics['ok'] and all(np.isfinite(value) for value in metrics.values())
-        first_moments = jax.tree.leaves([m['mu'] for m in state['moments'].values()])
+        first_moments = jax.tree.leaves([m['mu'] for m in state['opt_state'].values()])
         mu = np.sqrt(sum(np.square(x).sum() for x in first_moments))
         return {name: float(value) for name, value in metrics.items()}, mu
 

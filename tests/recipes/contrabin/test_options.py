@@ -12,7 +12,7 @@ from mmjax.engine import config as config_lib
 from mmjax.errors import UserError
 from mmjax.recipes.contrabin import data as code
 from mmjax.recipes.contrabin import task as contrabin
-from mmjax.recipes.contrabin.c_projects import compiled
+from mmjax.recipes.contrabin.c_projects import prepare as c_projects
 from tests import runs
 from tests.recipes.contrabin.test_modes import tiny, write_functions
 
@@ -53,6 +53,7 @@ def opened(cache, **changes):
         (dict(data__compile__split_by='line'), "data.compile.split_by='line' is not one of 'proj"),
         (dict(data__compile__registers='none'), "data.compile.registers='none' is not one of 'cl"),
         (dict(data__compile__test=1.0), 'data.compile.test=1.0 is not a number at least 0 and'),
+        (dict(data__compile=dict(val=0.5, test=0.5)), 'test=0.5 leave none to train on'),
         (dict(data__compile__flags='-DN'), "data.compile.flags='-DN' is not a tuple of strings"),
         (dict(model__head='deep'), "model.head='deep' is not one of 'linear', 'nonlinear'"),
         (dict(model__pooling='last'), "model.pooling='last' is not one of 'first', 'mean'"),
@@ -189,7 +190,7 @@ def test_the_seed_of_the_data_alone_decides_what_is_learnt_and_tested(cache, mon
     def compile_once(folder, cache, *, seed, **options):
         raise UserError(f'split by seed {seed}')
 
-    monkeypatch.setattr(compiled, 'compile_once', compile_once)
+    monkeypatch.setattr(c_projects, 'compile_once', compile_once)
     with pytest.raises(UserError, match='split by seed 5'):
         opened(cache, seed=1, data__seed=5, data__c_files='x')
 

@@ -15,7 +15,6 @@ from mmjax.recipes.contrabin.scores import CodeScores
 from tests.losses.test_interpolation import labelled_oracle, unit
 from tests.recipes.contrabin.test_modes import LEVELS, first_batch, tiny, write_functions
 
-KINDS = ('linear', 'nonlinear')
 LOSSES = ('anchor', 'source_binary', 'comment_binary', 'intermediate')
 
 
@@ -129,7 +128,6 @@ class Predictor:
     def __init__(self):
         rng = np.random.default_rng(3)
         self.outputs, self.weights = drawn(rng, 12)  # of `forward`, for the 12 functions of val
-        self.lambdas = {kind: rng.uniform(size=12) for kind in KINDS}
         self.binaries = {rows: rng.normal(size=(rows, 8)) for rows in (48, 20)}
         self.variables = {}
         self.datasets = {}
@@ -138,9 +136,6 @@ class Predictor:
         yield self.outputs, arrays(dataset)
 
     def __call__(self, method, dataset, batch_size):
-        if method == 'interpolation_weights':
-            yield self.lambdas, arrays(dataset)
-            return
         assert method == 'embed_binary'
         self.datasets[dataset.split] = dataset
         records = [dataset.record(row) for row in range(len(dataset))]
@@ -227,7 +222,7 @@ def test_losses_of_pools_are_those_of_loops(bare, predictor, scorer):
     outputs, weights = predictor.outputs, predictor.weights
     with jax.set_mesh(bare.mesh):
         predictor.variables = bare.init_variables()
-        weighing = evaluate.Weights.of(bare.stages[-1], 0, bare.final_weights)
+        weighing = evaluate.LossWeights.of(bare.stages[-1], 0, bare.final_weights)
         found = evaluate.losses(predictor, bare.task, scorer, weighing).losses
     functions = bare.task.dataset('val')
     told = functions.index['comment_id'][functions.one_each()]
@@ -280,7 +275,7 @@ def test_the_probe_learns_from_a_sample_of_all_functions(predictor, scorer, monk
 def test_figures_show_what_they_say(predictor, scorer):
     outputs = predictor.outputs
     found = scored(scorer, predictor, final=True).figures
-    assert set(found) == {'similarity', 'projection', 'interpolation'}
+    assert set(found) == {'similarity', 'projection'}
     for figure in found.values():
         assert figure.get_label()
         figure.savefig(io.BytesIO(), format='png', dpi=40)
@@ -304,10 +299,6 @@ def test_figures_show_what_they_say(predictor, scorer):
     shown = [tuple(handle.get_facecolor()[0]) for handle in legend.legend_handles]
     assert shown == [tuple(by_label[name].get_facecolor()[0]) for name in ('even', 'odd')]
 
-    (axis,) = found['interpolation'].axes
-    heights = [sum(bar.get_height() for bar in bars) for bars in axis.containers]
-    assert heights == [HAS.sum()] * 2
-
 
 def test_figures_without_comments_or_labels_can_be_drawn(predictor):
     outputs, none = predictor.outputs, np.zeros(12, bool)
@@ -319,6 +310,5 @@ def test_figures_without_comments_or_labels_can_be_drawn(predictor):
     for figure in (
         scores.projection(outputs, none, [''] * 12),
         scores.similarity(outputs, np.arange(12), none),
-        scores.histogram(predictor.lambdas, none),
     ):
         figure.savefig(io.BytesIO(), format='png', dpi=40)

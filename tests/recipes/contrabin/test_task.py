@@ -61,7 +61,7 @@ def test_each_stage_moves_its_groups_and_no_others(trained, model):
     late = {'encoder', 'heads', 'binary_head'}
     assert moved == [{'anchor', 'heads'}, late, late | {'linear'}, late | {'nonlinear'}]
     for stage, groups in zip(built.stages, moved, strict=True):
-        moments = built.abstract_state(stage)['moments']
+        moments = built.abstract_state(stage)['opt_state']
         assert set(moments) == groups
         for group, values in moments.items():
             assert set(built.groups.of(values['mu']).values()) == {group}
@@ -173,7 +173,7 @@ def test_scores_do_not_depend_on_the_stage(cache, trained, model):
     workdir, _, results = trained
     naive = build.run(tiny(cache, stages=('naive',)), assets=workdir)
     predictor = evaluate.Predictor(naive.task, model[1].variables, naive.mesh)
-    weights = evaluate.Weights.of(naive.stages[0], 0, naive.final_weights)
+    weights = evaluate.LossWeights.of(naive.stages[0], 0, naive.final_weights)
     with jax.set_mesh(naive.mesh):
         scores = evaluate.run(naive.evaluators, predictor, naive.task, weights, final=False)
     found = scores['val'].metrics

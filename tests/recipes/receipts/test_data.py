@@ -74,8 +74,6 @@ def test_an_example_holds_picture_question_answer_and_class(prepared, tokenizer)
 @pytest.mark.parametrize(('classes', 'labels'), [(2, [0, 1, 1, 1]), (4, [0, 1, 2, 3])])
 def test_classes_group_the_counts(prepared, classes, labels):
     assert questions(prepared, classes=classes).index['label'][0:8:2].tolist() == labels
-    with pytest.raises(UserError, match=r'data\.classes is 1, less than 2'):
-        questions(prepared, classes=1)
     for buckets in ((), (1, 8)):
         with pytest.raises(UserError, match=r'data\.buckets is .*: lengths from 2 are needed'):
             questions(prepared, buckets=buckets)

@@ -149,19 +149,6 @@ def test_a_block_adds_what_its_scales_let_through():
         assert ('bias' in made['params']['block_0']['norm_1']) == (norm == 'layer')
 
 
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        (dict(norm='batch'), "norm 'batch'"),
-        (dict(stem='none'), "stem 'none'"),
-        (dict(stem='convolutions', patch_size=6), 'patch_size 6 is no power of 2'),
-    ],
-)
-def test_towers_that_are_not_made_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        VISION.clone(**changes).init(jax.random.key(0), IMAGES * 1.0, train=False)
-
-
 # Parts --------------------------------------------------------------------------------------
 
 

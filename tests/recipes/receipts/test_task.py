@@ -110,7 +110,7 @@ def program(built, stage):
     call = functools.partial(
         step.train_step,
         task=built.task,
-        stage=stage.program,
+        stage=stage.compile_key,
         groups=built.groups,
         settings=built.settings,
     )
@@ -151,7 +151,7 @@ def one_stage(cache, rules, frozen, dropout):
 def forward(built, variables, batch, seed):
     """Returns (outputs, batch statistics) of a training step, or of an evaluation."""
     task = built.task
-    stage = built.stages[0].program
+    stage = built.stages[0].compile_key
     if seed is None:
         run = functools.partial(evaluate.forward, task, stage)
         return jax.jit(run)(variables, batch), variables['batch_stats']
@@ -309,7 +309,7 @@ def test_the_losses_of_a_split_are_means_over_its_questions_and_tokens(cache, mo
     built, predictor = model
     evaluator = built.task.evaluators()['val']
     evaluator.batch_size = 4
-    weights = evaluate.Weights.of(built.stages[0], 0, built.final_weights)
+    weights = evaluate.LossWeights.of(built.stages[0], 0, built.final_weights)
     results = evaluate.losses(predictor, built.task, evaluator, weights)
     batch = rows_of(evaluator.dataset)
     outputs, _ = forward(built, predictor.variables, batch, None)

@@ -18,6 +18,7 @@ ITEMS = [
     {'item': 'c', 'color': ' ', 'description': []},
     {'item': 'd', 'color': 'Navy', 'description': []},
 ]
+TEMPLATES = ('A {noun} in {color}. {description}', 'clothing item', 'A {noun}. {description}')
 ADVERSARIAL = [
     'x' * 10_000,
     'é' * 10_000,
@@ -130,7 +131,7 @@ def test_prompts_are_written_sorted_whole_and_read_back(tmp_path, monkeypatch):
 
 
 def test_templates_are_filled_and_dropped_without_color():
-    assert prompts.generate(ITEMS) == {
+    assert prompts.generate(ITEMS, *TEMPLATES) == {
         'a': 'A clothing item in Red. Soft {cotton}. A shirt.',
         'b': 'A clothing item. One sentence',
         'c': 'A clothing item.',
@@ -138,7 +139,7 @@ def test_templates_are_filled_and_dropped_without_color():
     }
     made = prompts.generate(ITEMS[:2], '{color} {noun}', 'bag', 'some {noun}: {description}')
     assert made == {'a': 'Red bag', 'b': 'some bag: One sentence'}
-    assert prompts.noun_alone('bag') == 'A bag.'
+    assert prompts.noun_alone('bag', TEMPLATES[2]) == 'A bag.'
 
 
 @pytest.mark.parametrize(
@@ -146,13 +147,13 @@ def test_templates_are_filled_and_dropped_without_color():
     ['{size}', '{}', '{0}', '{noun.x}', '{noun!r}', '{noun:>9}', '{noun', 'a } b', '{noun[0]}'],
 )
 def test_faulty_templates_are_refused(template):
-    for arguments in ((template,), (prompts.TEMPLATE, 'x', template)):
+    for arguments in ((template, *TEMPLATES[1:]), (*TEMPLATES[:2], template)):
         with pytest.raises(UserError, match=r'the template .* (has|is malformed)'):
             prompts.generate(ITEMS, *arguments)
     with pytest.raises(UserError, match="has 'color'"):
-        prompts.generate(ITEMS, prompts.TEMPLATE, 'x', prompts.TEMPLATE)
+        prompts.generate(ITEMS, TEMPLATES[0], 'x', TEMPLATES[0])
     with pytest.raises(UserError, match="'a' is blank or stands twice"):
-        prompts.generate([ITEMS[0], ITEMS[0]])
+        prompts.generate([ITEMS[0], ITEMS[0]], *TEMPLATES)
 
 
 @pytest.fixture
@@ -189,31 +190,29 @@ def shop(tmp_path):
 
 def test_the_report_lists_what_does_not_fit_together(shop):
     root, metadata = shop
-    report = prompts.consistency(
-        {'a': 'x', 'c': ['x', 'y'], 'd': ' ', 'e': 'z', 'f': ''}, metadata, root
-    )
-    assert (report.identities, report.images) == (4, 15)
-    assert report.few_images == ('b',)
-    assert report.few_in_split == {'train': 2, 'val': 1}  # a and b; a
-    assert report.several_prompts == ('c',)
-    assert report.no_prompt == ('b', 'd')
-    assert report.no_images == ('e',)
-    assert report.missing_files == ('images', 'images/gone', 'images/loop', 'nul\0')
-    assert report.outside_root == ('../root2/x', '../secret', '/etc/hostname', 'images/link')
-    assert report.no_split == ('../secret', 'images/alias', 'images/link')
-    table = report.table()
+    report = prompts.consistency({'a': 'x', 'c': 'x', 'd': ' ', 'e': 'z', 'f': ''}, metadata, root)
+    assert (report['identities'], report['images']) == (4, 15)
+    assert report['few_images'] == ['b']
+    assert report['few_in_split'] == {'train': 2, 'val': 1}  # a and b; a
+    assert report['several_prompts'] == []
+    assert report['no_prompt'] == ['b', 'd']
+    assert report['no_images'] == ['e']
+    assert report['missing_files'] == ['images', 'images/gone', 'images/loop', 'nul\0']
+    assert report['outside_root'] == ['../root2/x', '../secret', '/etc/hostname', 'images/link']
+    assert report['no_split'] == ['../secret', 'images/alias', 'images/link']
+    table = prompts.table(report)
     assert "outside root      4  '../root2/x', '../secret', '/etc/hostname', …" in table
     assert 'few in split      train 2, val 1' in table
-    assert json.loads(json.dumps(report.to_json())) == report.to_json()
-    assert report.to_json()['no_prompt'] == ['b', 'd']
+    assert json.loads(json.dumps(report)) == report
+    assert report['no_prompt'] == ['b', 'd']
 
 
 def test_the_report_counts_descriptions_and_refuses_faulty_metadata(shop):
     root, metadata = shop
     report = prompts.consistency([*ITEMS, ITEMS[0]], metadata, root)
-    assert report.several_prompts == ('a',) and report.no_prompt == ()
+    assert report['several_prompts'] == ['a'] and report['no_prompt'] == []
     pair = {path: metadata[path] for path in ('images/c1', 'images/c2')}
-    assert prompts.consistency({}, pair, root).few_in_split == {'train': 0}
+    assert prompts.consistency({}, pair, root)['few_in_split'] == {'train': 0}
     for entry in ({'split': 'train'}, {'item_id': 3}, {'item_id': 'a', 'split': 3}, 'a'):
         with pytest.raises(UserError, match="metadata of 'bad'"):
             prompts.consistency({}, {**metadata, 'bad': entry}, root)
@@ -232,17 +231,11 @@ def test_pairs_are_counted_within_a_split():
         path: dict(zip(('item_id', 'split'), row.split(), strict=True))
         for path, row in rows.items()
     }
-    kept, out = prompts.keep_pairs(split)
-    assert list(kept) == ['1', '2', '5', '6'] and kept['1'] is split['1']
-    assert out == [('train', 'b'), ('val', 'b')]
-    kept, out = prompts.keep_pairs(split, split='train')
-    assert list(kept) == ['1', '2', '4', '5', '6'] and out == [('train', 'b')]
-    assert prompts.keep_pairs(split, 3) == (
-        {},
-        [('train', 'a'), ('train', 'b'), ('val', 'b'), ('val', 'c')],
-    )
+    kept = prompts.keep_pairs(split, 'train')
+    assert list(kept) == ['1', '2', '4', '5', '6'] and kept['1'] is split['1']
+    assert list(prompts.keep_pairs(split, 'val')) == ['1', '2', '3', '5', '6']
     with pytest.raises(UserError, match=r"of split 'test' \(splits: train, val\)"):
-        prompts.keep_pairs(split, split='test')
+        prompts.keep_pairs(split, 'test')
 
 
 @pytest.mark.parametrize(
@@ -331,13 +324,13 @@ def test_every_prompt_fits_whatever_stands_in_it(train, limit):
     _, mask = tokenizer.encode(list(safe.values()), limit)
     assert tokenizer.truncated == 0
     assert mask.any(axis=1).all() and all(text.strip() for text in safe.values())
-    assert report.after['max'] == mask.sum(axis=1).max() <= limit
-    assert report.over_limit == sum(count(text) > limit for text in raw.values())
+    assert report['after']['max'] == mask.sum(axis=1).max() <= limit
+    assert report['over_limit'] == sum(count(text) > limit for text in raw.values())
     for kind in CUTS:
-        for item in getattr(report, kind):
+        for item in report[kind]:
             check_cut(kind, raw[item], safe[item], lambda text: count(text) <= limit)
-    assert sorted(sum((getattr(report, kind) for kind in CUTS), ())) == list(safe) == list(raw)
-    assert all(report.counts[kind] for kind in ('kept', 'front', 'end', 'words', 'unfit'))
+    assert sorted(item for kind in CUTS for item in report[kind]) == list(safe) == list(raw)
+    assert all(report[kind] for kind in ('kept', 'front', 'end', 'words', 'unfit'))
 
 
 def check_cut(kind, raw, safe, fits):
@@ -357,13 +350,19 @@ def test_the_report_counts_and_the_fallback_must_fit():
     raw = {'b': 'one two three', 'a': 'A bag. Two two. Three is three.', 'c': '', 'd': 'a b c d e'}
     safe, report = prompts.token_safe(raw, words_and_two, 5, fallback='A bag.')
     assert safe == {'a': 'Three is three.', 'b': 'one two three', 'c': 'A bag.', 'd': 'a b c'}
-    assert report.counts == {'kept': 1, 'front': 1, 'end': 0, 'words': 1, 'unfit': 1}
-    assert report.before == {'min': 2, 'median': 6, 'max': 9}
-    assert report.after == {'min': 4, 'median': 5, 'max': 5}
-    assert report.over_limit == 2 and report.front == ('a',) and report.unfit == ('c',)
-    assert "front             1  'a'" in report.table()
-    assert report.to_json()['before']['median'] == 6
-    assert prompts.token_safe({}, words_and_two, fallback='x')[1].to_json()['after'] == {}
+    assert {kind: len(report[kind]) for kind in CUTS} == {
+        'kept': 1,
+        'front': 1,
+        'end': 0,
+        'words': 1,
+        'unfit': 1,
+    }
+    assert report['before'] == {'min': 2, 'median': 6, 'max': 9}
+    assert report['after'] == {'min': 4, 'median': 5, 'max': 5}
+    assert report['over_limit'] == 2 and report['front'] == ['a'] and report['unfit'] == ['c']
+    assert "front             1  'a'" in prompts.table(report)
+    assert report['before']['median'] == 6
+    assert prompts.token_safe({}, words_and_two, fallback='x')[1]['after'] == {}
     for fallback in ('', ' ', 'far too many words here'):
         with pytest.raises(UserError, match=r'the fallback .* is blank or of more than 5 tokens'):
             prompts.token_safe(raw, words_and_two, 5, fallback=fallback)

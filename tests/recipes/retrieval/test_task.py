@@ -224,7 +224,7 @@ def test_validation_losses_and_scores_know_identities(model):
     temperature = built.config.losses.temperature
     expected = supcon_oracle(np.concatenate([image, text]), np.tile(labels, 2), temperature)
     stage = built.stages[-1]
-    weights = evaluate.Weights.of(stage, stage.steps, built.final_weights)
+    weights = evaluate.LossWeights.of(stage, stage.steps, built.final_weights)
     scores = evaluate.run(built.evaluators, predictor, built.task, weights, final=False)
     assert not scores['query_gallery'].figures
     val = scores['val'].metrics
@@ -297,7 +297,7 @@ def test_frozen_parts_are_the_same_in_training_and_evaluation(cache, words, rule
     config = tiny(f'v2,{words}', cache, rules=rules, stages=('tune',), optimizer__weight_decay=0.0)
     config.stage.tune = dict(steps=2, learning_rates={group: 0.0})
     built = build.run(config)
-    stage = built.stages[0].program
+    stage = built.stages[0].compile_key
     data = built.task.dataset('train')
     rng = np.random.default_rng(0)
     batch = data.collate([data.example(row, rng, True) for row in range(16)], 0)

@@ -69,11 +69,15 @@ def without(name, column):
 @pytest.mark.parametrize(
     ('spoil', 'options', 'message'),
     [
-        (without('train', 'signer|'), (), 'train.corpus.csv: the columns are id|annotation'),
+        (
+            without('train', 'signer|'),
+            (),
+            "train.corpus.csv has no column 'signer' (columns: id, annotation)",
+        ),
         (
             lambda r: np.savez(r / 'features/train/train1.npz', features=np.ones((9, 6), int)),
             (),
-            'features/train/train1.npz: features are int64, not float16, float32',
+            'features/train/train1.npz: features are int64 (9, 6), not float16, float32',
         ),
         (
             lambda r: (r / 'annotations/dev.corpus.csv').write_text('id|signer|annotation'),

@@ -70,7 +70,7 @@ def test_smoothing_is_a_weight_of_the_command_line_and_costs_nothing_at_0(folder
         for stage in built.stages:
             trained = stage.name != 'teacher'
             assert ('smoothing' in stage.losses) == (bool(weight) and trained)
-        weights = evaluate.Weights.of(built.stages[-1], 0, built.final_weights)
+        weights = evaluate.LossWeights.of(built.stages[-1], 0, built.final_weights)
         outputs = jax.eval_shape(
             lambda *arrays: evaluate.forward(built.task, weights.stage, *arrays),
             built.abstract,
@@ -90,6 +90,7 @@ WRONG = [
     (dict(data__missing='nan'), "data.missing='nan' is not one of 'zero', 'none'"),
     (dict(data__buckets=0), 'data.buckets=0 is not an integer at least 1'),
     (dict(data__buckets=(32, 0)), r'data.buckets=\(32, 0\) is not .* integers at least 1'),
+    (dict(data__buckets=()), r'data.buckets=\(\) names no length'),
     (dict(data__streams=('hands', 0, 4)), r'data.streams=\(.*\) is not a mapping from names'),
     (dict(data__streams=dict(hands=(4,))), r'data.streams.hands=\(4,\) is not a tuple of 2'),
     (dict(data__streams=dict(hands=(-1, 4))), r'data.streams.hands=\(-1, 4\) is not .* least 0'),
@@ -109,7 +110,6 @@ WRONG = [
         dict(stage__train__sampler=dict(name='bucketed', by='length')),
         r'^stage.train.sampler.stretch=1.0 is less',
     ),
-    (dict(loss_weights=dict(ctc=1.0, smothing=1.0)), "loss_weights.smothing.*mean 'smoothing'"),
     (dict(loss_weights=dict(ctc=1.0, distillation=0.5)), '^loss_weights.distillation=0.5 needs'),
     (
         dict(stage__train__loss_weights=dict(teacher_ctc=1.0)),

@@ -96,8 +96,8 @@ def test_features_belong_to_the_annotation_of_their_row(prepared):
             assert list(vocabulary.decode(example['labels'])) == known
             assert data.index['length'][row] == example['length'] == 10 + 3 * row
         assert data.index['n_labels'].tolist() == [len(text.split()) for text in texts]
-        assert data.signers == ('signer0', 'signer1')
-        assert data.index['signer'].tolist() == [0, 1, 0, 0, 1][: len(texts)]
+        signers = [data.record(row)['signer'] for row in range(len(texts))]
+        assert signers == [f'signer{n}' for n in (0, 1, 0, 0, 1)][: len(texts)]
     assert split_of(prepared).index['needed'].tolist() == [3, 5, 1, 5, 2]
 
 
@@ -106,7 +106,7 @@ def test_an_unknown_word_keeps_its_place_and_is_never_the_blank(prepared):
     labels = data.example(1, RNG, False)['labels'].tolist()
     assert labels == [-1, 5, -1, 8]
     assert ' '.join(data.vocabulary.words) == '<blank> JOHN CAN GO MARY SEE BOOK GIVE NOW'
-    assert data.unknown == {'PETER': 1, '<unknown>': 1} and data.counts['unknown_words'] == 2
+    assert data.counts['unknown_words'] == 2
     assert data.vocabulary.decode(labels) == ('<unknown>', 'SEE', '<unknown>', 'NOW')
     assert data.vocabulary.encode(['<blank>', '<unknown>', '']).tolist() == [-1, -1, -1]
     train = split_of(prepared).counts
@@ -128,7 +128,8 @@ def test_both_layouts_marks_line_ends_and_quotes_are_read(tmp_path, phoenix):
         ('MARY', 'SEE', 'SEE', 'JOHN'),
         ('"GO',),
     ]
-    assert split_of(prepared).record(1)['line'] == 5 and split_of(prepared).signers[1] == 'signer1'
+    record = split_of(prepared).record(1)
+    assert (record['line'], record['signer']) == (5, 'signer1')
 
 
 def test_the_second_split_is_called_as_the_folder_does_and_test_may_be_there(tmp_path):
@@ -137,9 +138,7 @@ def test_the_second_split_is_called_as_the_folder_does_and_test_may_be_there(tmp
         prepared = Folder(tmp_path / str(number), sentences).prepare(tmp_path / 'cache')
         assert prepared.splits == ('train', second, *third)
         assert split_of(prepared, second).split == second
-    only = sign.prepare_sequences(tmp_path / '1', tmp_path / 'cache', splits=('test',))
-    other = {'vocabulary': prepared.vocabulary(), 'normalization': prepared.normalization()}
-    data = sign.SignSequences(only, 'test', **other)
+    data = split_of(prepared, 'test')
     assert data.example(0, RNG, False)['labels'].tolist() == [1] and data.lengths == (16,)
 
 
@@ -161,18 +160,30 @@ TRAIN, DEV = 'annotations/train.corpus.csv', 'annotations/dev.corpus.csv'
         (lambda f: f.table('train').unlink(), r'train\.corpus\.csv does not exist'),
         (lambda f: f.table('dev').unlink(), r'dev\.corpus\.csv does not exist'),
         (lambda f: f.table('val').write_text(f.table('dev').read_text()), r'has both dev\.'),
-        (rewritten(TRAIN, lambda t: ''), r'train\.corpus\.csv: the columns are none, not id\|sig'),
-        (rewritten(TRAIN, lambda t: t.replace('signer|', '')), r'columns are id\|annotation, not'),
-        (rewritten(TRAIN, lambda t: t.replace('|', ',')), r'columns are id,signer,annotation, not'),
-        (rewritten(DEV, lambda t: t.replace('id|', 'name|')), r'dev\.corpus\.csv: the columns are'),
+        (rewritten(TRAIN, lambda t: ''), r"train\.corpus\.csv has no column 'id' \(columns: \)"),
+        (
+            rewritten(TRAIN, lambda t: t.replace('signer|', '')),
+            r"no column 'signer' \(columns: id, ann",
+        ),
+        (
+            rewritten(TRAIN, lambda t: t.replace('|', ',')),
+            r"no column 'id' \(columns: id,signer,annota",
+        ),
+        (
+            rewritten(DEV, lambda t: t.replace('id|', 'name|')),
+            r"dev\.corpus\.csv has no column 'id'",
+        ),
         (rewritten(DEV, lambda t: t.split('\n')[0]), r'dev\.corpus\.csv has no sentence'),
         (rewritten(TRAIN, lambda t: t + 'zebra1|x|A\n'), r"lines 3 and 7 have the id 'zebra1'"),
-        (rewritten(TRAIN, lambda t: t + '../x|x|A\n'), r"line 7: id '\.\./x' leads elsewhere"),
-        (rewritten(TRAIN, lambda t: t + '..|x|A\n'), r"line 7: id '\.\.' leads elsewhere"),
-        (rewritten(TRAIN, lambda t: t + '/etc/x|x|A\n'), r"line 7: id '/etc/x' leads elsewhere"),
-        (rewritten(TRAIN, lambda t: t + 'a\0b|x|A\n'), r"line 7: id 'a\\x00b' leads elsewhere"),
+        (rewritten(TRAIN, lambda t: t + '../x|x|A\n'), r"line 7: the path '\.\./x' leads out"),
+        (rewritten(TRAIN, lambda t: t + '..|x|A\n'), r"line 7: the path '\.\.' leads outside"),
+        (rewritten(TRAIN, lambda t: t + '/etc/x|x|A\n'), r"line 7: the path '/etc/x' leads out"),
+        (rewritten(TRAIN, lambda t: t + 'a\0b|x|A\n'), r"line 7: the path 'a\\x00b' leads o"),
         (rewritten(TRAIN, lambda t: t + 'x|x|A <blank>\n'), r"7: the gloss '<blank>' is taken"),
-        (lambda f: f.table('dev').write_bytes(b'id|signer|annotation\nx|\xff|A'), r'2 is not UTF'),
+        (
+            lambda f: f.table('dev').write_bytes(b'id|signer|annotation\nx|\xff|A'),
+            r'dev\.corpus\.csv is not a',
+        ),
         (lambda f: (f.root / 'features').rename(f.root / 'f'), r'none can be read: .*not exist'),
     ],
 )
@@ -200,22 +211,34 @@ def half_empty(more):
             'unreadable_features',
             r'features/train/Äpfel-2\.npz cannot be read: Object arrays',
         ),
-        (lambda f: f.write('train', 2, x=np.ones(3)), 'malformed_features', r"no 'features', but"),
+        (
+            lambda f: f.write('train', 2, x=np.ones(3)),
+            'unreadable_features',
+            "no 'features', but",
+        ),
         (lambda f: f.write('train', 2, features=np.ones((4, F), int)), 'malformed_features', 'int'),
         (
             lambda f: f.write('train', 2, features=np.ones((0, F))),
             'malformed_features',
-            r'features are \(0, 9\), not \[frames, 9\]',
+            r'features are float64 \(0, 9\), not float16, .* \[frames, 9\]',
         ),
         (
             lambda f: f.write('train', 2, features=np.ones((4, 8))),
             'malformed_features',
-            r'features are \(4, 8\), not \[frames, 9\]',
+            r'features are float64 \(4, 8\), not float16, .* \[frames, 9\]',
         ),
         (half_empty(1), 'not_finite', '5.% of the values are not finite'),
-        (rewritten(TRAIN, lambda t: t.replace('|GO\n', '|\n')), 'no_glosses', '4 has no gloss'),
+        (
+            rewritten(TRAIN, lambda t: t.replace('|GO\n', '|\n')),
+            'malformed_row',
+            '4 has an empty anno',
+        ),
         (rewritten(TRAIN, lambda t: t.replace('|GO', '|G|')), 'malformed_row', '4 has 4 fields'),
-        (rewritten(TRAIN, lambda t: t.replace('Äpfel-2', '')), 'malformed_row', 'line 4 has no id'),
+        (
+            rewritten(TRAIN, lambda t: t.replace('Äpfel-2', '')),
+            'malformed_row',
+            'line 4 has an empty id',
+        ),
     ],
 )
 def test_faults_of_rows_are_named_or_left_out_and_counted(folder, tmp_path, spoil, reason, message):
@@ -226,6 +249,12 @@ def test_faults_of_rows_are_named_or_left_out_and_counted(folder, tmp_path, spoi
     data = split_of(folder.prepare(tmp_path / 'cache', max_fault_share=0.2))
     assert len(data) == 4 and data.skipped == {reason: 1}
     assert [data.example(row, RNG, False)['length'] for row in range(4)] == [10, 13, 19, 22]
+
+
+def test_a_sentence_may_have_no_signer(folder, tmp_path):
+    rewritten(TRAIN, lambda t: t.replace('signer0', '').replace('signer1', ' '))(folder)
+    data = split_of(folder.prepare(tmp_path / 'cache'))
+    assert len(data) == 5 and [data.record(row)['signer'] for row in range(5)] == [''] * 5
 
 
 def test_values_not_finite_are_counted_missing_and_zero(folder, tmp_path):

@@ -23,7 +23,6 @@ from mmjax.errors import UserError
 from mmjax.models.layers import MaskedBatchNorm
 from mmjax.models.mobilenet1d import PUBLISHED
 from mmjax.recipes.sign import task as sign
-from mmjax.recipes.sign.config import LOSSES
 from mmjax.recipes.sign.model import EVALUATION, PARTS, Sign
 from mmjax.recipes.sign.scores import SignScores
 from tests import runs
@@ -34,6 +33,7 @@ SENTENCES = {
     'test': ['B', 'A C D'],
 }
 FRAMES = {'train': [12, 9, 3, 30, 14, 11, 8, 28, 26, 31], 'dev': [13, 30, 10], 'test': [9, 24]}
+LOSSES = ('ctc', 'teacher_ctc', 'distillation', 'smoothing')
 INFEASIBLE = {'train': 1, 'dev': 1, 'test': 0}  # 'B B A' needs 4 frames; 'NEW' has no symbol
 
 
@@ -376,8 +376,8 @@ def test_what_cannot_be_read_is_named(folder, tmp_path):
     task = build.run(tiny('', folder)).task
     for name, message in (
         ('gone', r'gone\.npz does not exist'),
-        ('other', r"other\.npz has no 'features', but \['landmarks'\]"),
-        ('less', r'less\.npz: features are \(9, 5\), not \[frames, 6\]'),
+        ('other', r"other\.npz cannot be read: it has no 'features', but \['landmarks'\]"),
+        ('less', r'less\.npz: features are float64 \(9, 5\), not .* \[frames, 6\]'),
     ):
         with pytest.raises(UserError, match=message):
             task.predict(None, str(tmp_path / f'{name}.npz'), tmp_path / 'out')
@@ -421,7 +421,7 @@ def test_frozen_parts_run_as_in_evaluation(folder, monkeypatch, rules, group, fr
     config.model.teacher.lstm_layers = 1
     monkeypatch.setattr(sign, 'Sign', functools.partial(Sign, blocks=PUBLISHED[:1]))
     built = build.run(config)
-    task, stage = built.task, built.stages[0].program
+    task, stage = built.task, built.stages[0].compile_key
     train = towers_training(task.towers, dict(built.groups.items), stage)
     batch = batch_of(task, 'train', [0, 2, 3, 4])
     models = []

@@ -59,52 +59,40 @@ _TEXT = re.compile(
 )
 
 
-@dataclasses.dataclass
-class Projects:
-    """The content of a folder, by top-level folder ('.' for files of the root itself).
-
-    files: its C files; headers: folders with headers, and those above them, whose headers are
-    included as "folder/name.h"; skipped: reason → files left out.
-    """
-
-    files: dict[str, list[pathlib.Path]]
-    headers: dict[str, dict[pathlib.Path, None]]  # sets that keep their order
-    skipped: Counter[str]
-
-
-def find_projects(root: pathlib.Path) -> Projects:
+def find_projects(
+    root: pathlib.Path,
+) -> tuple[dict[str, list[pathlib.Path]], dict[str, tuple[pathlib.Path, ...]], Counter[str]]:
     """Lists the C files under an absolute folder, sorted; no link is followed.
 
+    Returns:
+      Two dicts by top-level folder ('.' for files of the root itself), of its C files, and of the
+      folders with headers and those above them, whose headers are included as "folder/name.h"; and
+      how many files are left out, by reason.
+
     Raises:
-      UserError: no folder, or no C file in it.
+      UserError: no C file in the folder.
     """
-    if not root.is_dir():
-        raise UserError(f'the folder of C code {root} is not a folder')
-    projects = Projects({}, {}, Counter())
+    files: dict[str, list[pathlib.Path]] = {}
+    headers: dict[str, tuple[pathlib.Path, ...]] = {}
+    skipped: Counter[str] = Counter()
     for directory, folders, names in os.walk(root):
         folders.sort()
         here = pathlib.Path(directory)
         project = '.' if here == root else here.relative_to(root).parts[0]
-        headers = projects.headers.setdefault(project, {})
+        known = headers.setdefault(project, ())
         if any(name.endswith('.h') for name in names):
             above = (folder for folder in here.parents if folder.is_relative_to(root / project))
-            headers |= dict.fromkeys((here, *above))
-        for name in sorted([*names, *folders]):
-            path = here / name
-            if path.is_symlink():  # one that stays inside leads to what is found anyway
-                if name.endswith('.c') or name in folders:
-                    inside = pathlib.Path(os.path.realpath(path)).is_relative_to(root)
-                    projects.skipped['link_inside' if inside else 'link_outside'] += 1
-            elif name.endswith('.c') and name not in folders:
-                if not path.is_file():
-                    projects.skipped['no_file'] += 1
-                elif path.stat().st_size > _INPUT:
-                    projects.skipped['too_large'] += 1
-                else:
-                    projects.files.setdefault(project, []).append(path)
-    if not projects.files:
+            headers[project] = tuple(dict.fromkeys((*known, here, *above)))
+        for path in sorted(here / name for name in names if name.endswith('.c')):
+            if path.is_symlink() or not path.is_file():
+                skipped['link' if path.is_symlink() else 'no_file'] += 1
+            elif path.stat().st_size > _INPUT:
+                skipped['too_large'] += 1
+            else:
+                files.setdefault(project, []).append(path)
+    if not files:
         raise UserError(f'{root} holds no C file (*.c)')
-    return projects
+    return files, headers, skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,23 +101,17 @@ class Compiler:
 
     kind: str
     path: str
-    version: str
+    name: str  # kind and version
     headers: tuple[str, ...]  # folders of the system's headers
     identity: str  # the first line of `--version` of each program
-
-    @property
-    def name(self) -> str:
-        return f'{self.kind}-{self.version}'
 
 
 def find_compiler(choice: str = 'auto') -> Compiler:
     """Finds clang or else gcc ('auto'), or the one named; gcc needs objdump too.
 
     Raises:
-      UserError: another choice, or a program that is not on the PATH or does not answer.
+      UserError: a program that is not on the PATH or does not answer.
     """
-    if choice not in ('auto', 'gcc', 'clang'):
-        raise UserError(f"the compiler is {choice!r}; it may be 'auto', 'gcc' or 'clang'")
     kind = choice if choice != 'auto' else ('clang' if shutil.which('clang') else 'gcc')
     programs = (kind, 'objdump') if kind == 'gcc' else (kind,)
     for program in programs:
@@ -137,24 +119,24 @@ def find_compiler(choice: str = 'auto') -> Compiler:
             raise UserError(f'{program} is not on the PATH: install it (Debian: clang, binutils)')
     path = shutil.which(kind)
     version = '-dumpfullversion' if kind == 'gcc' else '-dumpversion'
+    run = functools.partial(
+        subprocess.run,
+        env=_environment('/tmp'),
+        stdin=subprocess.DEVNULL,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
     try:
-        run = functools.partial(
-            subprocess.run,
-            env=_environment('/tmp'),
-            stdin=subprocess.DEVNULL,
-            text=True,
-            capture_output=True,
-            timeout=60,
-            check=True,
-        )
         number = run([path, version]).stdout.strip()
         verbose = run([path, '-E', '-v', '-x', 'c', os.devnull]).stderr
         lines = [run([program, '--version']).stdout.partition('\n')[0] for program in programs]
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f'{path} does not answer: {error}') from error
     listed = verbose.partition('#include <...>')[2].partition('End of search list')[0]
-    folders = [line.strip() for line in listed.splitlines()[1:]]
-    return Compiler(kind, path, number, tuple(map(os.path.realpath, folders)), '; '.join(lines))
+    folders = tuple(os.path.realpath(line.strip()) for line in listed.splitlines()[1:])
+    return Compiler(kind, path, f'{kind}-{number}', folders, '; '.join(lines))
 
 
 def check_flags(flags: Sequence[str]) -> tuple[str, ...]:

@@ -7,11 +7,7 @@ one function differ only where their instructions do, and no text holds the name
 import bisect
 import re
 from collections.abc import Callable
-from typing import Literal
 
-from mmjax.errors import UserError
-
-Registers = Literal['keep', 'class']
 _INSTRUCTION = re.compile(r'\s*([0-9a-f]+):\t(.*)')
 _RELOCATION = re.compile(r'\s+[0-9a-f]+: R_\w+\s+(\S+)')
 _PADDING = re.compile(r'((data16|cs) )*nop[wlq]?( .*)?|xchg %ax,%ax')
@@ -63,7 +59,7 @@ def split_assembly(listing: str) -> dict[str, str]:
 
 
 def canonical_assembly(
-    lines: str, name: str, *, symbols: bool = False, registers: Registers = 'keep'
+    lines: str, name: str, *, symbols: bool = False, registers: str = 'keep'
 ) -> str:
     """Returns one instruction per line, its operands after a space, and labels on separate lines.
 
@@ -76,12 +72,7 @@ def canonical_assembly(
       name: the function's symbol.
       registers: 'class' writes registers of x86 by kind and width (`%r64`, `%xmm`), those of the
         stack excepted; registers of other machines stay.
-
-    Raises:
-      UserError: another value of `registers`.
     """
-    if registers not in ('keep', 'class'):
-        raise UserError(f"registers is {registers!r}; it may be 'keep' or 'class'")
     code = [entry for entry in _instructions(lines) if not _PADDING.fullmatch(entry[1])]
     starts = [at for at, _, _ in code]
     other = _naming(name, symbols)

@@ -5,13 +5,12 @@ object file shows which of them was compiled.
 """
 
 import dataclasses
-import functools
 import hashlib
 import re
 from collections import Counter
 from typing import Any
 
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import UserError
 
 # What may hold functions of file level. A brace that `#if` leaves open makes an ERROR of the rest.
 _OUTER = {
@@ -53,7 +52,7 @@ class CFunction:
     fault: str = ''
 
 
-def functions(text: bytes, path: str) -> list[CFunction]:
+def functions(text: bytes) -> list[CFunction]:
     """Returns every function definition at file level, in order; `#if` and `extern "C"` included.
 
     The comment is the block that ends directly above the definition, or one blank line higher:
@@ -64,43 +63,37 @@ def functions(text: bytes, path: str) -> list[CFunction]:
 
     Args:
       text: the file; bytes that are not UTF-8 are replaced by U+FFFD in what is returned.
-      path: what errors call the file.
 
     Raises:
-      RecordError: 'parse_error' if tree-sitter gives up on the file.
       UserError: tree-sitter is not installed.
     """
-    tree = _parser().parse(text)
-    if tree is None:
-        raise RecordError('parse_error', f'{path} cannot be parsed')
     definitions = []
-    pending = [tree.root_node]
+    pending = [_parser().parse(text).root_node]
     while pending:
-        node = pending.pop()
-        children = node.children
+        children = pending.pop().children
         for position, child in enumerate(children):
             if child.type == 'function_definition':
-                if (function := _function(text, children, position)) is not None:
-                    definitions.append(function)
+                definitions.append(_function(text, children, position))
             elif child.type in _OUTER:
                 pending.append(child)
-    times = Counter(function.name for function in definitions)
+    named = sorted(filter(None, definitions), key=lambda function: function.start)
+    times = Counter(function.name for function in named)
     return [
         dataclasses.replace(function, fault=function.fault or 'defined_twice')
         if times[function.name] > 1
         else function
-        for function in sorted(definitions, key=lambda function: function.start)
+        for function in named
     ]
 
 
 def content_key(source: str, name: str) -> bytes:
     """Returns a hash of a function without comments, white space and its own name."""
-    tokens = []
-    for match in _TOKEN.finditer(source.encode()):
-        if match.lastgroup == 'word' and match[0] == name.encode():
-            tokens.append(b'self')
-        elif match.lastgroup not in ('comment', 'blank'):
-            tokens.append(match[0])
+    own = name.encode()
+    tokens = [
+        b'self' if match.lastgroup == 'word' and match[0] == own else match[0]
+        for match in _TOKEN.finditer(source.encode())
+        if match.lastgroup not in ('comment', 'blank')
+    ]
     return hashlib.sha256(b' '.join(tokens)).digest()
 
 
@@ -119,21 +112,14 @@ def clean_comment(text: str) -> str:
     return ' '.join(' '.join(lines).split())
 
 
-@functools.cache
-def _language() -> Any:
+def _parser() -> Any:
+    """Returns a parser of one call: a parser is not for several threads."""
     try:
         import tree_sitter
         import tree_sitter_c
     except ImportError as error:
         raise UserError(f"reading C needs {error.name}: pip install 'mmjax[code]'") from error
-    return tree_sitter.Language(tree_sitter_c.language())
-
-
-def _parser() -> Any:
-    language = _language()
-    import tree_sitter
-
-    return tree_sitter.Parser(language)  # one a call: a parser is not for several threads
+    return tree_sitter.Parser(tree_sitter.Language(tree_sitter_c.language()))
 
 
 def _function(text: bytes, siblings: list[Any], position: int) -> CFunction | None:
@@ -187,7 +173,9 @@ def _above(text: bytes, siblings: list[Any], position: int) -> str:
         while position > 0 and _joined(siblings[position - 1], siblings[position]):
             position -= 1
         block = siblings[position : last + 1]
-        if row - block[-1].end_point[0] > 2 or _is_trailing(text, block[0]):
+        line = text.rfind(b'\n', 0, block[0].start_byte) + 1
+        # Where code stands before the comment on its line, it speaks of that code.
+        if row - block[-1].end_point[0] > 2 or text[line : block[0].start_byte].strip():
             return ''
         words = b'\n'.join(node.text for node in block).decode(errors='replace')
         if comment := _worth(words):
@@ -221,12 +209,6 @@ def _joined(upper: Any, lower: Any) -> bool:
     if upper.type != 'comment' or lower.start_point[0] - upper.end_point[0] != 1:
         return False
     return upper.text[:2] == lower.text[:2] and upper.start_point[1] == lower.start_point[1]
-
-
-def _is_trailing(text: bytes, node: Any) -> bool:
-    """Whether code stands before the comment on its line, so that it speaks of that code."""
-    begin = text.rfind(b'\n', 0, node.start_byte) + 1
-    return text[begin : node.start_byte].strip() != b''
 
 
 def _worth(words: str) -> str:
