@@ -47,7 +47,7 @@ def get_config(argument: str = ''):
             width=896, depth=24, heads=14, kv_heads=2, mlp_width=4864, theta=1e6, tied=False
         )
         config.optimizer.update(learning_rate=2e-5, warmup_steps=500)
-        config.evaluate.every_epochs = 0.5  # more often in a stage than the patience
+        config.evaluate.every_epochs = 1.0
         config.early_stop.update(metric='val/final_loss', patience=5, min_delta=0.01, scope='run')
         config.stages = ('heads', 'top', 'all')
         for name in config.stages:

@@ -73,6 +73,7 @@ RECEIPTS = {
     'early_stop.patience': 5,
     'early_stop.min_delta': 0.01,
     'early_stop.scope': 'run',
+    'evaluate.every_epochs': 1.0,
     'data.image_size': 448,
     'data.built_in_side': 448,
     'data.built_in_most': 5,

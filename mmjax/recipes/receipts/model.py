@@ -61,7 +61,7 @@ class Classifier(layers.Layer):
         for index, (width, dropout) in enumerate(zip(self.widths, self.dropouts, strict=True)):
             x = layers.Dense(width, dtype=self.dtype, name=f'linear_{index}')(x)
             x = layers.MaskedBatchNorm(dtype=self.dtype, name=f'norm_{index}')(x, mask, train=train)
-            x = nn.Dropout(dropout, deterministic=not train)(nn.gelu(x))
+            x = nn.Dropout(dropout, deterministic=not train)(layers.gelu(x))
         return layers.Dense(self.classes, name='out')(x.astype(jnp.float32))
 
 
@@ -112,7 +112,7 @@ class ReceiptsModel(layers.Layer):
         """
         x = self.vision(layers.normalize_pixels(images, PIXELS), train=train)
         x = shuffle_pixels(tower_output(x, train), self.shuffle)
-        return self.projector_down(nn.gelu(self.projector_up(self.projector_norm(x))))
+        return self.projector_down(layers.gelu(self.projector_up(self.projector_norm(x))))
 
     def classify(self, image: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
         """Maps image tokens to float32 logits [batch, classes]; `mask` [batch], real rows."""

@@ -32,8 +32,8 @@ class ReceiptsTask(Task):
     """The task of `configs/receipts.py`.
 
     Groups of parameters: `vision_top` (the last `model.thaw_blocks` blocks of the vision tower),
-    `vision` (the rest of it), `language` (the decoder), `heads` (projector, cross-attention,
-    classifier).
+    `vision` (the rest of it), `language` (the decoder), `cross_attention` (of question to image),
+    `heads` (projector, classifier).
 
     Losses: `classification` (of a row's image) and `language` (of a token of the answer).
     """
@@ -67,7 +67,8 @@ class ReceiptsTask(Task):
             ('vision_top', f'vision/block_({top})/.*'),
             ('vision', 'vision/.*'),
             ('language', 'language/.*'),
-            ('heads', '(projector|cross_attention|classifier).*'),
+            ('cross_attention', 'cross_attention/.*'),
+            ('heads', '(projector|classifier).*'),
         )
 
     def save_assets(self, workdir):

@@ -50,7 +50,13 @@ def test_the_default_is_built_and_traced(cache):
     built = build.run(small('', cache))
     build.check(built)
     assert [stage.name for stage in built.stages] == ['scratch', 'heads', 'top', 'all']
-    assert set(built.groups.names) == {'vision', 'vision_top', 'language', 'heads'}
+    assert set(built.groups.names) == {
+        'vision',
+        'vision_top',
+        'language',
+        'cross_attention',
+        'heads',
+    }
 
 
 def test_published_has_its_sizes_and_can_stop_early(cache):
@@ -62,10 +68,11 @@ def test_published_has_its_sizes_and_can_stop_early(cache):
     assert built.task.model.vision.remat and built.task.model.language.remat
     assert [stage.name for stage in built.stages] == ['heads', 'top', 'all']
     assert built.warnings == ['stage.scratch is not in stages']
+    evaluations = 0
     for stage in built.stages:
-        evaluations = sum(built.evaluates(stage, step) for step in range(1, stage.steps + 1))
-        assert stage.early_stop.metric == 'val/final_loss'
-        assert evaluations > stage.early_stop.patience
+        evaluations += sum(built.evaluates(stage, step) for step in range(1, stage.steps + 1))
+        assert (stage.early_stop.metric, stage.early_stop.scope) == ('val/final_loss', 'run')
+    assert evaluations == 15 > built.stages[-1].early_stop.patience
 
 
 def test_the_shared_key_of_early_stop_acts_in_every_stage():
@@ -104,7 +111,7 @@ def test_the_last_blocks_are_the_last_by_number(cache, count, top):
         last = part.startswith('block_') and int(part[6:]) in top
         assert group == ('vision_top' if last else 'vision'), path
     others = {group for path, group in built.groups.items if path not in groups}
-    assert others == {'language', 'heads'}
+    assert others == {'language', 'cross_attention', 'heads'}
 
 
 def test_rows_that_fill_a_batch_train_nothing(cache):
