@@ -70,6 +70,15 @@ class Tokenizer:
         Args:
           special: False leaves out what is put around a text, `begin_id` and `end_id`.
         """
+        ids, mask, truncated = self.encode_and_count(texts, length, special)
+        self.truncated += truncated
+        return ids, mask
+
+    def encode_and_count(
+        self, texts: Sequence[str], length: int, special: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Returns ids and mask as `encode` does, and how many of the texts were too long."""
+        truncated = 0
         ids = np.full((len(texts), length), self.pad_id, np.int32)
         mask = np.zeros((len(texts), length), bool)
         for row, text in enumerate(texts):
@@ -79,10 +88,10 @@ class Tokenizer:
             if len(tokens) > length:
                 kept = int(special and self.end_id is not None)  # tokens kept at the end
                 tokens = tokens[: length - kept] + tokens[len(tokens) - kept :]
-                self.truncated += 1
+                truncated += 1
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = True
-        return ids, mask
+        return ids, mask, truncated
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens left out."""

@@ -318,6 +318,10 @@ class Trainer:
         }
         epoch = done / stage.steps_per_epoch
         self.log.write(number, stage.name, epoch, values)
+        details = {'norm': values['grad_norm']}
+        details |= {'cosine': v for name, v in values.items() if name.endswith('_cosine')}
+        if self.progress.skipped:
+            details['skipped'] = self.progress.skipped
         self.log.progress(
             stage=stage.name,
             stages=len(self.run.stages),
@@ -328,6 +332,7 @@ class Trainer:
             loss=values['loss'],
             rate=float(max(rates.values())),
             examples_per_second=values['examples_per_second'],
+            details=details,
         )
 
     def _evaluate(self, state: step.State, stage: Stage) -> None:

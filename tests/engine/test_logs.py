@@ -51,6 +51,7 @@ def progress(log, step, steps=10, stage='pages', index=1, loss=1.25):
         loss=loss,
         rate=3e-4,
         examples_per_second=96.4,
+        details={'norm': 0.51234, 'skipped': 2},
     )
 
 
@@ -394,10 +395,13 @@ def test_without_a_terminal_lines_are_plain_and_rare(tmp_path, monkeypatch):
         'step 6/100',
         'loss 1.25',
         'rate 0.0003',
+        'norm 0.512  skipped 2',
         '96.4 examples/s',
         '1:34 left',
     ):
         assert words in line, line
+    # A narrow terminal cuts the end: the time left stands before the numbers.
+    assert line.index('left') < line.index('loss') < line.index('examples/s')
 
 
 def test_plain_lines_get_rarer_in_a_long_run(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 
@@ -48,12 +48,17 @@ class Screen:
         loss: float,
         rate: float,
         examples_per_second: float,
+        details: Mapping[str, float] | None = None,
     ) -> None:
         """Shows the position of the run: stage `index` (from 0) of `stages`, `step` of `steps`.
 
         A terminal shows one live line. Elsewhere plain lines appear, at most one every five
         seconds at first and one a minute in a long run. The time left follows the wall clock of
-        the last 64 calls in this stage, with evaluations and checkpoints.
+        the last 64 calls in this stage, with evaluations and checkpoints. A narrow terminal cuts
+        the end of the line, so that what matters most stands first.
+
+        Args:
+          details: further numbers by name.
         """
         now = time.monotonic()
         entered = (index, stage) != self._stage
@@ -66,8 +71,10 @@ class Screen:
         speed = (
             f'{examples_per_second:{",.0f" if examples_per_second >= 100 else ".3g"}} examples/s'
         )
-        numbers = f'loss {loss:.4g}  rate {rate:.3g}  {speed}'
-        tail = f'epoch {epoch:.2f}  step {step}/{steps}  {numbers}  {left}'
+        numbers = {'loss': f'{loss:.4g}', 'rate': f'{rate:.3g}'}
+        numbers |= {name: f'{value:.3g}' for name, value in (details or {}).items()}
+        parts = [f'{name} {value}' for name, value in numbers.items()]
+        tail = '  '.join([f'step {step}/{steps}', left, *parts, speed, f'epoch {epoch:.2f}'])
         with self._guard():
             if self._console:
                 self._show(self._encodable(head), step / max(steps, 1), tail)

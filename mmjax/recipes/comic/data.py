@@ -201,7 +201,8 @@ class ComicPages(prepare.PreparedDataset):
           for an empty text; composition: float32 [N, 7] = w/h, area/page area, reading position
           (VLM form, else 0), 0, 0, centre x/W, centre y/H; modality: bool [N, 3] over vision,
           text, composition; panels: bool [N]; boxes: float32 [N, 4] = x0, y0, x1, y1 as fractions
-          of the page. Where `panels` is False all else is 0.
+          of the page. Where `panels` is False all else is 0. texts_truncated: int32 [], texts of
+          more than L tokens.
 
         Raises:
           UserError: an image that has become unreadable since it was prepared.
@@ -226,7 +227,7 @@ class ComicPages(prepare.PreparedDataset):
             if augmentation:
                 pixels[panel] = augmentation.tone(pixels[panel], rng)
         texts = [*record['texts'], *[''] * (limit - n)]
-        tokens, token_mask = self.tokenizer.encode(texts, self.max_tokens)
+        tokens, token_mask, cut = self.tokenizer.encode_and_count(texts, self.max_tokens)
         if train:  # rare words identify a page: the model must not depend on them
             token_mask &= rng.random(token_mask.shape) >= self.hidden_tokens
             token_mask &= rng.random((limit, 1)) >= self.hidden_texts
@@ -243,6 +244,7 @@ class ComicPages(prepare.PreparedDataset):
             'modality': np.stack([panels, token_mask.any(1), has_composition], axis=1),
             'panels': panels,
             'boxes': boxes,
+            'texts_truncated': np.int32(cut),
         }
 
     def _reduced(self, row: int, record: Mapping[str, Any]) -> Image.Image:

@@ -172,6 +172,22 @@ def test_only_training_leaves_out_panels_beyond_the_packed_capacity(built, varia
     assert left == {False: count - capacity, True: 0}
 
 
+def test_texts_that_are_cut_are_counted(cache):
+    built = build.run(tiny(cache, data__max_tokens=6))
+    batch = batch_of(built)
+    batch['mask'][1] = False
+    data = built.task.dataset('train')
+    lengths = [
+        len(data.tokenizer.encode([text], 99)[0][0].nonzero()[0])
+        for row in (0, 2, 3)
+        for text in data.record(row)['texts']
+    ]
+    cut = sum(length > 6 for length in lengths)
+    outputs, _ = outputs_of(built, built.init_variables(), built.stages[1], None, batch)
+    terms = built.task.terms(built.init_variables(), outputs, batch, built.stages[1])
+    assert 0 < int(terms['texts_truncated']) == cut
+
+
 FROZEN = [
     ({'vision': 0.0}, (), ('siglip', 'resnet')),
     ({'text': 0.0}, (), ('bert',)),

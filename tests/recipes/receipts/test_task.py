@@ -484,7 +484,7 @@ def test_the_heads_have_the_exact_gelu(model):
             stats[f'norm_{index}'],
         )
         y = y @ linear['kernel'] + linear['bias']
-        y = (y - mean['mean']) / np.sqrt(np.asarray(mean['var']) + 1e-5)
+        y = (y - mean['mean']) / np.sqrt(np.asarray(mean['variance']) + 1e-5)
         y = y * norm['scale'] + norm['bias']
         y = y * (1 + erf(y / np.sqrt(2))) / 2
     y = y @ params['out']['kernel'] + params['out']['bias']
