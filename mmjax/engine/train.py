@@ -319,7 +319,9 @@ class Trainer:
         epoch = done / stage.steps_per_epoch
         self.log.write(number, stage.name, epoch, values)
         details = {'norm': values['grad_norm']}
-        details |= {'cosine': v for name, v in values.items() if name.endswith('_cosine')}
+        cosines = [value for name, value in values.items() if name.endswith('_cosine')]
+        if cosines:
+            details['cosine'] = cosines[0]
         if self.progress.skipped:
             details['skipped'] = self.progress.skipped
         self.log.progress(

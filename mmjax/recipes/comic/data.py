@@ -247,6 +247,13 @@ class ComicPages(prepare.PreparedDataset):
             'texts_truncated': np.int32(cut),
         }
 
+    def collate(self, examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:
+        """Stacks pages to a batch of `bucket` panels each, or of max_panels with bucket 0."""
+        batch = super().collate(examples, bucket)
+        if not bucket:
+            return batch
+        return {key: x[:, :bucket] if x.ndim > 1 else x for key, x in batch.items()}
+
     def _reduced(self, row: int, record: Mapping[str, Any]) -> Image.Image:
         """Returns the page in the size that its panels need, cached as far as memory allows."""
 

@@ -172,6 +172,22 @@ def test_only_training_leaves_out_panels_beyond_the_packed_capacity(built, varia
     assert left == {False: count - capacity, True: 0}
 
 
+def test_pages_are_padded_to_their_bucket_and_scored_alike(cache, built, variables):
+    """`data.buckets` once changed nothing: every batch had max_panels."""
+    wide = build.run(tiny(cache, data__buckets=(16,)))
+    losses = []
+    for run, width in ((built, 9), (wide, 16)):
+        pages = run.evaluators['val']
+        with jax.set_mesh(run.mesh):
+            predictor = evaluate.Predictor(run.task, variables, run.mesh)
+            weights = evaluate.LossWeights.of(run.stages[1], 0, run.final_weights)
+            results = evaluate.losses(predictor, run.task, pages, weights)
+        assert results.batch['panels'].shape[1] == results.outputs['fused'].shape[1] == width
+        losses.append({k: v for k, v in results.losses.items() if 'reconstruction' not in k})
+    for name in ('contrastive', 'alignment', 'unimodal', 'contrastive_rows'):
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-5), name
+
+
 def test_texts_that_are_cut_are_counted(cache):
     built = build.run(tiny(cache, data__max_tokens=6))
     batch = batch_of(built)
