@@ -29,7 +29,7 @@ def get_config(argument: str = ''):
     config.sampler = dict(name='stratified', by=dict(n_panels=2, n_text=2))
     config.optimizer.update(weight_decay=0.01, warmup_steps=50, span='run')
     config.stages = ('align', 'pages')
-    config.stage.align = dict(epochs=6.0, loss_weights=dict(contrastive=0.0, unimodal=0.0))
+    config.stage.align = dict(epochs=6.0, loss_weights=dict(contrastive=0.0))
     config.stage.pages = dict(epochs=5.0)
     config.evaluate.every_epochs = 3.0
     config.best.metric = 'val/final_loss'
@@ -61,7 +61,7 @@ def get_config(argument: str = ''):
             stem_pool=True,
         )
         config.model.bert.update(width=384, depth=6, heads=12, mlp_width=1536, max_length=512)
-        config.model.heads.update(resnet_hidden=1024, fusion_projection=False)
+        config.model.heads.update(resnet_hidden=1024, fusion_projection=False, gate_floor=0.0)
         config.optimizer.update(learning_rate=1e-4, warmup_steps=0, end=0.01)
         config.evaluate.every_epochs = 1.0
         config.stages = ('pages',)

@@ -43,6 +43,7 @@ COMIC = {
     'model.heads.composition_hidden': 256,
     'model.heads.gate_hidden': 512,
     'model.heads.fusion_projection': False,  # ours alone
+    'model.heads.gate_floor': 0.0,  # ours alone
     'model.heads.reconstruction_hidden': 1024,
     'model.heads.dropout': 0.1,
 }

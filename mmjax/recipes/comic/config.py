@@ -78,6 +78,9 @@ class Heads:
     resnet_hidden: int = field(512, 'width', least=1)
     composition_hidden: int = field(256, 'width', least=1)
     gate_hidden: int = field(512, 'width', least=1)
+    gate_floor: float = field(
+        0.3, 'fraction of the weight that modalities share evenly', least=0, most=1
+    )
     fusion_projection: bool = field(True, 'a linear layer per modality before it is fused')
     reconstruction_hidden: int = field(1024, 'width', least=1)
     dropout: float = field(0.1, 'in training', least=0, below=1)

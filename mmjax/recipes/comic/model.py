@@ -115,10 +115,14 @@ class AdaptiveFusion(nn.Module):
     With `projection`, its width, each modality goes through a linear layer before its norm. The
     alignment loss makes a panel's image and text equal, so that what only one of them tells has
     no place in their common space; the layers lead out of it.
+
+    `floor` is the fraction of the weight that the present modalities share evenly. Without it the
+    gate may shut a modality that learns slowly, which then gets no gradient and stays shut.
     """
 
     hidden: int = 512
     projection: int | None = None
+    floor: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -165,8 +169,8 @@ class AdaptiveFusion(nn.Module):
         seen = jnp.concatenate([x.reshape(x.shape[0], -1), present.astype(x.dtype)], -1)
         gate = self.gate(nn.gelu(self.gate_hidden(seen), approximate=False))
         gates = jax.nn.softmax(jnp.where(present, gate.astype(jnp.float32), -1e4))
-        gates = jnp.where(present, gates, 0.0)
         count = jnp.maximum(present.sum(-1, keepdims=True, dtype=jnp.float32), 1.0)
+        gates = jnp.where(present, self.floor / count + (1 - self.floor) * gates, 0.0)
         weights = gates + self.residual / count  # [rows, 3]; x is 0 where absent
         return jnp.einsum('rm,rmd->rd', weights, x.astype(jnp.float32)), gates
 
@@ -203,6 +207,7 @@ class ComicModel(nn.Module):
     composition_hidden: int = 256
     gate_hidden: int = 512
     fusion_projection: bool = False
+    gate_floor: float = 0.0
     reconstruction_hidden: int = 1024
     visual_fusion: str = 'attention'
     dropout: float = 0.1
@@ -224,7 +229,10 @@ class ComicModel(nn.Module):
             self.composition_hidden, self.features, self.dropout, self.dtype
         )
         self.fusion = AdaptiveFusion(
-            self.gate_hidden, self.features if self.fusion_projection else None, self.dtype
+            self.gate_hidden,
+            self.features if self.fusion_projection else None,
+            self.gate_floor,
+            self.dtype,
         )
         self.reconstruction = ReconstructionHead(
             self.reconstruction_hidden, self.dropout, self.dtype
