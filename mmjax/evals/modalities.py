@@ -9,6 +9,18 @@ from mmjax.evals.retrieval import TOLERANCE
 BALANCED = 'every modality counts'
 
 
+def verdicts(names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Returns the sentences on each verdict, as `Task.verdicts` has them.
+
+    Args:
+      names: modality → what a person calls it.
+    """
+    out = {BALANCED: ('good', 'Another input of any modality changes what the model says.')}
+    for name, word in names.items():
+        out[f'ignores_{name}'] = ('bad', f'Another {word} hardly changes what the model says.')
+    return out
+
+
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns float64 [n], the cosine of each row of `a` with that of `b`; 0 with a zero row.
 
@@ -60,6 +72,32 @@ def verdict(swap_cosines: Mapping[str, float], other: float, *, least: float = 0
     distance = max(1 - other, 1e-9)
     names = [name for name, cosine in swap_cosines.items() if (1 - cosine) / distance < least]
     return ', '.join(f'ignores_{name}' for name in names) or BALANCED
+
+
+def tower_scores(
+    embeddings: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> dict[str, float | str]:
+    """Returns swap cosines and verdict of towers that embed each modality by itself.
+
+    Another input there gives another embedding: `swap_cosine_<modality>` is the mean cosine of the
+    embeddings of two different items, 1 for a tower that ignores its input. In O(n·d).
+
+    Args:
+      embeddings: modality → (float [n, d] of any length, item [n]). A modality with fewer than two
+        items is left out.
+    """
+    swaps = {}
+    for name, (rows, items) in embeddings.items():
+        _, item = np.unique(items, return_inverse=True)
+        units = _units(rows)
+        sums = np.zeros((item.max(initial=-1) + 1, units.shape[1]))
+        np.add.at(sums, item, units)
+        counts = np.bincount(item)
+        pairs = len(units) ** 2 - float(np.sum(counts.astype(float) ** 2))
+        if pairs:
+            swaps[name] = float((np.sum(sums.sum(0) ** 2) - np.sum(sums**2)) / pairs)
+    out: dict[str, float | str] = {f'swap_cosine_{name}': value for name, value in swaps.items()}
+    return out | ({'modality_verdict': verdict(swaps, 0.0)} if swaps else {})
 
 
 def _units(rows: np.ndarray) -> np.ndarray:

@@ -37,3 +37,19 @@ def test_the_verdict_names_what_hardly_moves_the_embedding():
     assert modalities.verdict({**found, 'text': 0.9}, 0.4) == 'every modality counts'
     # The same movement is much where embeddings are all alike.
     assert modalities.verdict({'text': 0.9986}, 0.99) == 'every modality counts'
+
+
+def test_tower_scores_are_the_mean_cosines_of_different_items():
+    rng = np.random.default_rng(2)
+    rows = rng.normal(size=(12, 4)) + 0.3
+    items = np.array(list('aabbbcdddeef'))
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosines = [unit[i] @ unit[j] for i in range(12) for j in range(12) if items[i] != items[j]]
+    deaf = np.ones((12, 4)) + 1e-3 * rows
+    scores = modalities.tower_scores({'image': (rows, items), 'text': (deaf, items)})
+    assert scores['swap_cosine_image'] == pytest.approx(np.mean(cosines))
+    assert scores['swap_cosine_text'] > 0.99
+    assert scores['modality_verdict'] == 'ignores_text'
+    assert modalities.tower_scores({'image': (rows, np.zeros(12))}) == {}
+    words = modalities.verdicts({'image': 'picture'})
+    assert words['ignores_image'][0] == 'bad' and words[modalities.BALANCED][0] == 'good'

@@ -23,11 +23,7 @@ VERDICTS = {
     'weak_alignment': ('warn', 'Images find the text of their panel no better than by chance.'),
     'page_collapsed': ('bad', 'The panels of a page have nearly the same embedding.'),
     'collapsed': ('bad', 'All panels have nearly the same embedding.'),
-    modalities.BALANCED: ('good', 'Another image, text or place moves the fused embedding.'),
-    **{
-        f'ignores_{name}': ('bad', f'Another {word} hardly moves the fused embedding.')
-        for name, word in zip(MODALITIES, ('image', 'text', 'place'), strict=True)
-    },
+    **modalities.verdicts({'vision': 'image', 'text': 'text', 'composition': 'place'}),
 }
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mmjax.engine.task import Evaluator, Scores, gather
-from mmjax.evals import gallery
+from mmjax.evals import gallery, modalities
 from mmjax.evals.probe import linear_probe
 from mmjax.recipes.contrabin.data import LEVELS, TEXTS, CodeFunctions, sample
 
+VERDICTS = modalities.verdicts({text: text for text in TEXTS})
 PROBE_ROWS = 2000  # training functions that a probe learns from
 SIMILARITY_ROWS = 64  # functions drawn
 PROJECTION_ROWS = 600
@@ -83,6 +84,12 @@ class CodeScores(Evaluator):
         }
         for a, b in itertools.permutations(TEXTS, 2):
             metrics |= _pair(outputs, a, b, has, self.pools)
+        everywhere = np.ones(rows, bool)
+        present = {text: has if text == 'comment' else everywhere for text in TEXTS}
+        item = np.arange(rows)
+        metrics |= modalities.tower_scores(
+            {text: (outputs[text][mask], item[mask]) for text, mask in present.items()}
+        )
         metrics |= self._levels(predict)
         metrics |= self._probe(predict, outputs['binary'])
         figures = {}

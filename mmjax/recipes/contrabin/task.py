@@ -27,7 +27,7 @@ from mmjax.pretrained import files
 from mmjax.recipes.contrabin import data as code
 from mmjax.recipes.contrabin.config import Config
 from mmjax.recipes.contrabin.model import ENCODERS, TOWERS, build
-from mmjax.recipes.contrabin.scores import CodeScores
+from mmjax.recipes.contrabin.scores import VERDICTS, CodeScores
 
 PRIMARY = ('source_binary', 'comment_binary')  # losses that every stage of the curriculum has
 EVALUATION = dict.fromkeys(TOWERS, False)
@@ -52,6 +52,7 @@ class ContraBinTask(Task):
     """
 
     Config = Config
+    verdicts = VERDICTS
     towers = {name: f'{name}/.*' for name in TOWERS}
 
     def __init__(self, config: Config, assets: epath.Path | None = None):

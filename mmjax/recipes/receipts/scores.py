@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmjax.engine.task import Evaluator, Scores, gather
-from mmjax.evals import classification, generation
+from mmjax.evals import classification, generation, modalities
 from mmjax.recipes.receipts import text as receipts_text
 
+VERDICTS = modalities.verdicts({'image': 'image', 'question': 'question'})
 EXAMPLES = 4  # drawn
 
 
@@ -29,7 +30,7 @@ class ReceiptScores(Evaluator):
         self.batch_size = batch_size
         self.final_only = final_only
         running = () if final_only else ('answer_running',)
-        self.methods = (*running, 'answer_final', 'attention')
+        self.methods = (*running, 'answer_final', 'attention', 'answer_other_image', 'swaps')
 
     def run(self, predict, *, final, results):
         data = self.dataset
@@ -57,10 +58,43 @@ class ReceiptScores(Evaluator):
         }
         figures = {}
         if final:
+            metrics |= self._swaps(predict, records)
             names = class_names(data.classes)
             figures = {'confusion': classification.figure(confusion, names)}
             figures |= self._examples(predict, texts, batch['row'])
         return Scores(metrics, figures)
+
+    def _swaps(self, predict, records) -> dict[str, float | str]:
+        """Returns how answers change when the image or the question is that of another row.
+
+        `swap_cosine_<modality>`: of the distributions over the answer's tokens, see
+        `ReceiptsTask.swaps`; `content_other_image` (by kind too): fraction of answers whose content
+        is still right when another image is put in. Rows that meet their own image are left out.
+        """
+        data = self.dataset
+        picture = data.index['picture']
+        swaps, batch = gather(predict, 'swaps', data, self.batch_size, ('row',))
+        differs = picture[swaps['row']] != picture[batch['row']]
+        if not differs.any():
+            return {'modality_verdict': 'too few images'}
+        cosine = {
+            name: float(swaps[name][differs].mean()) for name in ('image', 'question', 'both')
+        }
+        both = cosine.pop('both')
+        outputs, _ = gather(predict, 'answer_other_image', data, self.batch_size)
+        texts = [
+            self.task.tokenizer.decode(ids[:n]).strip()
+            for ids, n, other in zip(outputs[0], outputs[1], differs, strict=True)
+            if other
+        ]
+        kept = [record for record, other in zip(records, differs, strict=True) if other]
+        other = contents(kept, texts)
+        other['content'] = other.pop('content_accuracy')
+        return {
+            **{f'swap_cosine_{name}': value for name, value in cosine.items()},
+            **{f'{name}_other_image': value for name, value in other.items()},
+            'modality_verdict': modalities.verdict(cosine, both),
+        }
 
     def _examples(self, predict, texts, rows):
         """Draws the attention of questions about different images."""

@@ -21,9 +21,9 @@ from mmjax.pretrained import decoder as decoder_weights
 from mmjax.pretrained import files
 from mmjax.recipes.receipts import data as receipts
 from mmjax.recipes.receipts import folder as receipts_folder
-from mmjax.recipes.receipts.config import Config
+from mmjax.recipes.receipts.config import Config, Decoding
 from mmjax.recipes.receipts.model import ReceiptsModel
-from mmjax.recipes.receipts.scores import ReceiptScores, class_names, overlay
+from mmjax.recipes.receipts.scores import VERDICTS, ReceiptScores, class_names, overlay
 
 TOKENIZER_TEXTS = 50_000  # training texts that a tokenizer is trained on
 
@@ -39,6 +39,7 @@ class ReceiptsTask(Task):
     """
 
     Config = Config
+    verdicts = VERDICTS
     takes_question = True
     towers = {
         'vision': 'vision/.*',
@@ -155,8 +156,51 @@ class ReceiptsTask(Task):
         """Answers by `decode.final`: (int32 tokens [batch, max_tokens], lengths [batch])."""
         return self._generate(variables, batch, self.config.decode.final)
 
-    def _generate(self, variables, batch, options):
+    def answer_other_image(self, variables, batch):
+        """Answers greedily what is asked of one image by another image of the batch.
+
+        Returns:
+          tokens, lengths as of `answer_running`; int32 [batch], the row of the other image.
+        """
+        partner = _partner(batch['mask'])
+        tokens, lengths = self._generate(variables, batch, Decoding(), partner)
+        return tokens, lengths, batch['row'][partner]
+
+    def swaps(self, variables, batch):
+        """Compares the model's distributions over answer tokens before and after a swap.
+
+        Returns:
+          {'image', 'question', 'both'}: float32 [batch], the mean over the answer's tokens of
+          Σ √(p q), the cosine of √p and √q, with the image, the question or both of another row;
+          'row': int32 [batch], that row.
+        """
         apply, image = self._image(variables, batch)
+        question, mask = batch['question'], batch['question_mask']
+        answer = batch['answer'], batch['answer_mask']
+        tokens = language.shift_right(*answer, self.opening_id)
+        partner = _partner(batch['mask'])
+
+        def half_log_probabilities(image, question, mask):
+            prefix, prefix_mask, _ = apply(image, question, mask, train=False, method='prefix')
+            logits = apply(prefix, prefix_mask, *tokens, train=False, method='answer')
+            return 0.5 * jax.nn.log_softmax(logits)
+
+        before = half_log_probabilities(image, question, mask)
+        swapped = {
+            'image': (image[partner], question, mask),
+            'question': (image, question[partner], mask[partner]),
+            'both': (image[partner], question[partner], mask[partner]),
+        }
+        count = jnp.maximum(answer[1].sum(-1), 1)
+        out = {'row': batch['row'][partner]}
+        for name, inputs in swapped.items():
+            cosines = jnp.exp(before + half_log_probabilities(*inputs)).sum(-1)
+            out[name] = jnp.where(answer[1], cosines, 0).sum(-1) / count
+        return out
+
+    def _generate(self, variables, batch, options, partner=None):
+        apply, image = self._image(variables, batch)
+        image = image if partner is None else image[partner]
         prefix, prefix_mask, _ = apply(
             image, batch['question'], batch['question_mask'], train=False, method='prefix'
         )
@@ -235,6 +279,13 @@ class ReceiptsTask(Task):
                     ]
                     writer.add(embeddings, entries)
         return f'{writer.rows} rows: {writer.path}'
+
+
+def _partner(mask):
+    """Returns int [batch]: another real row for each, half of the batch away."""
+    count = jnp.maximum(mask.sum(), 1)
+    rows = jnp.arange(len(mask))
+    return jnp.where(mask, (rows + jnp.maximum(count // 2, 1)) % count, rows)
 
 
 def _splits(config: Config, assets: epath.Path | None):

@@ -8,6 +8,9 @@ from matplotlib.figure import Figure
 from mmjax.engine.outputs import write_prediction
 from mmjax.engine.task import Evaluator, Scores, gather
 from mmjax.evals import gallery as search
+from mmjax.evals import modalities
+
+VERDICTS = modalities.verdicts({'image': 'image', 'text': 'text'})
 
 
 class ItemScores(Evaluator):
@@ -112,12 +115,18 @@ def write_nearest(embedding, image, query: str, embeddings, gallery, output: pat
     return '\n'.join([*lines, f'drawn: {output / "nearest.png"}'])
 
 
-def _text_to_image(results) -> dict[str, float]:
-    """Returns the scores of one prompt per item as queries of all images."""
+def _text_to_image(results) -> dict[str, float | str]:
+    """Returns the scores of one prompt per item as queries of all images, and of each tower."""
     identity = results.batch['identity']
     items, first = np.unique(identity, return_index=True)
-    ranked = search.rank(results.outputs['text'][first], results.outputs['image'], items, identity)
-    return {'text_to_image_r1': ranked.rank[1], 'text_to_image_map': ranked.map}
+    images = results.outputs['image']
+    texts = results.outputs['text'][first]
+    ranked = search.rank(texts, images, items, identity)
+    return {
+        'text_to_image_r1': ranked.rank[1],
+        'text_to_image_map': ranked.map,
+        **modalities.tower_scores({'image': (images, identity), 'text': (texts, items)}),
+    }
 
 
 def _cmc(cmc):

@@ -23,7 +23,7 @@ from mmjax.pretrained import files
 from mmjax.recipes.retrieval import data as retrieval
 from mmjax.recipes.retrieval import folder, model, prompts
 from mmjax.recipes.retrieval.config import Config, Data
-from mmjax.recipes.retrieval.scores import ItemScores, QueryGallery, write_nearest
+from mmjax.recipes.retrieval.scores import VERDICTS, ItemScores, QueryGallery, write_nearest
 
 DESCRIPTIONS = 'descriptions.json'
 PROMPTS = 'prompts.json'
@@ -41,6 +41,7 @@ class RetrievalTask(Task):
     """
 
     Config = Config
+    verdicts = VERDICTS
     towers = model.TOWERS
 
     def __init__(self, config: Config, assets: epath.Path | None = None):

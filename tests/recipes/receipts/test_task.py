@@ -489,3 +489,52 @@ def test_the_heads_have_the_exact_gelu(model):
         y = y * (1 + erf(y / np.sqrt(2))) / 2
     y = y @ params['out']['kernel'] + params['out']['bias']
     np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-5)
+
+
+def test_swaps_compare_with_another_row_of_the_batch(model):
+    built, predictor = model
+    task = built.task
+    batch = rows_of(task.dataset('val'))
+    batch['mask'] = np.arange(len(batch['mask'])) < len(batch['mask']) - 1
+    real = int(batch['mask'].sum())
+    other = (np.arange(real) + real // 2) % real
+    found = jax.jit(task.swaps)(predictor.variables, batch)
+    np.testing.assert_array_equal(found['row'][:real], batch['row'][other])
+
+    def probabilities(**changes):
+        """Of the answer's tokens, by the loss of each token put in its place."""
+        inputs = {**batch, **changes}
+        apply = functools.partial(task.model.apply, predictor.variables)
+        image = apply(inputs['images'], train=False, method='encode')
+        question = inputs['question'], inputs['question_mask']
+        prefix, mask, _ = apply(image, *question, train=False, method='prefix')
+        opened = np.pad(batch['answer'], ((0, 0), (1, 0)), constant_values=task.opening_id)[:, :-1]
+        shifted = np.pad(batch['answer_mask'], ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+        logits = apply(prefix, mask, opened, shifted, train=False, method='answer')
+        return np.asarray(jax.nn.softmax(logits), np.float64)
+
+    at = np.concatenate([other, np.arange(real, len(batch['mask']))])
+    images = {'images': batch['images'][at]}
+    questions = {name: batch[name][at] for name in ('question', 'question_mask')}
+    before = probabilities()
+    for name, changes in (
+        ('image', images),
+        ('question', questions),
+        ('both', images | questions),
+    ):
+        cosines = np.sqrt(before * probabilities(**changes)).sum(-1)
+        expected = np.mean(cosines, axis=1, where=batch['answer_mask'])
+        np.testing.assert_allclose(found[name][:real], expected[:real], rtol=1e-5)
+    tokens, lengths, rows = jax.jit(task.answer_other_image)(predictor.variables, batch)
+    moved = jax.jit(task.answer_running)(predictor.variables, {**batch, **images})
+    np.testing.assert_array_equal(rows[:real], batch['row'][other])
+    np.testing.assert_array_equal(lengths[:real], moved[1][:real])
+    np.testing.assert_array_equal(tokens[:real], moved[0][:real])
+
+
+def test_the_final_scores_tell_what_the_answers_ignore(trained):
+    *_, results = trained
+    final = results['final']['test']
+    assert 0 <= final['swap_cosine_image'] <= 1 and 0 <= final['swap_cosine_question'] <= 1
+    assert 0 <= final['content_other_image'] <= 1
+    assert final['modality_verdict']
