@@ -17,7 +17,7 @@ from mmjax.engine import evaluate, optim, parallel, stages, step
 from mmjax.engine.checkpoint import run_of
 from mmjax.engine.config import Config
 from mmjax.engine.stages import Stage
-from mmjax.engine.task import Evaluator, Task, Variables, towers_training
+from mmjax.engine.task import Cached, Evaluator, Task, Variables, towers_training
 from mmjax.errors import UserError
 
 
@@ -75,12 +75,17 @@ class Run:
         shardings = self.shardings(stage)
         return jax.jit(self.train_step(stage), donate_argnums=0, out_shardings=(shardings, None))
 
+    def cached(self, stage: Stage) -> Cached | None:
+        """Returns what the task caches in `stage`."""
+        groups = self.groups.of(self.abstract['params'])
+        return self.task.cache(stage, towers_training(self.task.towers, groups, stage))
+
     def abstract_batch(self, stage: Stage) -> dict[str, Any]:
         """Returns a batch of `stage` as ShapeDtypeStructs, cached outputs included."""
         rows = parallel.rows(self.mesh)
         struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         batch = {name: struct(x.shape, x.dtype) for name, x in self.batch.items()}
-        cached = self.task.cache(stage)
+        cached = self.cached(stage)
         if cached is not None:
             one = evaluate.blank_batch(cached.dataset, 1)
             outputs = jax.eval_shape(getattr(self.task, cached.method), self.abstract, one)

@@ -175,12 +175,15 @@ class Task(abc.ABC):
     def evaluators(self) -> dict[str, Evaluator]:
         """Returns the evaluators by name."""
 
-    def cache(self, stage: Stage) -> Cached | None:
+    def cache(self, stage: Stage, train: Mapping[str, bool]) -> Cached | None:
         """Says which outputs of frozen towers the engine computes at the start of `stage`.
 
         Its batches have them as `cached_<name>`. They must follow from the row and from weights
         that the stage does not train: no dropout, no augmentation. They stay in the memory of
         every host, and from one stage to the next where both cache the same method.
+
+        Args:
+          train: tower → whether the stage trains it.
         """
         return None
 

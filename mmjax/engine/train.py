@@ -238,7 +238,7 @@ class Trainer:
 
     def _cache(self, state: step.State, stage: Stage) -> Callable[[dict], dict]:
         """Computes what the task caches in `stage`; returns what adds it to a local batch."""
-        spec = self.run.task.cache(stage)
+        spec = self.run.cached(stage)
         if spec is None:
             return lambda batch: batch
         last, method, outputs = self._cached

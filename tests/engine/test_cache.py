@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.engine import evaluate
+from mmjax.engine import build, evaluate
 from mmjax.engine.preemption import Preempted
 from mmjax.engine.task import Cached
 from tests import runs
@@ -39,8 +39,8 @@ class Caches(Thaw):
         params = {'params': variables['params']['tower']}
         return {'tower': nn.relu(nn.Dense(self.width, parent=None).apply(params, batch['x']))}
 
-    def cache(self, stage):
-        if stage.trains('tower') or not stage.options.cache:
+    def cache(self, stage, train):
+        if train['tower'] or not stage.options.cache:
             return None
         train = self.dataset('train')
         few = Arrays('train', **{name: x[:ROWS] for name, x in train.arrays.items()})
@@ -147,3 +147,10 @@ def test_the_log_tells_at_a_switch_what_thaws_and_which_rates_hold(tmp_path, cap
     rates = {line.split()[0]: line.split()[-1] for line in switch.splitlines() if '/' in line}
     assert rates['tower/kernel'] == '0.015' and rates['head/kernel'] == '0.003'
     assert 'entering stage last: thawed nothing; froze tower; carried the moments of head' in told
+
+
+def test_a_tower_of_which_the_users_rules_train_a_part_is_not_cached():
+    """Its group is frozen, and its bias is in another one."""
+    for rules, is_cached in (((), True), ((('biases', 'tower/bias'),), False)):
+        built = build.run(config(cache=True, rules=rules))
+        assert (built.cached(built.stages[0]) is not None) is is_cached

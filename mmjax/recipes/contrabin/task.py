@@ -133,8 +133,8 @@ class ContraBinTask(Task):
         rngs = None if key is None else {'dropout': key}
         return self.model.apply(variables, *inputs, method=method, rngs=rngs)
 
-    def cache(self, stage):
-        if stage.trains('anchor') or not stage.options.cache_anchor:
+    def cache(self, stage, train):
+        if train['anchor'] or not stage.options.cache_anchor:
             return None
         train = self.splits['train']
         rows, positions = train.pairs()

@@ -92,7 +92,7 @@ def forward(built, variables, batch, stage, key):
 
 def cached_batch(built, predictor, stage):
     """Returns the first batch of a stage with the cached outputs of the anchor."""
-    spec = built.task.cache(stage)
+    spec = built.cached(stage)
     arrays, _ = gather(predictor, spec.method, spec.dataset, 7)
     batch = first_batch(built, stage)
     rows = spec.rows[batch['row']]
@@ -101,8 +101,8 @@ def cached_batch(built, predictor, stage):
 
 def test_a_cached_anchor_changes_no_output(bare, fresh):
     anchor, naive = bare.stages[:2]
-    assert bare.task.cache(anchor) is None
-    spec = bare.task.cache(naive)
+    assert bare.cached(anchor) is None
+    spec = bare.cached(naive)
     train = bare.task.splits['train']
     assert len(train) == 80 and len(spec.dataset) == 20  # four binaries of one text
     for at, cached_row in enumerate(spec.rows):
@@ -135,7 +135,7 @@ def test_a_cache_is_not_read_where_rules_of_the_user_thaw_the_anchor(cache, fold
 
 def test_the_anchor_is_cached_where_the_option_says_so(cache, folder):
     built = build.run(tiny(cache, data__root=folder, stage__naive__options__cache_anchor=False))
-    assert [built.task.cache(stage) is None for stage in built.stages] == [True, True, False, False]
+    assert [built.cached(stage) is None for stage in built.stages] == [True, True, False, False]
 
 
 def test_packing_changes_no_output(cache, folder, bare, fresh):
