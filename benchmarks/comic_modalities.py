@@ -21,7 +21,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from mmjax.engine import build, config, evaluate, train
-from mmjax.evals import gallery, probe, retrieval
+from mmjax.evals import gallery, retrieval
+from mmjax.evals.probe import linear_probe
 from mmjax.recipes.comic.data import MODALITIES
 from mmjax.recipes.comic.scores import PageScores
 from mmjax.recipes.comic.synthetic import pages, words
@@ -77,22 +78,19 @@ def collect(built, predictor, weights, split: str, limit: int | None = None) -> 
 
 
 def probes(train: Panels, val: Panels) -> dict[str, dict[str, float]]:
-    """Returns attribute → accuracy of a linear probe on each embedding; of the commonest value."""
+    """Returns attribute → accuracy of a linear probe on each embedding, and by the majority."""
     out = {}
     for name in ATTRIBUTES:
-        values, numbers = np.unique(
-            np.concatenate([train.labels[name], val.labels[name]]), return_inverse=True
-        )
+        both = np.concatenate([train.labels[name], val.labels[name]])
+        _, numbers = np.unique(both, return_inverse=True)
         fitted, scored = np.split(numbers, [len(train.page)])
         a, b = train.probed[name], val.probed[name]
-        accuracy = lambda of: (
-            probe.linear_probe(
-                train.embeddings[of][a], fitted[a], val.embeddings[of][b], scored[b], decay=10.0
-            ).accuracy
-        )
-        out[name] = {of: round(accuracy(of), 3) for of in ('fused', 'vision', 'text')}
-        counts = np.bincount(scored[b], minlength=len(values))
-        out[name]['commonest'] = round(float(counts.max() / counts.sum()), 3)
+        out[name] = {}
+        for of in ('fused', 'vision', 'text'):
+            x, y = train.embeddings[of][a], val.embeddings[of][b]
+            accuracy, majority = linear_probe(x, fitted[a], y, scored[b], decay=10.0)
+            out[name][of] = round(accuracy, 3)
+        out[name]['majority'] = round(majority, 3)
     return out
 
 
