@@ -3,8 +3,8 @@
     python benchmarks/seeds.py stage3 --seeds=3 [--workdir=runs/seeds] [--config.KEY=VALUE …]
 
 CONFIG is what `--config` takes (`sign_ctc:distill`); other arguments go to every run. Seed n sets
-`--config.seed=n`; built-in data stay the same, unless `--data` draws them by the seed too. A run
-that was interrupted goes on where it was, a finished one is not made again. Each seed leaves
+`--config.seed=n`; built-in data stay the same, unless `--data` draws them by the seed too. An
+interrupted run resumes; finished seeds are skipped. Each seed leaves
 WORKDIR/NAME-n/seed.json with its scores, commit and CPU; the summary is written to
 benchmarks/results/seeds_NAME.json.
 """
@@ -41,24 +41,36 @@ def train(config: str, folder: pathlib.Path, *arguments: str) -> dict:
     """Trains in another process, or goes on, unless it is done; returns the result of a seed."""
     result = folder / 'seed.json'
     if result.is_file():
-        return json.loads(result.read_text())
+        out = json.loads(result.read_text())
+        if out['arguments'] != list(arguments):
+            raise SystemExit(
+                f'{result} is of other arguments, {out["arguments"]}: give another --workdir'
+            )
+        return out
     command = [sys.executable, '-m', 'mmjax.main', f'--config={config}', f'--workdir={folder}']
-    subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    started = commit()
+    code = subprocess.run([*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+    if code or not (folder / 'results.json').is_file():
+        raise SystemExit(f'the run in {folder} ended with code {code} and has no results')
     done = json.loads((folder / 'results.json').read_text())
-    out = {'commit': commit(), 'cpu': cpu(), 'arguments': arguments, 'scores': done['final']}
+    out = {'commit': started, 'cpu': cpu(), 'arguments': arguments, 'scores': done['final']}
     result.write_text(json.dumps(out, indent=1) + '\n')
     return out
 
 
 def summary(results: list[dict]) -> dict[str, dict]:
-    """Returns {'evaluator/metric': mean, standard error and values}, of numbers that all have."""
+    """Returns {'evaluator/metric': {mean, standard_error, values}}; of words the values alone.
+
+    A value that is missing or not finite is None, and there is no mean then.
+    """
     flat = [
         {f'{e}/{m}': v for e, scores in result['scores'].items() for m, v in scores.items()}
         for result in results
     ]
     out = {}
-    for name in flat[0]:
+    for name in sorted({name for scores in flat for name in scores}):
         values = [scores.get(name) for scores in flat]
+        values = [None if x is None or x != x else x for x in values]
         if all(isinstance(value, int | float) for value in values):
             error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
             out[name] = {
@@ -81,6 +93,9 @@ def main() -> None:
     options, others = parser.parse_known_args()
     stem = pathlib.Path(options.config.split(':')[0]).stem
     name = '-'.join([stem, *options.config.split(':')[1:]]).replace(',', '-')
+    for argument in others:
+        if argument.startswith(('--config.seed', '--config.data.seed', '--workdir')):
+            parser.error(f'{argument} is set by this script')
     results = []
     for seed in range(options.seeds):
         seeds = [f'--config.seed={seed}']

@@ -98,7 +98,7 @@ def get_config(argument: str = ''):
     if version == 'v3':
         config.stage.tune.optimizer = dict(learning_rate=v3_rate)
         if not words & {'smoke', 'staged'}:
-            config.continues = 'RUN_OF_V2'
+            config.needs_init_from = 'RUN_OF_V2'
     if version == 'v4':
         config.optimizer.update(schedule='cosine', span='run', warmup_fraction=0.1)
     if 'smoke' in words or 'staged' in words:

@@ -38,7 +38,7 @@ def get_config(argument: str = ''):
 
     if 'published' in words:
         config.batch_size = 16  # questions
-        config.data.update(image_size=448, built_in_side=448, built_in_most=5)
+        config.data.update(image_size=448, built_in_side=448, built_in_max_receipts=5)
         config.model.update(shuffle=2, thaw_blocks=4, remat=True)
         config.model.vision.update(
             patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096, stem='patch'
@@ -47,6 +47,8 @@ def get_config(argument: str = ''):
             width=896, depth=24, heads=14, kv_heads=2, mlp_width=4864, theta=1e6, tied=False
         )
         config.optimizer.update(learning_rate=2e-5, warmup_steps=500)
+        config.decode.running.method = 'sample'
+        config.data.augmentation.update(shift=0.0, scale=0.0, brightness=0.0, contrast=0.0)
         config.evaluate.every_epochs = 1.0
         config.early_stop.update(metric='val/final_loss', patience=5, min_delta=0.01, scope='run')
         config.stages = ('heads', 'top', 'all')

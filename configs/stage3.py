@@ -47,6 +47,7 @@ def get_config(argument: str = ''):
         config.log.every_steps = 1
     if 'published' in words:
         config.batch_size = 4
+        config.data.augmentation.update(shift=0.0, scale=0.0, brightness=0.0, contrast=0.0)
         config.sampler = dict(name='shuffle')
         config.loss_weights.update(alignment=0.3, unimodal=0.0)
         config.data.update(image_size=224, max_tokens=128, vocabulary=30522, buckets=(16,))

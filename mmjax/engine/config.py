@@ -218,7 +218,9 @@ class Config:
     task: str = field('', "a folder of mmjax.recipes, or 'package.module:Class'")
     seed: int = field(0, 'of training: weights, order, augmentation, dropout', least=0)
     precision: str = field(
-        'float32', 'of the computation', choices=('float32', 'bfloat16', 'float16')
+        'float32',
+        'of the computation; no, bf16 and fp16 are other names of these',
+        choices=('float32', 'bfloat16', 'float16'),
     )
     batch_size: int = field(32, 'examples per update, over all devices and hosts', least=1)
     accumulation: int = field(1, 'micro-batches per update; losses stay exact', least=1)
@@ -227,7 +229,7 @@ class Config:
     rules: tuple[tuple[str, str], ...] = field((), "(group, regex) pairs before the recipe's own")
     loss_weights: Mapping[str, float | Ramp] = field({}, 'term → number or dict(start=, end=)')
     sampler: Mapping[str, object] = field({'name': 'shuffle'}, 'name and options of the sampler')
-    continues: str = field('', 'what --init_from must name, for a run that goes on; empty: nothing')
+    needs_init_from: str = field('', 'kind of run that --init_from must name; empty: none')
     stages: tuple[str, ...] = field((), 'names of the stages, in order')
     stage: Mapping[str, StageConfig] = field({}, 'name → what the stage does')
     optimizer: Optimizer = Optimizer()

@@ -75,13 +75,9 @@ def _run(config: Config, command: Command) -> int:
         source = run_of(command.init_from)
         if source is not None and source.resolve() == workdir.resolve():
             raise UserError(f'--overwrite would delete {source}, which --init_from reads')
-    if (
-        config.continues
-        and mode == 'train'
-        and fresh
-        and not (command.init_from or command.dry_run)
-    ):
-        raise UserError(f'this config continues another run: give --init_from={config.continues}')
+    needs = config.needs_init_from
+    if needs and mode == 'train' and fresh and not (command.init_from or command.dry_run):
+        raise UserError(f'this config continues another run: give --init_from={needs}')
     built = build.run(
         config,
         assets=None if fresh else workdir,

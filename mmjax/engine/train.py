@@ -38,7 +38,7 @@ class Progress:
     stop_best: float | None = None  # of the early-stopping metric in this stage
     stop_wait: int = 0  # evaluations since it improved
     done: bool = False  # the stage is over, by length or early
-    over: bool = False  # the run is, early
+    run_done: bool = False  # the run is over, early
     evaluate_due: bool = False  # the evaluation at this step is not done
     skipped: int = 0  # updates that were not finite
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # of this epoch
@@ -130,7 +130,7 @@ class Trainer:
                 if self.max_steps is not None and int(state['step']) >= self.max_steps:
                     raise StepLimit
                 state = self._stage(state, stage)
-            if self.progress.over:
+            if self.progress.run_done:
                 break
         self.checkpoints.wait()
         return state
@@ -360,10 +360,12 @@ class Trainer:
                 progress.stop_wait = 0
             else:
                 progress.stop_wait += 1
-            if progress.stop_wait >= stage.early_stop.patience and not progress.done:
+            stops_run = stage.early_stop.scope == 'run'
+            exhausted = progress.stop_wait >= stage.early_stop.patience
+            if exhausted and (stops_run or not progress.done):
                 progress.done = True
-                progress.over = stage.early_stop.scope == 'run'
-                what = 'the run' if progress.over else f'stage {stage.name}'
+                progress.run_done = stops_run
+                what = 'the run' if stops_run else f'stage {stage.name}'
                 self.log.message(
                     f'{what} stops early: {stage.early_stop.metric} has not improved '
                     f'on {progress.stop_best} in {progress.stop_wait} evaluations'
@@ -371,16 +373,16 @@ class Trainer:
         self._reset_clock()
 
     def _evaluate_and_save(self, state: step.State, stage: Stage) -> None:
-        """Evaluates; saves again only if it ends the stage early."""
+        """Evaluates; saves again only if it ends the stage or the run early."""
         self._check_pending()
-        over = self.progress.done
+        before = self.progress.done, self.progress.run_done
         try:
             self._evaluate(state, stage)
         except Preempted:
             self._save(state, stage)
             raise
         self.progress.evaluate_due = False
-        if self.progress.done and not over:
+        if (self.progress.done, self.progress.run_done) != before:
             self._save(state, stage)
 
     def scores(
@@ -422,7 +424,7 @@ class Trainer:
             which = 'best'
         elif self.progress.best:
             self.log.message('the best checkpoint is gone: the last weights are scored instead')
-        stage = self.run.stages[int(state['stage'])]
+        stage = self.run.stages[-1]
         scores = self.scores(variables, stage, stage.steps, final=True)
         number = int(state['step'])
         skipped = dict(self.run.data.skipped)

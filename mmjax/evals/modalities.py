@@ -1,12 +1,12 @@
 """Measures how much each modality of an input counts in an embedding: swaps, twins, a verdict."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from mmjax.evals.retrieval import TOLERANCE
-
-BALANCED = 'every modality counts'
+BALANCED = 'balanced'
+UNKNOWN = 'unknown'  # too few examples, or values that are not finite
 
 
 def verdicts(names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
@@ -15,10 +15,19 @@ def verdicts(names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     Args:
       names: modality → what a person calls it.
     """
-    out = {BALANCED: ('good', 'Another input of any modality changes what the model says.')}
-    for name, word in names.items():
-        out[f'ignores_{name}'] = ('bad', f'Another {word} hardly changes what the model says.')
+    out = {
+        BALANCED: ('good', 'Another input of any modality changes what the model says.'),
+        UNKNOWN: ('warn', 'Too few examples, or values that are not finite.'),
+    }
+    for count in range(1, len(names) + 1):
+        for ignored in itertools.combinations(names, count):
+            word = ' or '.join(names[name] for name in ignored)
+            out[_joined(ignored)] = ('bad', f'Another {word} hardly changes what the model says.')
     return out
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ', '.join(f'ignores_{name}' for name in names)
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -33,11 +42,15 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sum(_units(a) * _units(b), axis=1)
 
 
-def twin_accuracy(queries: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> float:
-    """Returns the fraction of queries nearer to their own row than to its twin; a tie counts half.
+def twin_accuracy(
+    queries: np.ndarray, right: np.ndarray, wrong: np.ndarray, *, margin: float = 0.02
+) -> float:
+    """Returns the fraction of queries nearer to their own row than to its twin.
 
     Twins are inputs that are equal in all modalities but one. A query that knows that modality
-    tells them apart only if their embeddings keep it. Chance is .5; NaN without queries.
+    tells them apart only if their embeddings keep it. Where the modality weighs next to nothing the
+    cosines are almost equal: differences up to `margin` count half. Chance is .5; NaN without
+    queries. A model that mixes in noise from the modality passes; a probe shows that it is noise.
 
     >>> query, twins = np.array([[1.0, 0.1]]), np.array([[[1.0, 0.0]], [[0.0, 1.0]]])
     >>> twin_accuracy(query, *twins)
@@ -45,9 +58,10 @@ def twin_accuracy(queries: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> 
 
     Args:
       queries, right, wrong: float [n, d], of any length.
+      margin: of cosines.
     """
-    margin = cosines(queries, right) - cosines(queries, wrong)
-    credit = np.where(np.abs(margin) <= TOLERANCE, 0.5, margin > 0)
+    gain = cosines(queries, right) - cosines(queries, wrong)
+    credit = np.where(np.abs(gain) <= margin, 0.5, gain > 0)
     return float(credit.mean()) if len(credit) else float('nan')
 
 
@@ -64,14 +78,20 @@ def verdict(swap_cosines: Mapping[str, float], other: float, *, least: float = 0
     Args:
       swap_cosines: modality → mean cosine of the embedding before and after the swap.
       other: mean cosine of the embeddings of two different examples.
-      least: fraction.
+      least: fraction. Where different examples have cosines above .999, all are ignored.
 
     Returns:
-      'ignores_<modality>', several joined by ', ', or 'every modality counts'.
+      'ignores_<modality>', several joined by ', '; 'balanced'; 'unknown' for what is not finite.
     """
-    distance = max(1 - other, 1e-9)
-    names = [name for name, cosine in swap_cosines.items() if (1 - cosine) / distance < least]
-    return ', '.join(f'ignores_{name}' for name in names) or BALANCED
+    if not np.isfinite([*swap_cosines.values(), other]).all():
+        return UNKNOWN
+    distance = 1 - other
+    ignored = [
+        name
+        for name, cosine in swap_cosines.items()
+        if distance < 1e-3 or (1 - cosine) / distance < least
+    ]
+    return _joined(ignored) or BALANCED
 
 
 def tower_scores(
@@ -80,7 +100,8 @@ def tower_scores(
     """Returns swap cosines and verdict of towers that embed each modality by itself.
 
     Another input there gives another embedding: `swap_cosine_<modality>` is the mean cosine of the
-    embeddings of two different items, 1 for a tower that ignores its input. In O(n·d).
+    embeddings of two different items, 1 for a tower that ignores its input. A tower is said to
+    ignore it above .999: cosines of .9 are common among good embeddings. In O(n·d).
 
     Args:
       embeddings: modality → (float [n, d] of any length, item [n]). A modality with fewer than two
@@ -97,7 +118,7 @@ def tower_scores(
         if pairs:
             swaps[name] = float((np.sum(sums.sum(0) ** 2) - np.sum(sums**2)) / pairs)
     out: dict[str, float | str] = {f'swap_cosine_{name}': value for name, value in swaps.items()}
-    return out | ({'modality_verdict': verdict(swaps, 0.0)} if swaps else {})
+    return out | ({'modality_verdict': verdict(swaps, 0.0, least=1e-3)} if swaps else {})
 
 
 def _units(rows: np.ndarray) -> np.ndarray:

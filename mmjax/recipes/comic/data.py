@@ -201,7 +201,7 @@ class ComicPages(prepare.PreparedDataset):
           for an empty text; composition: float32 [N, 7] = w/h, area/page area, reading position
           (VLM form, else 0), 0, 0, centre x/W, centre y/H; modality: bool [N, 3] over vision,
           text, composition; panels: bool [N]; boxes: float32 [N, 4] = x0, y0, x1, y1 as fractions
-          of the page. Where `panels` is False all else is 0. texts_truncated: int32 [], texts of
+          of the page. Where `panels` is False all else is 0. texts_cut: int32 [], texts of
           more than L tokens.
 
         Raises:
@@ -244,7 +244,7 @@ class ComicPages(prepare.PreparedDataset):
             'modality': np.stack([panels, token_mask.any(1), has_composition], axis=1),
             'panels': panels,
             'boxes': boxes,
-            'texts_truncated': np.int32(cut),
+            'texts_cut': np.int32(cut),
         }
 
     def collate(self, examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from mmjax.evals import collapse, gallery, modalities, retrieval
 from mmjax.losses import contrastive
 from mmjax.recipes.comic.data import MODALITIES
 
+MODALITY_PANELS = 4096  # about the most panels that `modality_scores` are of: they are quadratic
 # (alone [rows, 3, D], present bool [rows, 3]) → fused [rows, D]
 Fuse = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -49,7 +50,9 @@ class PageScores(Evaluator):
         metrics = _bounds(panels, results.losses['contrastive'])
         metrics |= within_and_across(outputs, panels, has)
         fuse = functools.partial(_in_chunks, functools.partial(self._fuse, predict.variables))
-        metrics |= modality_scores(fuse, outputs['alone'], has & panels[..., None])
+        pages = _spread(panels.sum(1), MODALITY_PANELS)
+        has &= panels[..., None]
+        metrics |= modality_scores(fuse, outputs['alone'][pages], has[pages])
         figures = {}
         if final:
             both = panels & has[..., 0] & has[..., 1]
@@ -126,13 +129,24 @@ def within_and_across(outputs, panels, has) -> dict[str, float | str]:
     return out
 
 
+def page_retrieval(fused, page) -> tuple[float, float]:
+    """Returns (mAP, R@1) of the panels of a page among all others, by embeddings [n, D]."""
+    rows = np.arange(len(page))
+    scores = gallery.rank(fused, fused, page, page, query_rows=rows, gallery_rows=rows, ks=(1,))
+    return scores.map, scores.rank[1]
+
+
 def modality_scores(fuse: Fuse, alone: np.ndarray, has: np.ndarray) -> dict[str, float | str]:
-    """Returns what the fused embedding keeps of each modality, over panels that have all of them.
+    """Returns what the fused embedding keeps of each modality.
 
-    A modality that no panel of the split has is left out, as are panels that lack another one.
+    * `page_map`, `page_r1`: panels of the page among all panels, by the fused embedding of what
+      each has.
 
-    * `page_map`, `page_r1`: panels of the page among all panels, by the fused embedding; `_only_m`
-      and `_without_m`: by the embedding of a part of the modalities, of queries and gallery alike;
+    The others are over the `complete_panels`, which have all modalities. A modality that less than
+    a twentieth of the panels has is left out.
+
+    * `page_map_complete`, `_only_m`, `_without_m` (and `page_r1_…`): by the embedding of all or a
+      part of the modalities, of queries and gallery alike;
     * `panel_r1_from_m`: the panel itself among all, by modality m alone;
     * `swap_cosine_m`: mean cosine of a panel's embedding before and after modality m is replaced by
       that of a panel of another page; `modality_verdict` names those that hardly move it;
@@ -144,33 +158,37 @@ def modality_scores(fuse: Fuse, alone: np.ndarray, has: np.ndarray) -> dict[str,
       alone: float [pages, panels, 3, D], the layer-normed modalities.
       has: bool [pages, panels, 3], all False where there is no panel.
     """
-    known = has.any((0, 1))
-    complete = (has | ~known).all(-1) & has.any(-1)
+    panels = has.any(-1)
+    page, _ = np.nonzero(panels)
+    out: dict[str, float | str] = {}
+    if len(np.unique(page)) < len(page):
+        out['page_map'], out['page_r1'] = page_retrieval(fuse(alone[panels], has[panels]), page)
+    known = has.sum((0, 1)) >= max(0.05 * panels.sum(), 1)
+    complete = (has | ~known).all(-1) & panels
     page, _ = np.nonzero(complete)
     x = alone[complete]
+    out['complete_panels'] = len(x)
     names = {index: MODALITIES[index] for index in np.flatnonzero(known)}
     largest = np.bincount(page).max(initial=0)
     if len(names) < 2 or len(page) < 2 * largest:
-        return {'modality_verdict': 'too few panels with every modality'}
+        return {**out, 'modality_verdict': modalities.UNKNOWN}
     present = lambda *indices: np.isin(np.arange(3), indices)[None].repeat(len(x), 0)
-    fused = fuse(x, present(*names))
-    out: dict[str, float | str] = {}
-    subsets = {'': tuple(names)}
-    subsets |= {f'_only_{name}': (index,) for index, name in names.items()}
+    subsets = {'complete': tuple(names)}
+    subsets |= {f'only_{name}': (index,) for index, name in names.items()}
     if len(names) > 2:
         for index, name in names.items():
-            subsets[f'_without_{name}'] = tuple(other for other in names if other != index)
-    rows = np.arange(len(x))
+            subsets[f'without_{name}'] = tuple(other for other in names if other != index)
     for suffix, indices in subsets.items():
-        part = fuse(x, present(*indices))
-        scores = gallery.rank(part, part, page, page, query_rows=rows, gallery_rows=rows, ks=(1,))
-        out |= {f'page_map{suffix}': scores.map, f'page_r1{suffix}': scores.rank[1]}
-    # Rows are in the order of pages: `largest` rows further on is another page.
-    other = np.roll(rows, -largest)
-    sums = np.zeros((len(alone), x.shape[-1]))
+        scores = page_retrieval(fuse(x, present(*indices)), page)
+        out[f'page_map_{suffix}'], out[f'page_r1_{suffix}'] = scores
+    fused = fuse(x, present(*names))
+    # Rows are in the order of pages: half of them further on is another page, of another book.
+    other = np.roll(np.arange(len(x)), -max(largest, len(x) // 2))
     units = fused / np.maximum(np.linalg.norm(fused, axis=1, keepdims=True), 1e-9)
+    sums = np.zeros((len(alone), x.shape[-1]))
     np.add.at(sums, page, units)
     context = sums[page] - units  # zero for the only panel of its page
+    accompanied = np.bincount(page)[page] > 1
     swaps = {}
     for index, name in names.items():
         swapped = x.copy()
@@ -179,7 +197,6 @@ def modality_scores(fuse: Fuse, alone: np.ndarray, has: np.ndarray) -> dict[str,
         swaps[name] = float(modalities.cosines(fused, twin).mean())
         out[f'panel_r1_from_{name}'] = retrieval.paired(x[:, index], fused, ks=(1,))[1]
         out[f'twin_{name}'] = modalities.twin_accuracy(x[:, index], fused, twin)
-        accompanied = np.linalg.norm(context, axis=1) > 1e-6
         out[f'twin_{name}_by_page'] = modalities.twin_accuracy(
             context[accompanied], fused[accompanied], twin[accompanied]
         )
@@ -187,6 +204,12 @@ def modality_scores(fuse: Fuse, alone: np.ndarray, has: np.ndarray) -> dict[str,
     far = float(modalities.cosines(fused, fused[other]).mean())
     out['modality_verdict'] = modalities.verdict(swaps, far)
     return out
+
+
+def _spread(sizes: np.ndarray, limit: int) -> np.ndarray:
+    """Returns rows spread evenly over the pages, with about `limit` panels at most."""
+    count = min(len(sizes), max(int(len(sizes) * limit / max(sizes.sum(), 1)), 1))
+    return np.linspace(0, len(sizes) - 1, count).round().astype(int)
 
 
 def _in_chunks(fuse: Fuse, alone: np.ndarray, present: np.ndarray, rows: int = 4096) -> np.ndarray:

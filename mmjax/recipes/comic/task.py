@@ -156,7 +156,7 @@ class ComicTask(Task):
             **{f'contrastive_{name}': value for name, value in report.items()},
             **{f'gate_{name}': gates[i] for i, name in enumerate(comic.MODALITIES)},
             'alignment_cosine': _cosine(outputs, pairs),
-            'texts_truncated': jnp.where(batch['mask'], batch['texts_truncated'], 0).sum(),
+            'texts_cut': jnp.where(batch['mask'], batch['texts_cut'], 0).sum(),
             'panels_left_out': _panels(batch).sum() - panels.sum(),
         }
 

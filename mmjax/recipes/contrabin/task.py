@@ -136,9 +136,9 @@ class ContraBinTask(Task):
     def cache(self, stage, train):
         if train['anchor'] or not stage.options.cache_anchor:
             return None
-        train = self.splits['train']
-        rows, positions = train.pairs()
-        return Cached('encode_anchor', train.subset(rows), positions)
+        functions = self.splits['train']
+        rows, positions = functions.pairs()
+        return Cached('encode_anchor', functions.subset(rows), positions)
 
     def encode_anchor(self, variables, batch):
         """Runs the anchor on source and comment: float32 [batch, width] each."""

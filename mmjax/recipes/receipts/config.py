@@ -31,7 +31,7 @@ class Data(config.Data):
     augmentation: images.Augmentation = images.Augmentation(contrast=0.1)
     built_in: BuiltIn = BuiltIn()
     built_in_side: int = field(112, 'side of a built-in image, pixels', least=16)
-    built_in_most: int = field(3, 'receipts in a built-in image: 0 to this', choices=(3, 5))
+    built_in_max_receipts: int = field(3, 'receipts in a built-in image: 0 to this', choices=(3, 5))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mmjax.evals import classification, generation, modalities
 from mmjax.recipes.receipts import text as receipts_text
 
 VERDICTS = modalities.verdicts({'image': 'image', 'question': 'question'})
+SWAPS = ('image', 'question', 'both')
 EXAMPLES = 4  # drawn
 
 
@@ -68,19 +69,21 @@ class ReceiptScores(Evaluator):
         """Returns how answers change when the image or the question is that of another row.
 
         `swap_cosine_<modality>`: of the distributions over the answer's tokens, see
-        `ReceiptsTask.swaps`; `content_other_image` (by kind too): fraction of answers whose content
-        is still right when another image is put in. Rows that meet their own image are left out.
+        `ReceiptsTask.swaps`, over rows that meet another image and another kind of question;
+        `content_accuracy_other_image` (by kind too): fraction of answers whose content is still
+        right when another image is put in, decoded alike, of `questions_other_image` questions.
         """
         data = self.dataset
         picture = data.index['picture']
         swaps, batch = gather(predict, 'swaps', data, self.batch_size, ('row',))
+        kind = lambda row: receipts_text.kind(data.record(int(row))['question'])
+        pairs = list(zip(swaps['row'], batch['row'], strict=True))
         differs = picture[swaps['row']] != picture[batch['row']]
-        if not differs.any():
-            return {'modality_verdict': 'too few images'}
-        cosine = {
-            name: float(swaps[name][differs].mean()) for name in ('image', 'question', 'both')
-        }
-        both = cosine.pop('both')
+        unrelated = differs & [kind(other) != kind(row) for other, row in pairs]
+        if not unrelated.any():
+            return {'modality_verdict': modalities.UNKNOWN}
+        cosine = {name: float(swaps[name][unrelated].mean()) for name in SWAPS}
+        furthest = cosine.pop('both')
         outputs, _ = gather(predict, 'answer_other_image', data, self.batch_size)
         texts = [
             self.task.tokenizer.decode(ids[:n]).strip()
@@ -89,11 +92,11 @@ class ReceiptScores(Evaluator):
         ]
         kept = [record for record, other in zip(records, differs, strict=True) if other]
         other = contents(kept, texts)
-        other['content'] = other.pop('content_accuracy')
         return {
             **{f'swap_cosine_{name}': value for name, value in cosine.items()},
             **{f'{name}_other_image': value for name, value in other.items()},
-            'modality_verdict': modalities.verdict(cosine, both),
+            'questions_other_image': len(kept),
+            'modality_verdict': modalities.verdict(cosine, furthest),
         }
 
     def _examples(self, predict, texts, rows):

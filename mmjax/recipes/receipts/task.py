@@ -21,7 +21,7 @@ from mmjax.pretrained import decoder as decoder_weights
 from mmjax.pretrained import files
 from mmjax.recipes.receipts import data as receipts
 from mmjax.recipes.receipts import folder as receipts_folder
-from mmjax.recipes.receipts.config import Config, Decoding
+from mmjax.recipes.receipts.config import Config
 from mmjax.recipes.receipts.model import ReceiptsModel
 from mmjax.recipes.receipts.scores import VERDICTS, ReceiptScores, class_names, overlay
 
@@ -157,13 +157,13 @@ class ReceiptsTask(Task):
         return self._generate(variables, batch, self.config.decode.final)
 
     def answer_other_image(self, variables, batch):
-        """Answers greedily what is asked of one image by another image of the batch.
+        """Answers by `decode.final` what is asked of one image, of another image of the batch.
 
         Returns:
           tokens, lengths as of `answer_running`; int32 [batch], the row of the other image.
         """
         partner = _partner(batch['mask'])
-        tokens, lengths = self._generate(variables, batch, Decoding(), partner)
+        tokens, lengths = self._generate(variables, batch, self.config.decode.final, partner)
         return tokens, lengths, batch['row'][partner]
 
     def swaps(self, variables, batch):
@@ -302,7 +302,7 @@ def _splits(config: Config, assets: epath.Path | None):
         seed=spec.seed,
         synthetic_sizes=dataclasses.asdict(spec.built_in),
         synthetic_side=spec.built_in_side,
-        synthetic_most=spec.built_in_most,
+        synthetic_most=spec.built_in_max_receipts,
         max_fault_share=spec.max_fault_share,
         max_pixels=spec.max_pixels,
         wait=jax.process_index() > 0,

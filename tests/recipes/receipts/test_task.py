@@ -526,7 +526,7 @@ def test_swaps_compare_with_another_row_of_the_batch(model):
         expected = np.mean(cosines, axis=1, where=batch['answer_mask'])
         np.testing.assert_allclose(found[name][:real], expected[:real], rtol=1e-5)
     tokens, lengths, rows = jax.jit(task.answer_other_image)(predictor.variables, batch)
-    moved = jax.jit(task.answer_running)(predictor.variables, {**batch, **images})
+    moved = jax.jit(task.answer_final)(predictor.variables, {**batch, **images})
     np.testing.assert_array_equal(rows[:real], batch['row'][other])
     np.testing.assert_array_equal(lengths[:real], moved[1][:real])
     np.testing.assert_array_equal(tokens[:real], moved[0][:real])
@@ -536,5 +536,5 @@ def test_the_final_scores_tell_what_the_answers_ignore(trained):
     *_, results = trained
     final = results['final']['test']
     assert 0 <= final['swap_cosine_image'] <= 1 and 0 <= final['swap_cosine_question'] <= 1
-    assert 0 <= final['content_other_image'] <= 1
+    assert 0 <= final['content_accuracy_other_image'] <= 1
     assert final['modality_verdict']
