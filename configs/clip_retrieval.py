@@ -8,7 +8,9 @@ Words after the colon:
   v3         v2 continued at twice its rate: --init_from=RUN_OF_V2, or `staged` for both in one run
   v4         token-safe prompts, cosine schedule with warm-up (default)
   vit, rn50  the image tower (rn50; `smoke`: vit)          few  a shallow net for few items
-  smoke      two tiny stages; published: ViT-B/16 or RN50, --config.model.pretrained=FOLDER
+  smoke      two tiny stages
+  published  the original's sizes and settings, --config.model.pretrained=FOLDER; ours alone: v4's
+             warm-up is a tenth of the run, images of one item are no negatives in v1
 
 Results with the state of the code that they are of, versions compared, real products:
 docs/results/retrieval.md

@@ -7,7 +7,8 @@
 
 Words after the colon:
   smoke      two tiny stages, to see that everything works
-  published  InternVL2.5-1B's sizes, three stages; --config.model.pretrained.language=FOLDER
+  published  InternVL2.5-1B's sizes, the original's settings (ours alone: 4 beams, a decoder that
+             sees the image); --config.model.pretrained.language=FOLDER
 
 Results with the state of the code that they are of, real receipts, where the tower's weights come
 from: docs/results/receipts.md

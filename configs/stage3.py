@@ -5,11 +5,10 @@
 
 Words after the colon:
   smoke      two tiny stages, to see that everything works
-  published  SigLIP-base, ResNet-50 and MiniLM-L6 at 224 px; name their weights with
+  published  the original's sizes and settings, its defects mended; name the weights with
              --config.model.pretrained.siglip=FOLDER, .resnet=FOLDER and .bert=FOLDER
 
-Result: image→text R@1 within the page .946 on built-in pages (chance .207; .959 on another CPU).
-Real pages, floors, and what differs from the original: docs/results/comic.md
+Results on built-in and real pages, floors, what differs from the original: docs/results/comic.md
 """
 
 from mmjax.engine import config as config_lib

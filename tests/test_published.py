@@ -38,6 +38,20 @@ COMIC = {
     'data.image_size': 224,
     'data.max_tokens': 128,
     'model.visual_backbone': 'both',
+    'model.visual_fusion': 'attention',
+    'model.siglip.width': 768,
+    'model.siglip.depth': 12,
+    'model.siglip.heads': 12,
+    'model.siglip.mlp_width': 3072,
+    'model.siglip.patch_size': 16,
+    'model.resnet.stage_sizes': (3, 4, 6, 3),
+    'model.resnet.width': 64,
+    'model.resnet.bottleneck': True,
+    'model.bert.width': 384,
+    'model.bert.depth': 6,
+    'model.bert.heads': 12,
+    'model.bert.mlp_width': 1536,
+    'losses.stop_context': False,
     'model.resnet.stem_kernel': 7,
     'model.resnet.stem_stride': 2,
     'model.resnet.stem_pool': True,
@@ -87,6 +101,16 @@ RECEIPTS = {
     'data.augmentation.contrast': 0.0,
     'data.built_in_max_receipts': 5,
     'data.classes': 3,
+    'model.vision.width': 1024,
+    'model.vision.depth': 24,
+    'model.vision.heads': 16,
+    'model.vision.mlp_width': 4096,
+    'model.vision.patch_size': 14,
+    'model.language.width': 896,
+    'model.language.depth': 24,
+    'model.language.heads': 14,
+    'model.language.kv_heads': 2,
+    'model.language.mlp_width': 4864,
     'model.cross_attention.heads': 8,
     'model.cross_attention.dropout': 0.1,
     'decode.running.method': 'sample',
@@ -133,6 +157,7 @@ VERSIONS = {
     },
     'v2': {
         **PK,
+        'data.prompt_policy': 'raw',  # of identities with two images or more
         'optimizer.learning_rate': 5e-5,
         'optimizer.schedule': 'constant',
         'losses.temperature': 0.07,
@@ -141,6 +166,8 @@ VERSIONS = {
     },
     'v3': {
         **PK,
+        'data.prompt_policy': 'raw',
+        'needs_init_from': 'RUN_OF_V2',
         'stage.tune.optimizer.learning_rate': 1e-4,
         'optimizer.schedule': 'constant',
         'losses.temperature': 0.07,
@@ -177,6 +204,10 @@ CONTRABIN = {
     'stage.linear.learning_rates.encoder': 0.01,
     'stage.nonlinear.learning_rates.encoder': 0.01,
     'stage.naive.learning_rates.anchor': 0.0,
+    'model.anchor.width': 768,
+    'model.anchor.depth': 12,
+    'model.anchor.heads': 12,
+    'model.binary.width': 768,
     'model.pooling': 'first',
     'model.features': 256,
 }
@@ -222,6 +253,17 @@ def test_published_has_the_numbers_of_the_original(spec, key, value):
         where = where[name]
     found = where.to_dict() if hasattr(where, 'to_dict') else where
     assert found == value
+
+
+@pytest.mark.parametrize(('spec', 'numbers'), ALL)
+def test_no_stage_of_published_overrides_a_number_unseen(spec, numbers):
+    resolved = config_lib.resolve(config_lib.load(spec))
+    for stage, _ in stages.parse(resolved):
+        for key, value in numbers.items():
+            section, _, leaf = key.partition('.')
+            if section in ('optimizer', 'early_stop'):
+                own = f'stage.{stage.name}.{key}'
+                assert getattr(getattr(stage, section), leaf) == numbers.get(own, value), own
 
 
 def test_the_groups_of_a_published_rate_exist():

@@ -165,6 +165,18 @@ def test_early_stopping_may_end_the_run(tmp_path):
     assert again['final'] == results['final'] and len(lines(tmp_path)) == before
 
 
+def test_patience_that_ends_with_a_stage_ends_the_run_too(tmp_path):
+    """At a stage's last update the stage is over anyway, which once hid that the run is."""
+    stop = dict(metric='val/mse', mode='min', patience=2, min_delta=10.0, scope='run')
+    config = toy('Thaw', evaluate__every_steps=2, early_stop=stop)
+    config.stages = ('head', 'all')
+    config.stage = dict(head=dict(steps=6), all=dict(steps=6))
+    run(config, tmp_path)
+    assert [(l['step'], l['stage']) for l in lines(tmp_path)][-1] == (6, 'head')
+    run(config, tmp_path)
+    assert [(l['step'], l['stage']) for l in lines(tmp_path)][-1] == (6, 'head')
+
+
 def test_a_config_that_continues_a_run_needs_one(tmp_path):
     result = command('--config=clip_retrieval:v3', f'--workdir={tmp_path / "run"}')
     assert result.returncode == 1
