@@ -12,8 +12,7 @@ Words after the colon:
   published  the original's sizes and settings, --config.model.pretrained=FOLDER; ours alone: v4's
              warm-up is a tenth of the run, images of one item are no negatives in v1
 
-Results with the state of the code that they are of, versions compared, real products:
-docs/results/retrieval.md
+Results, versions compared, real products: docs/results/retrieval.md
 """
 
 from mmjax.engine import config as config_lib
