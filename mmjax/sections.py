@@ -17,8 +17,8 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import math
 import numbers
-import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -241,9 +241,12 @@ def _scalar(annotation: Any, value: Any, limits: Mapping[str, Any]) -> Any:
         kind = numbers.Integral if annotation is int else numbers.Real
         if not isinstance(value, kind) or isinstance(value, bool):
             raise _Mismatch
-        if annotation is float and not abs(value) <= sys.float_info.max:  # NaN too
+        try:
+            value = annotation(value)
+        except OverflowError:  # an integer too large for a float
+            raise _Mismatch from None
+        if annotation is float and not math.isfinite(value):
             raise _Mismatch
-        value = annotation(value)
         for name, (_, holds) in _BOUNDS.items():
             if name in limits and not holds(value, limits[name]):
                 raise _Mismatch
@@ -286,7 +289,14 @@ def _from_text(annotation: Any, text: str, where: str) -> Any:
     origin = typing.get_origin(annotation)
     if origin is Literal:
         words = {str(one): one for one in typing.get_args(annotation)}
-        return _convert(annotation, words.get(text), where, {})
+        if text not in words:
+            raise _Mismatch
+        return words[text]
+    if annotation in (int, float):
+        try:
+            return _scalar(annotation, annotation(text), {})
+        except ValueError:
+            raise _Mismatch from None
     if origin is tuple:
         return _tuple_from_text(annotation, text.strip(), where)
     value = _literal(text)
@@ -349,7 +359,8 @@ def _allowed(annotation: Any, limits: Mapping[str, Any], many: bool = False) -> 
             map(repr, limits['choices'])
         )
     names = [name for name in _BOUNDS if name in limits and annotation in (int, float)]
-    return f'{words} {" and ".join(f"{_BOUNDS[name][0]} {limits[name]}" for name in names)}'.strip()
+    bounds = ' and '.join(f'{_BOUNDS[name][0]} {limits[name]}' for name in names)
+    return f'{words} {bounds}'.strip()
 
 
 def _error(annotation: Any, value: Any, where: str, limits: Mapping[str, Any]) -> UserError:

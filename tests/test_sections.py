@@ -152,6 +152,7 @@ def test_a_mapping_with_open_keys_replaces_its_default():
         (dict(optimizer=dict(rate=0)), 'optimizer.rate=0 is not a number above 0'),
         (dict(optimizer=dict(rate=float('nan'))), 'optimizer.rate=nan is not a number above 0'),
         (dict(optimizer=dict(rate=float('inf'))), 'optimizer.rate=inf is not a number above 0'),
+        (dict(optimizer=dict(rate=np.float32('inf'))), 'optimizer.rate='),
         (dict(optimizer=dict(rate=10**400)), 'optimizer.rate=1000'),
         (
             dict(optimizer=dict(clip=0)),
@@ -211,6 +212,8 @@ def test_a_declaration_that_cannot_be_checked_is_a_fault_of_the_code():
     'annotation, text, expected',
     [
         (int, '3', 3),
+        (int, '007', 7),
+        (float, '007.5', 7.5),
         (float, '3', 3.0),
         (float, '1e-3', 1e-3),
         (bool, 'true', True),
@@ -227,6 +230,7 @@ def test_a_declaration_that_cannot_be_checked_is_a_fault_of_the_code():
         (int | float, '8', 8),
         (str | int, '8', 8),
         (Literal[1, 2], '2', 2),
+        (Literal['a', None], 'None', None),
         (tuple[str, ...], 'a,b', ('a', 'b')),
         (tuple[str, ...], 'a', ('a',)),
         (tuple[str, ...], "('a','b')", ('a', 'b')),
@@ -265,6 +269,7 @@ def test_text_of_the_command_line(annotation, text, expected):
         (int, 'x', "key='x' is not an integer"),
         (int, '1.5', "key='1.5' is not an integer"),
         (float, 'nan', "key='nan' is not a number"),
+        (Literal['a', None], 'b', "key='b' is not 'a' or None"),
         (float, '', "key='' is not a number"),
         (bool, 'maybe', "key='maybe' is not True or False"),
         (bool, '2', "key='2' is not True or False"),

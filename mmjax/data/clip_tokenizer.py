@@ -102,10 +102,15 @@ def train_clip_tokenizer(texts: Iterable[str], vocabulary: int = 2000) -> Tokeni
     Args:
       texts: read once, in order.
       vocabulary: largest number of ids, of which 512 are bytes and the last 2 special.
+
+    Raises:
+      ValueError: a vocabulary too small for the bytes and the special tokens.
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import models, pre_tokenizers, trainers
 
+    if vocabulary < _FIXED:
+        raise ValueError(f'a vocabulary of {vocabulary} is under 512 bytes + 2 special')
     count = vocabulary - _FIXED
     normalizer, splitter = _text_steps()
     values = {symbol: value for value, symbol in _bytes().items()}

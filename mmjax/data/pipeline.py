@@ -278,8 +278,13 @@ def batches(
       dataset) and `mask` bool (False on padding, which repeats the batch's first example).
 
     Raises:
+      ValueError: a batch that does not divide among the processes.
       UserError: a fault of the data, while iterating, with the row.
     """
+    if sampler.batch_size % process_count:
+        raise ValueError(
+            f'a batch of {sampler.batch_size} does not divide among {process_count} processes'
+        )
     count = sampler.batch_size // process_count
     steps = _Steps(
         dataset,
@@ -308,6 +313,9 @@ def to_device(
     An error of the iterator is raised after the batches before it.
     """
     import jax
+
+    if depth < 1:
+        raise ValueError(f'depth={depth} is not positive')
 
     def put(key: str, value: np.ndarray) -> jax.Array:
         target = sharding(key, value) if callable(sharding) else sharding

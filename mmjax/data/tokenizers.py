@@ -122,6 +122,9 @@ def train_tokenizer(
         code 'lines', an instruction, or 'words', a word of an instruction (better if registers
         keep their names, as most instructions are then rare). In listings line breaks take no
         token and are not decoded again.
+
+    Raises:
+      ValueError: a vocabulary too small for the special tokens and the bytes.
     """
     from tokenizers import (
         Regex,
@@ -134,6 +137,10 @@ def train_tokenizer(
     )
     from tokenizers import Tokenizer as Model
 
+    if vocabulary < len(SPECIAL) + 256:
+        raise ValueError(
+            f'a vocabulary of {vocabulary} is under {len(SPECIAL)} special + 256 bytes'
+        )
     model = Model(models.BPE(unk_token='[UNK]'))
     lower = [normalizers.Lowercase()] if lower_case else []
     model.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])

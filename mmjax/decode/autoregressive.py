@@ -143,8 +143,12 @@ def sample(
       Generated; a score is Σ log p under the model itself, without temperature and cuts.
 
     Raises:
-      ValueError: keys, `max_tokens` or `pad` that do not fit.
+      ValueError: an argument out of its range, or keys that do not fit.
     """
+    if not temperature > 0:
+        raise ValueError(f'temperature is {temperature}, not positive')
+    if not 0 < top_p <= 1:
+        raise ValueError(f'top_p is {top_p}, not in (0, 1]')
     if keys is None or keys.shape != logits.shape[:1]:
         raise ValueError(f'keys are not [batch], {logits.shape[0]} of them')
     fold = jax.vmap(jax.random.fold_in, (0, None))
@@ -229,8 +233,10 @@ def beam_search(
       Generated, with the score above.
 
     Raises:
-      ValueError: `max_tokens` or `pad` that do not fit.
+      ValueError: `beams`, `max_tokens` or `pad` that do not fit.
     """
+    if beams < 1:
+        raise ValueError(f'beams is {beams}, not positive')
     batch = _check(logits, max_tokens, pad)
     vocabulary = logits.shape[-1]
     per_beam = min(2 * beams, vocabulary)

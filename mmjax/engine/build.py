@@ -19,6 +19,7 @@ from mmjax.engine.config import Config
 from mmjax.engine.stages import Stage
 from mmjax.engine.task import Cached, Evaluator, Task, Variables, towers_training
 from mmjax.errors import UserError
+from mmjax.losses.term import Term
 
 
 @dataclasses.dataclass
@@ -226,7 +227,7 @@ def _check_metrics(config: Config, parsed: list, evaluators: Mapping[str, Evalua
 def check(run: Run) -> None:
     """Traces every distinct stage's step and evaluation once, without compiling.
 
-    A wrong loss name and a fault in a method of an evaluator end the run here.
+    A wrong loss name, of weight 0 too, and a fault in a method of an evaluator end the run here.
     """
     for stage in {stage.compile_key: stage for stage in run.stages}.values():
         state = run.abstract_state(stage)
@@ -240,3 +241,36 @@ def check(run: Run) -> None:
             raise
         weighing = evaluate.LossWeights.of(stage, 0, run.final_weights)
         evaluate.check(run.evaluators, run.task, weighing, run.abstract)
+    _check_unused_losses(run)
+
+
+def _check_unused_losses(run: Run) -> None:
+    """Raises for a name of loss_weights that no stage weighs and that is none of the losses."""
+    weights = {'loss_weights': run.config.loss_weights}
+    for name, section in run.config.stage.items():
+        weights[f'stage.{name}.loss_weights'] = section.loss_weights
+    known = {name for stage in run.stages for name in stage.losses}
+    unknown = []
+    for where, name in ((where, name) for where, names in weights.items() for name in names):
+        if name not in known:
+            terms = _terms(run, name)
+            known |= terms
+            unknown += [] if name in terms else [(where, name)]
+    for where, name in unknown:
+        raise UserError(stages.unknown_loss(where, name, sorted(known)))
+
+
+def _terms(run: Run, name: str) -> set[str]:
+    """Returns the losses that the last stage computes if it weighs `name` too."""
+    stage = run.stages[-1].compile_key
+    stage = dataclasses.replace(stage, loss_weights=(*stage.loss_weights, (name, 1.0)))
+
+    def trace(variables: Variables, batch: Mapping) -> dict[str, Any]:
+        outputs = evaluate.forward(run.task, stage, variables, batch)
+        return run.task.terms(variables, outputs, batch, stage)
+
+    try:
+        terms = jax.eval_shape(trace, run.abstract, run.batch)
+    except Exception:  # a loss of the task, as the name makes a difference, but not of this model
+        return {name}
+    return {name for name, term in terms.items() if isinstance(term, Term)}

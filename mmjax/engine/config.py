@@ -76,10 +76,11 @@ class Optimizer:
             raise UserError(f"{where}.schedule '{self.schedule}' needs period_steps or _epochs")
         for key, names in _USED_BY.items():
             value = getattr(self, key)
-            if self.name not in names and value != getattr(Optimizer, key):
+            default = getattr(Optimizer, key)
+            if self.name not in names and value != default:
                 raise UserError(
                     f"{where}.{key}={value} has no effect with {where}.name='{self.name}': only "
-                    f'{", ".join(names)} use it'
+                    f'{", ".join(names)} use it; set it to {default}'
                 )
 
 

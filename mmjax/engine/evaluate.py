@@ -1,6 +1,5 @@
 """Evaluation: a task's methods over a split, the losses of a split, the scores of evaluators."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -15,7 +14,7 @@ import numpy as np
 from mmjax.data import pipeline, samplers
 from mmjax.data.dataset import Dataset
 from mmjax.engine import parallel
-from mmjax.engine.stages import Stage
+from mmjax.engine.stages import Stage, unknown_loss
 from mmjax.engine.task import (
     Evaluator,
     Outputs,
@@ -136,16 +135,26 @@ _Names = tuple[set[str], set[str]]
 _NAMES: weakref.WeakKeyDictionary[Task, dict[Stage, _Names]] = weakref.WeakKeyDictionary()
 
 
-class _Reads(collections.UserDict):
-    """A batch that records which of its arrays are read."""
+class _Reads(Mapping):
+    """A batch that records which of its arrays are read, by `in` too."""
 
     def __init__(self, batch: Mapping[str, jax.Array]):
-        super().__init__(batch)
         self.names: set[str] = set()
+        self._batch = batch
 
     def __getitem__(self, name: str) -> jax.Array:
+        value = self._batch[name]
         self.names.add(name)
-        return super().__getitem__(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch)
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    def __or__(self, other: Mapping) -> dict:
+        return {**self, **other}
 
 
 def arrays_read(
@@ -238,8 +247,7 @@ def check(
         batch = blank_batch(evaluator.dataset, min(evaluator.batch_size, len(evaluator.dataset)))
         _, terms = arrays_read(task, weights.stage, variables, batch)
         for name in sorted({*weights.current, *weights.final} - terms):
-            known = ', '.join(sorted(terms))
-            raise UserError(f"loss_weights names '{name}'; this task's losses are {known}")
+            raise UserError(unknown_loss('loss_weights', name, sorted(terms)))
         for method in evaluator.methods:
             jax.eval_shape(functools.partial(getattr(task, method)), variables, batch)
 

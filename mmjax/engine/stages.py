@@ -87,6 +87,12 @@ def final_weights(config: Config) -> dict[str, float]:
     return {name: weight for name, weight in ends.items() if weight}
 
 
+def unknown_loss(where: str, name: str, known: Sequence[str]) -> str:
+    """Says that `name`, in the section `where` of the config, is none of the `known` losses."""
+    hint = sections.did_you_mean(name, known)
+    return f"{where} names '{name}'; this task's losses are {', '.join(known)}{hint}"
+
+
 def parse(config: Config) -> list[tuple[Stage, StageConfig]]:
     """Returns (stage without its length, its entry in the config) in the order of the run."""
     return [

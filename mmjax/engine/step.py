@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from mmjax import axis, cpu
 from mmjax.engine import optim
-from mmjax.engine.stages import Stage
+from mmjax.engine.stages import Stage, unknown_loss
 from mmjax.engine.task import Task, towers_training
 from mmjax.losses.term import Term
 
@@ -138,8 +138,8 @@ def total(terms: Mapping[str, Any], weights: Mapping[str, Any]) -> jax.Array:
     """Returns Σ weight · (Σ total / Σ count) over the weighted terms; float32 scalar."""
     missing = [name for name in weights if not isinstance(terms.get(name), Term)]
     if missing:
-        known = ', '.join(name for name, term in terms.items() if isinstance(term, Term))
-        raise ValueError(f"loss_weights names '{missing[0]}'; this task's losses are {known}")
+        known = [name for name, term in terms.items() if isinstance(term, Term)]
+        raise ValueError(unknown_loss('loss_weights', missing[0], known))
     return sum(weight * terms[name].mean() for name, weight in weights.items())
 
 

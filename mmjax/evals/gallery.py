@@ -45,35 +45,47 @@ class GalleryScores:
 
 
 def search(
-    queries: np.ndarray, gallery: np.ndarray, k: int, *, chunk_gallery: int = 4096
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    k: int,
+    *,
+    chunk_queries: int = 1024,
+    chunk_gallery: int = 4096,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns float32 [q, k] cosines and int64 [q, k] rows of the nearest gallery rows, best first.
 
     Of equal cosines the lower row comes first, whatever the tiles: products are taken in float64
-    and rounded to float32, so that equal rows have equal cosines. Memory holds one tile of
-    `chunk_gallery` columns, by which a gallery in a `np.memmap` is read too.
+    and rounded to float32, so that equal rows have equal cosines. Memory holds one tile; a gallery
+    in a `np.memmap` is read tile by tile, once for each `chunk_queries` queries.
 
     Args:
       queries, gallery: float [q, d] and [g, d], of any length; a zero row has cosine 0.
       k: how many, 1 or more; more than g is g.
-      chunk_gallery: columns of a tile.
+      chunk_queries, chunk_gallery: rows and columns of a tile.
 
     Raises:
-      ValueError: no gallery, shapes that do not fit, or values that are not finite.
+      ValueError: no gallery, shapes that do not fit, values that are not finite, or a k below 1.
     """
-    queries, gallery = _checked(queries, gallery, chunk_gallery)
-    units = _unit(queries)
-    best = np.empty((len(units), 0), np.float32)
-    nearest = np.empty((len(units), 0), np.int64)
-    for start in range(0, len(gallery), chunk_gallery):
-        tile = units @ _unit(gallery[start : start + chunk_gallery]).T
-        columns = np.broadcast_to(start + np.arange(tile.shape[1]), tile.shape)
-        best = np.hstack([best, tile.astype(np.float32)])
-        nearest = np.hstack([nearest, columns])
-        # Stable, and rows of earlier tiles stand to the left: equal cosines stay in row order.
-        order = np.argsort(-best, axis=1, kind='stable')[:, :k]
-        best, nearest = (np.take_along_axis(x, order, axis=1) for x in (best, nearest))
-    return best, nearest
+    queries, gallery = _checked(queries, gallery, chunk_gallery, [k])
+    k = min(k, len(gallery))
+    scores = np.empty((len(queries), k), np.float32)
+    rows = np.empty((len(queries), k), np.int64)
+    for start in range(0, len(queries), chunk_queries):
+        batch = slice(start, start + chunk_queries)
+        units = _unit(queries[batch])
+        best = np.empty((len(units), 0), np.float32)
+        nearest = np.empty((len(units), 0), np.int64)
+        for column in range(0, len(gallery), chunk_gallery):
+            tile = units @ _unit(gallery[column : column + chunk_gallery]).T
+            columns = np.broadcast_to(column + np.arange(tile.shape[1]), tile.shape)
+            best = np.hstack([best, tile.astype(np.float32)])
+            nearest = np.hstack([nearest, columns])
+            # Stable, and rows of earlier tiles stand to the left: equal cosines stay in row order.
+            order = np.argsort(-best, axis=1, kind='stable')[:, :k]
+            best, nearest = (np.take_along_axis(x, order, axis=1) for x in (best, nearest))
+        scores[batch] = best
+        rows[batch] = nearest
+    return scores, rows
 
 
 def rank(
@@ -103,9 +115,9 @@ def rank(
       chunk_queries, chunk_gallery: rows and columns of a tile.
 
     Raises:
-      ValueError: no gallery, shapes that do not fit, or values that are not finite.
+      ValueError: no gallery, shapes that do not fit, values that are not finite, or ks below 1.
     """
-    queries, gallery = _checked(queries, gallery, chunk_gallery)
+    queries, gallery = _checked(queries, gallery, chunk_gallery, ks)
     if (query_rows is None) != (gallery_rows is None):
         raise ValueError('query_rows and gallery_rows go together, got one of them')
     q = len(queries)
@@ -182,13 +194,15 @@ def figure(queries: Sequence, results: Sequence, right: Sequence, titles: Sequen
     return fig
 
 
-def _checked(queries, gallery, chunk_gallery):
+def _checked(queries, gallery, chunk_gallery, ks):
     queries, gallery = np.asarray(queries), np.asarray(gallery)  # a view of a memmap, no copy
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
         shapes = f'{queries.shape} and {gallery.shape}'
         raise ValueError(f'queries and gallery must be [q, d] and [g, d], got {shapes}')
     if not len(gallery):
         raise ValueError('the gallery needs one row or more, got none')
+    if min(ks, default=1) < 1:
+        raise ValueError(f'k must be 1 or more, got {min(ks)}')
     for name, rows in (('queries', queries), ('gallery', gallery)):
         for start in range(0, len(rows), chunk_gallery):
             bad = np.flatnonzero(~np.isfinite(rows[start : start + chunk_gallery]).all(axis=1))

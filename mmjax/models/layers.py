@@ -46,6 +46,8 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, '*shape'], *, deterministic: bool) -> Float[Array, '*shape']:
         """Returns x's dtype; needs rng 'dropout' where it acts."""
+        if not 0 <= self.rate < 1:
+            raise ValueError(f'the dropout rate is {self.rate}, not in [0, 1)')
         values = 2**16
         dropped = min(round(self.rate * values), values - 1)
         if deterministic or not dropped:
@@ -217,22 +219,15 @@ def attend_heads(
 
 def _cudnn_fault(query: Array, key: Array, mask: Array | None) -> str:
     """Says which condition of cuDNN's fused attention does not hold; '' when all do."""
-    backend = jax.default_backend()
-    size = query.shape[-1]
-    odd = query.shape[1] % 2 or key.shape[1] % 2
-    faults = (
-        (backend != 'gpu', f'a GPU, not {backend}'),
-        (
-            query.dtype not in (jnp.float16, jnp.bfloat16),
-            f'float16 or bfloat16, not {query.dtype}',
-        ),
-        (size % 8 or size > 128, f'a head size that is a multiple of 8 up to 128, not {size}'),
-        (
-            mask is not None and odd,
-            f'even lengths under a mask, not {query.shape[1]} and {key.shape[1]}',
-        ),
-    )
-    return next((text for fails, text in faults if fails), '')
+    if jax.default_backend() != 'gpu':
+        return f'a GPU, not {jax.default_backend()}'
+    if query.dtype not in (jnp.float16, jnp.bfloat16):
+        return f'float16 or bfloat16, not {query.dtype}'
+    if query.shape[-1] % 8 or query.shape[-1] > 128:
+        return f'a head size that is a multiple of 8 up to 128, not {query.shape[-1]}'
+    if mask is not None and (query.shape[1] % 2 or key.shape[1] % 2):
+        return f'even lengths under a mask, not {query.shape[1]} and {key.shape[1]}'
+    return ''
 
 
 class Attention(AttentionLayer):

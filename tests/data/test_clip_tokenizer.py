@@ -203,6 +203,11 @@ def test_training_gives_the_same_json_in_every_process():
         assert printed == trained.__getstate__()
 
 
+def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(ValueError, match='a vocabulary of 513 is under 512 bytes'):
+        clip.train_clip_tokenizer(['a'], 513)
+
+
 def test_every_merge_trained_was_the_most_frequent_pair(trained):
     words = [word for text in TEXTS for word in ASCII.findall(text.lower())]
     merges = [tuple(m) for m in json.loads(trained.__getstate__())['model']['merges']]

@@ -144,6 +144,11 @@ def test_hosts_see_the_same_global_batches(hosts, name):
         check_equal(whole, expected(sampler, step))
 
 
+def test_a_batch_that_does_not_divide_among_the_hosts_is_refused():
+    with pytest.raises(ValueError, match=f'a batch of {BATCH} does not divide among 3 processes'):
+        batches(sampler=sampler_of('shuffle'), process_count=3)
+
+
 def test_starting_at_a_step_is_skipping_to_it():
     sampler = sampler_of(**BUCKETED)
     all_of_them = list(batches(sampler=sampler, stop=12))
@@ -383,6 +388,8 @@ def test_to_device_keeps_order_and_puts_each_key_on_its_sharding():
             np.testing.assert_array_equal(batch[key], value)
     again = list(pipeline.to_device(batches(sampler=sampler, stop=5), one, depth=1))
     np.testing.assert_array_equal(again[4][0]['noise'], loaded[4][0]['noise'])
+    with pytest.raises(ValueError, match='depth=0 is not positive'):
+        next(pipeline.to_device(batches(sampler=sampler, stop=5), one, depth=0))
 
 
 def test_to_device_is_ahead_by_its_depth_and_faults_come_after_the_batches_before_them():

@@ -149,6 +149,8 @@ def test_faults_are_named(tmp_path):
     (tmp_path / 'tokenizer.json').write_text('{"version"')
     with pytest.raises(UserError, match=r'tokenizer\.json is not a tokenizer'):
         tokenizers.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match='a vocabulary of 259 is under 4 special'):
+        tokenizers.train_tokenizer(['a'], 259)
 
 
 def bert(tmp_path):

@@ -337,6 +337,10 @@ def test_generation_refuses_arguments_out_of_range():
         ({'method': 'best'}, "method 'best' is not one of greedy, sample, beam"),
         ({'max_tokens': 0}, 'max_tokens is 0, not positive'),
         ({'pad': 4}, 'pad 4 is not in the vocabulary of 4'),
+        ({'method': 'sample', 'temperature': 0.0}, 'temperature is 0.0, not positive'),
+        ({'method': 'sample', 'top_p': 0.0}, r'top_p is 0.0, not in \(0, 1\]'),
+        ({'method': 'sample', 'top_p': 1.1}, r'top_p is 1.1, not in \(0, 1\]'),
+        ({'method': 'beam', 'beams': 0}, 'beams is 0, not positive'),
         ({'method': 'sample', 'keys': None}, r'keys are not \[batch\], 2 of them'),
         ({'method': 'sample', 'keys': keys[:1]}, r'keys are not \[batch\], 2 of them'),
     ):

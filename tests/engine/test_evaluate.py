@@ -110,6 +110,49 @@ def test_a_fault_in_a_method_of_an_evaluator_ends_the_run_before_the_first_step(
         testing.build(config())
 
 
+def test_every_array_that_the_terms_touch_counts_as_read():
+    batch = dict.fromkeys('abcd', jnp.zeros(3))
+    touched = {
+        'in': (lambda reads: 'a' in reads and 'z' not in reads, {'a'}),
+        'get': (lambda reads: reads.get('b') is batch['b'], {'b'}),
+        'or': (lambda reads: (reads | {'e': 1})['c'] is batch['c'], {*batch}),
+        'items': (lambda reads: dict(reads.items()) == batch, {*batch}),
+    }
+    for touch, names in touched.values():
+        reads = evaluate._Reads(batch)
+        assert touch(reads) and reads.names == names
+
+
+@pytest.mark.parametrize(
+    ('stage', 'weight', 'where'),
+    [
+        (None, 0.0, 'loss_weights'),
+        ('first', 0.0, 'stage.first.loss_weights'),
+        ('unused', 1.0, 'stage.unused.loss_weights'),
+        ('first', 1.0, 'stage.first: loss_weights'),
+    ],
+)
+def test_a_misspelt_loss_is_refused_whatever_its_weight(stage, weight, where):
+    spec = config()
+    spec.stage.unused = dict(steps=1, loss_weights={})
+    section = spec.stage[stage].loss_weights if stage else spec.loss_weights
+    section.twise = weight
+    message = f"^{where} names 'twise'; this task's losses are mse, twice; did you mean 'twice'"
+    with pytest.raises(UserError, match=message):
+        build.check(build.run(spec))
+
+
+def test_a_loss_of_weight_0_that_this_model_cannot_compute_is_known(monkeypatch):
+    terms = Two.terms
+
+    def with_teacher(self, variables, outputs, batch, stage):
+        more = {'distillation': outputs['teacher']} if 'distillation' in stage.losses else {}
+        return terms(self, variables, outputs, batch, stage) | more
+
+    monkeypatch.setattr(Two, 'terms', with_teacher)
+    build.check(build.run(config(loss_weights=dict(mse=1.0, distillation=0.0))))
+
+
 def test_the_state_is_saved_before_the_evaluation_at_the_end_of_a_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(Rows, 'fails', True)
     with pytest.raises(RuntimeError, match='the evaluation fails'):

@@ -92,6 +92,9 @@ def test_a_value_that_is_no_scalar_is_refused_by_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             log.write(1, 'a', 0.0, values)
+    for name in ('step', 'stage', 'epoch'):
+        with pytest.raises(ValueError, match=f"'{name}' is set by the log itself"):
+            log.write(1, 'a', 0.0, {name: 2})
     with pytest.raises(TypeError, match=r'metrics\.jsonl\.x is a object'):
         log.write(1, 'a', 0.0, {'x': object()})
     assert not (tmp_path / 'metrics.jsonl').exists()
@@ -212,11 +215,13 @@ def test_write_json_is_strict_ordered_and_readable(tmp_path):
         'page': '漫画',
         'bad': '\udcff',
         3: True,
+        'path': pathlib.PurePosixPath('a/b'),
     }
     path = tmp_path / 'new' / 'x.json'
     logs.write_json(path, value)
     actual = strict(path.read_text())
-    assert list(actual) == ['z', 'a', 'none', 'array', 'jax', 'page', 'bad', '3']
+    assert list(actual) == ['z', 'a', 'none', 'array', 'jax', 'page', 'bad', '3', 'path']
+    assert actual['path'] == 'a/b'
     assert actual['a'] == [0.5, 'nan', '-inf'] and actual['array'] == [0, 1, 2]
     assert actual['jax'] == [[1.0, 1.0]]
     assert actual['bad'] == '\udcff' and '漫画' in path.read_text()
@@ -227,6 +232,7 @@ def test_write_json_is_strict_ordered_and_readable(tmp_path):
     [
         ({'a': [1, {2}]}, r'x\.json\.a\[1\] is a set'),
         ({'a': 1j}, r'x\.json\.a is a complex'),
+        ({'a': {1: 'x', '1': 'y'}}, r'x\.json\.a has two keys that are the same in JSON'),
     ],
 )
 def test_what_json_cannot_hold_is_named_and_changes_nothing(tmp_path, value, where):

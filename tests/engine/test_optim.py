@@ -220,8 +220,10 @@ def test_a_key_that_changes_no_update_is_refused(name, key, value):
     if used:
         spec.check('optimizer')
     else:
+        default = getattr(Optimizer, key)
         message = (
             rf"^optimizer\.{key}={value} has no effect with optimizer\.name='{name}': only adam"
+            rf'.*; set it to {default}$'
         )
         with pytest.raises(UserError, match=message):
             spec.check('optimizer')

@@ -268,6 +268,19 @@ def test_charts_are_valid_svg_and_show_stages_and_series(finished):
     assert still['count/alignment'] == 128 and still['pages (val)'] == 128
 
 
+def test_curves_that_would_not_be_seen_are_in_the_legend_and_the_caption():
+    steps = list(range(4))
+    make = lambda label, value: chart.Series(label, label, '#000', steps, value, [0] * 4)
+    curve = [1.0, 0.5, 0.1, 0.001]
+    series = [make('a', curve), make('b', curve), make('c', [0.0] * 4), make('d', [math.nan] * 4)]
+    drawn = chart.chart('rates', series, [('s', 0, 3)], log=True, gaps=True)
+    words = ' '.join(ElementTree.fromstring(drawn.svg).itertext())
+    assert all(f' {label} ' in f' {words} ' for label in ('a, b', 'c', 'd'))
+    assert 'frozen throughout: c; never finite: d' in drawn.caption
+    equal = chart.chart('rates', series[:2], [('s', 0, 3)])
+    assert 'a, b' in ' '.join(ElementTree.fromstring(equal.svg).itertext())
+
+
 def test_bins_average_within_a_stage_only():
     rng = np.random.default_rng(1)
     n = 1000

@@ -211,7 +211,8 @@ def test_search_is_a_full_sort_and_of_equal_rows_the_lower_comes_first(chunk):
             rows[5] = 0
             for k in (1, 6, 100):
                 expected = brute_search(queries, rows, k)
-                found = gallery.search(queries, rows, k, chunk_gallery=chunk)
+                chunks = {'chunk_queries': chunk, 'chunk_gallery': chunk}
+                found = gallery.search(queries, rows, k, **chunks)
                 assert found[0].dtype == np.float32 and found[0].shape == (17, min(k, len(rows)))
                 np.testing.assert_allclose(found[0], expected[0], atol=1e-7)
                 np.testing.assert_array_equal(found[1], expected[1])
@@ -272,12 +273,26 @@ def test_gallery_refuses_what_is_not_finite_or_does_not_fit():
         r'must be \[9\] and \[9\], got \[9\] and \[8\]': (x, x, ids, ids[1:], {}),
         'integers or strings of one kind': (x, x, ids, ids.astype(str), {}),
         'go together': (x, x, ids, ids, {'query_rows': ids}),
+        'k must be 1 or more, got 0': (x, x, ids, ids, {'ks': (5, 0)}),
     }
     for message, (*arrays, options) in cases.items():
         with pytest.raises(ValueError, match=message):
             gallery.rank(*arrays, **options)
     with pytest.raises(ValueError, match='gallery: row 5 is not finite'):
         gallery.search(x, broken, 1)
+    with pytest.raises(ValueError, match='k must be 1 or more, got 0'):
+        gallery.search(x, x, 0)
+
+
+def test_search_of_many_queries_holds_one_tile():
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(16_384, 4)).astype(np.float32)
+    rows = rng.normal(size=(2048, 4)).astype(np.float32)
+    tracemalloc.start()
+    gallery.search(queries, rows, 1, chunk_queries=256, chunk_gallery=256)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(queries) * 256 * 4  # less than the cosines of a tile of all queries
 
 
 # Figures

@@ -187,6 +187,12 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate, width):
     np.testing.assert_allclose(changes, found / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize('rate', [-0.1, 1.0, 1.5])
+def test_a_dropout_rate_is_in_0_to_1(rate):
+    with pytest.raises(ValueError, match=f'dropout rate is {rate}, not in'):
+        layers.Dropout(rate).apply({}, jnp.ones(3), deterministic=True)
+
+
 def test_dropout_of_nothing_and_in_evaluation():
     x = jnp.ones((3, 5), jnp.bfloat16)
     run = lambda rate, **how: layers.Dropout(rate).apply({}, x, **how)

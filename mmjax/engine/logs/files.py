@@ -23,9 +23,14 @@ def plain(value: object, name: str = 'value') -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(item, f'{name}.{key}') for key, item in value.items()}
+        out = {str(key): plain(item, f'{name}.{key}') for key, item in value.items()}
+        if len(out) < len(value):
+            raise TypeError(f'{name} has two keys that are the same in JSON')
+        return out
     if isinstance(value, list | tuple):
         return [plain(item, f'{name}[{i}]') for i, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if hasattr(value, 'tolist') and not isinstance(items := value.tolist(), type(value)):
         return plain(items, name)
     raise TypeError(f'{name} is a {type(value).__name__}, which JSON cannot hold')

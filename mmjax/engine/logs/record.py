@@ -20,6 +20,7 @@ from mmjax.engine.logs.screen import Screen
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_RESERVED = ('step', 'stage', 'epoch')
 _REMOTE_SECONDS = 30.0  # an object store cannot append: the whole log is sent, at most this often
 
 
@@ -57,10 +58,12 @@ class Logs:
     def write(self, step: int, stage: str, epoch: float, values: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl; TensorBoard gets numbers as scalars, strings as text.
 
-        Raises ValueError if `values` holds something else.
+        Raises ValueError if `values` names step, stage or epoch, or holds something else.
         """
         if not self._enabled:
             return
+        if reserved := [name for name in _RESERVED if name in values]:
+            raise ValueError(f"'{reserved[0]}' is set by the log itself and cannot be a value")
         line = {'step': int(step), 'stage': stage, 'epoch': float(epoch), **values}
         line = files.plain(line, 'metrics.jsonl')
         if wrong := [name for name in line if not isinstance(line[name], int | float | str)]:
@@ -122,10 +125,34 @@ class Logs:
         if self._screen:
             self._screen.message(str(text))
 
-    def progress(self, **position: Any) -> None:
+    def progress(
+        self,
+        *,
+        stage: str,
+        index: int,
+        stages: int,
+        epoch: float,
+        step: int,
+        steps: int,
+        loss: float,
+        rate: float,
+        examples_per_second: float,
+        details: Mapping[str, float] | None = None,
+    ) -> None:
         """Shows the position of the run, see `Screen.progress`."""
         if self._screen:
-            self._screen.progress(**position)
+            self._screen.progress(
+                stage=stage,
+                index=index,
+                stages=stages,
+                epoch=epoch,
+                step=step,
+                steps=steps,
+                loss=loss,
+                rate=rate,
+                examples_per_second=examples_per_second,
+                details=details,
+            )
 
     def flush(self) -> None:
         """Sends the rest of a remote metrics.jsonl; call it before a checkpoint is saved."""

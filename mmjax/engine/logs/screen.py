@@ -68,13 +68,13 @@ class Screen:
         self._points.append((now, step))  # of this stage
         left = f'{clock(self._seconds_left(steps - step))} left'
         head = f'{stage} {index + 1}/{stages}'
-        speed = (
-            f'{examples_per_second:{",.0f" if examples_per_second >= 100 else ".3g"}} examples/s'
-        )
+        speed = examples_per_second
+        speed_text = f'{speed:,.0f}' if speed >= 100 else f'{speed:.3g}'
         numbers = {'loss': f'{loss:.4g}', 'rate': f'{rate:.3g}'}
         numbers |= {name: f'{value:.3g}' for name, value in (details or {}).items()}
         parts = [f'{name} {value}' for name, value in numbers.items()]
-        tail = '  '.join([f'step {step}/{steps}', left, *parts, speed, f'epoch {epoch:.2f}'])
+        parts = [f'step {step}/{steps}', left, *parts, f'{speed_text} examples/s']
+        tail = '  '.join([*parts, f'epoch {epoch:.2f}'])
         with self._guard():
             if self._console:
                 self._show(self._encodable(head), step / max(steps, 1), tail)

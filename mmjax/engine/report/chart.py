@@ -118,9 +118,11 @@ def chart(
       stages: of the run.
       wide: whether it takes the whole width of the page.
       log: asks for a log axis, which is used if all values allow it and span a factor of 30.
-      gaps: whether a curve that is not positive may have gaps on a log axis.
+      gaps: whether curves are rates, which are 0 where a group is frozen: gaps on a log axis.
       best: (step, value) of the point to mark.
     """
+    several = len(series) > 1
+    series = _merge(series)
     values = np.array([v for s in series for v in s.value if math.isfinite(v)])
     positive = values[values > 0]
     log = log and len(positive) > 0 and bool(positive.max() > 30 * positive.min())
@@ -145,13 +147,17 @@ def chart(
         axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:,.0f}'))
         axis.set_xlabel('step', labelpad=1)
-        if len(series) > 1:
+        if several:
             figure.legend(loc='outside lower left', ncols=columns)
         buffer = io.StringIO()
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
     broken = sum(len(s.value) for s in series) - len(values)
+    frozen = [s.label for s in series if gaps and not any(s.value)]
+    unfit = [s.label for s in series if not np.isfinite(s.value).any()]
     notes = {
         'log scale': log,
+        f'frozen throughout: {", ".join(frozen)}': frozen,
+        f'never finite: {", ".join(unfit)}': unfit,
         f'{broken} value{"s" * (broken > 1)} not finite (red marks)': broken,
     }
     caption = '; '.join(words for words, applies in notes.items() if applies)
@@ -161,14 +167,22 @@ def chart(
     return Chart(title, caption, svg, wide, max(averaged, default=1))
 
 
+def _merge(series: Sequence[Series]) -> list[Series]:
+    """Puts equal curves, which would hide each other, under one label."""
+    equal: dict[tuple, list[Series]] = {}
+    for s in series:
+        equal.setdefault((tuple(s.step), str(s.value), s.dots), []).append(s)
+    join = lambda curves: ', '.join(s.label for s in curves)
+    return [dataclasses.replace(curves[0], label=join(curves)) for curves in equal.values()]
+
+
 def _draw_curve(axis: Axes, s: Series, *, band: bool) -> int:
     """Draws one curve, and red marks where it is not finite; returns the width of its bins."""
     parts, width = bins(s)
-    label: str | None = s.label
+    axis.plot([], [], color=s.colour, lw=1.4, marker='o' if s.dots else None, label=s.label)
     for x, mean, low, high in parts:
         marker = 'o' if s.dots or len(x) < 3 else None
-        axis.plot(x, mean, color=s.colour, lw=1.4, marker=marker, zorder=3 + s.dots, label=label)
-        label = None  # one entry of the legend
+        axis.plot(x, mean, color=s.colour, lw=1.4, marker=marker, zorder=3 + s.dots)
         if width > 1 and band:
             axis.fill_between(x, low, high, color=s.colour, alpha=0.16, lw=0)
     broken = [x for x, y in zip(s.step, s.value, strict=True) if not math.isfinite(y)]
