@@ -96,12 +96,13 @@ class ContraBinTask(Task):
         return self.model.init({'params': key, 'dropout': key}, *inputs)
 
     def pretrained(self, variables):
+        sides = dataclasses.asdict(self.config.model.pretrained)
+        folders = {side: folder for side, folder in sides.items() if folder}
         params = dict(variables['params'])
-        for side, folder in dataclasses.asdict(self.config.model.pretrained).items():
-            if folder:
-                loaded, _ = bert_weights.load(folder)
-                params[side] = files.graft(params[side], loaded, folder)
-        return {**variables, 'params': params}
+        for side, folder in folders.items():
+            loaded, _ = bert_weights.load(folder)
+            params[side] = files.graft(params[side], loaded, folder)
+        return {**variables, 'params': params} if folders else variables
 
     def forward(self, variables, batch, stage, *, train, key):
         losses = set(stage.losses)
