@@ -16,11 +16,18 @@ from mmjax.errors import RecordError, UserError
 STAMPED = 50_000  # rows whose files enter a digest; of larger tables every n-th
 
 
-def data_root(root: str | os.PathLike) -> pathlib.Path:
-    """Returns the user's folder, `~` expanded; raises UserError if it is not a folder."""
+def data_root(root: str | os.PathLike, name: str = 'the data root') -> pathlib.Path:
+    """Returns the user's folder, `~` expanded.
+
+    Args:
+      name: what to call it in the error.
+
+    Raises:
+      UserError: it is not a folder.
+    """
     path = pathlib.Path(root).expanduser()
     if not path.is_dir():
-        raise UserError(f'the data root {path} is not a folder')
+        raise UserError(f'{name} {path} is not a folder')
     return path
 
 
