@@ -16,11 +16,18 @@ from mmjax.errors import RecordError, UserError
 STAMPED = 50_000  # rows whose files enter a digest; of larger tables every n-th
 
 
-def data_root(root: str | os.PathLike) -> pathlib.Path:
-    """Returns the user's folder, `~` expanded; raises UserError if it is not a folder."""
+def data_root(root: str | os.PathLike, name: str = 'the data root') -> pathlib.Path:
+    """Returns the user's folder, `~` expanded.
+
+    Args:
+      name: what to call it in the error.
+
+    Raises:
+      UserError: it is not a folder.
+    """
     path = pathlib.Path(root).expanduser()
     if not path.is_dir():
-        raise UserError(f'the data root {path} is not a folder')
+        raise UserError(f'{name} {path} is not a folder')
     return path
 
 
@@ -49,6 +56,8 @@ def csv_rows(
 ) -> Iterator[tuple[int, list[str], str]]:
     """Streams a CSV table; its columns may stand in any order, and others beside them.
 
+    Lines without text are skipped, also before the header.
+
     Args:
       optional: those of the columns that may be empty.
       dialect: of `csv.reader`, such as its delimiter.
@@ -64,7 +73,8 @@ def csv_rows(
     try:
         with path.open(newline='', encoding='utf-8-sig') as file:
             reader = csv.reader(file, **dialect)
-            header = [name.strip() for name in next(reader, [])]
+            rows = (fields for fields in reader if any(map(str.strip, fields)))
+            header = [name.strip() for name in next(rows, [])]
             for column in columns:
                 if header.count(column) != 1:
                     number = 'no' if column not in header else 'more than one'
@@ -72,7 +82,7 @@ def csv_rows(
                         f'{path} has {number} column {column!r} (columns: {", ".join(header)})'
                     )
             positions = [header.index(column) for column in columns]
-            for fields in filter(None, reader):
+            for fields in rows:
                 values, problem = [], ''
                 if len(fields) != len(header):
                     problem = f'has {len(fields)} fields, the header {len(header)}'

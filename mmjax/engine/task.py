@@ -188,7 +188,10 @@ class Task(abc.ABC):
         return None
 
     def pretrained(self, variables: Variables) -> Variables:
-        """Returns fresh variables with the published weights that the config names put in."""
+        """Returns fresh variables with the published weights that the config names put in.
+
+        Where it names none, `variables` itself is returned, unchanged.
+        """
         return variables
 
     def save_assets(self, workdir: epath.Path) -> None:

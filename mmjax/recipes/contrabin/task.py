@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import shutil
 import sys
 import time
 
@@ -96,12 +95,13 @@ class ContraBinTask(Task):
         return self.model.init({'params': key, 'dropout': key}, *inputs)
 
     def pretrained(self, variables):
+        sides = dataclasses.asdict(self.config.model.pretrained)
+        folders = {side: folder for side, folder in sides.items() if folder}
         params = dict(variables['params'])
-        for side, folder in dataclasses.asdict(self.config.model.pretrained).items():
-            if folder:
-                loaded, _ = bert_weights.load(folder)
-                params[side] = files.graft(params[side], loaded, folder)
-        return {**variables, 'params': params}
+        for side, folder in folders.items():
+            loaded, _ = bert_weights.load(folder)
+            params[side] = files.graft(params[side], loaded, folder)
+        return {**variables, 'params': params} if folders else variables
 
     def forward(self, variables, batch, stage, *, train, key):
         losses = set(stage.losses)
@@ -224,8 +224,8 @@ class ContraBinTask(Task):
         lines = [f'nearest to this {kind}, by {other}, in split {split.split}:']
         for row, cosine in zip(rows.tolist(), cosines.tolist(), strict=True):
             record = functions.record(row)
-            nearest.append({key: record[key] for key in ('name', 'path', 'comment')})
-            nearest[-1]['cosine'] = cosine
+            entry = {key: record[key] for key in ('name', 'path', 'comment')}
+            nearest.append({**entry, 'cosine': cosine})
             comment = ' '.join(record['comment'].split())
             lines.append(f'{len(nearest):2d}  {cosine:.3f}  {record["name"]}  {comment:.70}')
         write_prediction(output, 'nearest', {'query': inputs, 'nearest': nearest})
@@ -252,7 +252,9 @@ class ContraBinTask(Task):
         if not self.compiled:
             return ''
         folder, table = self.compiled
-        shutil.copytree(folder, output, dirs_exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            (output / path.name).write_bytes(path.read_bytes())
         return f'{table}\n\nwritten: {output}'
 
 

@@ -18,7 +18,7 @@ from mmjax.recipes.sign.augment import Augmentation, Normalization
 from mmjax.recipes.sign.folder import UNKNOWN_ID, Vocabulary
 from mmjax.recipes.sign.streams import Columns
 
-VERSION = '1.0.0'  # of the prepared records; raise it when their content changes
+VERSION = '1.1.0'  # of the prepared records; raise it when their content changes
 GENERATOR = ('recipes/sign/synthetic/*.py',)
 
 

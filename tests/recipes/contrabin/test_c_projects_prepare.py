@@ -89,7 +89,7 @@ def test_every_reason_is_counted(made):
     output, report, _ = made
     assert report == json.loads((output / 'report.json').read_text())
     assert report['files'] == {
-        'link': 2,
+        'link': 3,
         'no_file': 1,
         'too_large': 1,
         'found': 9,
@@ -241,6 +241,54 @@ def test_rows_of_another_process_stay(folder, tmp_path):
     prepare(folder / 'beta', tmp_path / 'out', min_instructions=2)
     assert [path.name for path in tmp_path.iterdir()] == ['out']
     assert (tmp_path / 'out' / 'report.json').read_text() == '{}'
+
+
+def test_binaries_that_an_earlier_split_has_are_counted(tmp_path):
+    """Each row of a later split counts; twins within a split do not."""
+    for number, project in enumerate(('alpha', 'beta', 'gamma')):
+        (tmp_path / 'root' / project).mkdir(parents=True)
+        types = ('int', 'signed', 'signed int')
+        text = f'/* Adds the given number. */\n{types[number]} add(int a) {{ return a + 3; }}\n'
+        text += loop(f'own_{project}', number + 5)
+        (tmp_path / 'root' / project / 'main.c').write_text(text)
+    options = dict(levels=('O0', 'O1'), min_instructions=1)
+    report = prepare(tmp_path / 'root', tmp_path / 'out', **options)
+    assert report['rows'] == {'test': 4, 'val': 4, 'train': 4}
+    assert report['binaries'] == {'equal_in_another_split': 4}
+    assert 'equal in another split 4' in code_prepare.table(report)
+    (tmp_path / 'all').mkdir()
+    for path in (tmp_path / 'root').glob('*/main.c'):
+        path.rename(tmp_path / 'all' / f'{path.parent.name}.c')
+    report = prepare(tmp_path / 'all', tmp_path / 'one', **options, val=0, test=0)
+    assert report['rows'] == {'train': 12} and report['binaries'] == {}
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path):
+    (tmp_path / 'root').mkdir()
+    (tmp_path / 'root' / 'a.c').write_text(loop('f', 3))
+    partial = tmp_path / f'.out.{os.getpid()}.partial'
+    for left in (partial, tmp_path / 'out'):
+        left.mkdir()
+    (partial / 'train.jsonl.gz').write_text('torn')
+    prepare(tmp_path / 'root', tmp_path / 'out')
+    assert {path.name for path in tmp_path.iterdir()} == {'root', 'out'}
+    assert len(rows(tmp_path / 'out', 'train')) == 2
+
+
+def test_an_output_that_cannot_be_written_to_is_one_sentence(tmp_path):
+    (tmp_path / 'root').mkdir()
+    (tmp_path / 'root' / 'a.c').write_text(loop('f', 3))
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match=r'file/out cannot be written to: .*Not a directory'):
+        prepare(tmp_path / 'root', tmp_path / 'file' / 'out')
+    options = dict(wait=False, compiler='gcc')
+    with pytest.raises(UserError, match=r'file/code-c-\w+ cannot be written to'):
+        code_prepare.compile_once(str(tmp_path / 'root'), tmp_path / 'file', **options)
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'notes.txt').write_text('mine')
+    with pytest.raises(UserError, match=r'out cannot be written to: .*not empty'):
+        prepare(tmp_path / 'root', tmp_path / 'out')
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['notes.txt']
 
 
 def test_a_root_without_code_is_told(tmp_path):

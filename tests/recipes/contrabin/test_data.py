@@ -238,9 +238,9 @@ def prepared(monkeypatch):
 
     def prepare(root, output, *, progress, **options):
         calls.append(options)
+        output.mkdir(parents=True)
         for done in (1, 2):
             progress('train', done, 2)
-        output.mkdir(parents=True)
         (output / 'report.json').write_text('{"rows": {"train": 4}}')
 
     monkeypatch.setattr(code_prepare, 'prepare', prepare)
@@ -317,14 +317,33 @@ def test_compiled_rows_are_given_out_with_their_report(tmp_path):
     task = types.SimpleNamespace(compiled=(tmp_path / 'made', 'a table'))
     told = contrabin.ContraBinTask.prepare(task, tmp_path / 'out')
     assert told.startswith('a table') and str(tmp_path / 'out') in told
-    assert {p.name for p in (tmp_path / 'out').iterdir()} == {'train.jsonl.gz', 'report.json'}
+    written = {path.name: path.read_text() for path in (tmp_path / 'out').iterdir()}
+    assert written == {name: name for name in ('train.jsonl.gz', 'report.json')}
+
+
+class Bucket(dict):
+    """A folder that only epath reaches: name → bytes."""
+
+    def mkdir(self, parents, exist_ok):
+        assert parents and exist_ok
+
+    def __truediv__(self, name):
+        return types.SimpleNamespace(write_bytes=lambda data: self.update({name: data}))
+
+
+def test_compiled_rows_are_given_out_to_a_folder_that_is_not_local(tmp_path):
+    (tmp_path / 'report.json').write_text('{}')
+    output = Bucket()
+    task = types.SimpleNamespace(compiled=(tmp_path, 'a table'))
+    contrabin.ContraBinTask.prepare(task, output)
+    assert output == {'report.json': b'{}'}
 
 
 def test_who_waits_for_the_compiler_gives_up_in_one_sentence(tmp_path, prepared):
     wait = dict(wait=True, timeout=0.3)
     with pytest.raises(UserError, match=r'gave no sign of life for 0\.3 s'):
         code_prepare.compile_once(str(tmp_path), tmp_path / 'cache', **wait)
-    with pytest.raises(UserError, match='none is not a folder'):
+    with pytest.raises(UserError, match=r'data\.c_files .*none is not a folder'):
         code_prepare.compile_once(str(tmp_path / 'none'), tmp_path / 'cache', **wait)
     assert not prepared
 

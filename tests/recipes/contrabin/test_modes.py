@@ -162,6 +162,10 @@ def test_the_model_is_that_of_the_config(cache, folder):
     assert (binary.dropout, binary.position_offset, binary.max_length) == (0.5, 3, 48 + 3)
 
 
+def test_variables_stay_the_same_object_where_no_folder_is_named(bare, fresh):
+    assert bare.task.pretrained(fresh.variables) is fresh.variables
+
+
 # Frozen parts ----------------------------------------------------------------------------------
 
 SOURCE = {'anchor', 'source_head'}

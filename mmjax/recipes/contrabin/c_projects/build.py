@@ -67,7 +67,7 @@ def find_projects(
     Returns:
       Two dicts by top-level folder ('.' for files of the root itself), of its C files, and of the
       folders with headers and those above them, whose headers are included as "folder/name.h"; and
-      how many files are left out, by reason.
+      how many files, and links to folders, are left out, by reason.
 
     Raises:
       UserError: no C file in the folder.
@@ -83,6 +83,7 @@ def find_projects(
         if any(name.endswith('.h') for name in names):
             above = (folder for folder in here.parents if folder.is_relative_to(root / project))
             headers[project] = tuple(dict.fromkeys((*known, here, *above)))
+        skipped['link'] += sum((here / folder).is_symlink() for folder in folders)
         for path in sorted(here / name for name in names if name.endswith('.c')):
             if path.is_symlink() or not path.is_file():
                 skipped['link' if path.is_symlink() else 'no_file'] += 1

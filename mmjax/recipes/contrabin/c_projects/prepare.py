@@ -6,6 +6,7 @@ A row is one function at one optimisation level, as `mmjax.recipes.contrabin.fol
 Functions defined in headers are not taken.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -75,7 +76,7 @@ def compile_once(
     Raises:
       UserError: no such folder, a fault of the files, or nobody to wait for.
     """
-    root = tables.data_root(folder)
+    root = tables.data_root(folder, 'data.c_files')
     files = sorted(path for path in root.rglob('*') if path.suffix in ('.c', '.h'))
     stamps = [[str(path.relative_to(root)), *tables.file_stamp(path)] for path in files]
     makers = [
@@ -90,7 +91,6 @@ def compile_once(
         what = f'{rows}: the process that compiles it'
         data_prepare.await_file(report, heartbeat, what, timeout, heartbeat)
     elif not report.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
 
         def alive(split: str, done: int, total: int) -> None:
             heartbeat.touch()
@@ -100,7 +100,8 @@ def compile_once(
         try:
             prepare(root, rows, **options)
         finally:
-            heartbeat.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder may not exist
+                heartbeat.unlink()
     return rows, json.loads(report.read_text())
 
 
@@ -129,11 +130,12 @@ def prepare(
     Projects, or files, are ranked by a hash of (seed, name); the first `test` of them are for test,
     the next `val` for val, at least one each if there are three. With fewer projects, files are
     split, and the report says so. Functions whose text is equal except for comments, white space
-    and name are kept once, in the first split of test, val, train. The same rows make the same
+    and name are kept once, in the first split of test, val, train. Equal binaries of different
+    functions are kept, and counted where an earlier split has them. The same rows make the same
     bytes.
 
     Args:
-      output: a folder to make; one that another process has made meanwhile is left as it is.
+      output: a folder to make; one that another process has completed is left as it is.
       levels: of 'O0' to 'O3'.
       compiler, flags: of `build.find_compiler` and `build.check_flags`.
       split_by: 'project' or 'file'.
@@ -147,7 +149,7 @@ def prepare(
 
     Raises:
       UserError: a root that is no folder or holds no C file, a compiler, grammar or folder of a
-        flag that is not there, or no row at all.
+        flag that is not there, no row at all, or an output that cannot be written to.
     """
     root = tables.data_root(root).resolve()
     files, headers, skipped = build.find_projects(root)
@@ -171,10 +173,12 @@ def prepare(
     counts = Counter({('files', reason): n for reason, n in skipped.items()})
     examples: dict[str, list[str]] = {}
     seen: set[bytes] = set()
+    first_split: dict[bytes, str] = {}  # digest of a binary → the first split that has it
     pool = futures.ThreadPoolExecutor(workers)  # threads: they wait for compilers
     partial = output.with_name(f'.{output.name}.{os.getpid()}.partial')
-    partial.mkdir(parents=True)
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same id
+        partial.mkdir(parents=True)
         for split in SPLITS:
             with gzip.GzipFile(partial / f'{split}.jsonl.gz', 'wb', mtime=0) as file:
                 for done, result in enumerate(pool.map(make, parts[split]), 1):
@@ -182,11 +186,17 @@ def prepare(
                     for reason, text in result.examples:
                         examples.setdefault(reason, []).append(text)
                     for key, rows in result.functions:
-                        counts['functions', 'equal_source' if key in seen else 'kept'] += 1
-                        for row in rows if key not in seen else ():
-                            counts['rows', split] += 1
-                            file.write(json.dumps(row).encode() + b'\n')
+                        if key in seen:
+                            counts['functions', 'equal_source'] += 1
+                            continue
                         seen.add(key)
+                        counts['functions', 'kept'] += 1
+                        counts['rows', split] += len(rows)
+                        for row in rows:
+                            digest = hashlib.sha256(row['binary'].encode()).digest()
+                            first = first_split.setdefault(digest, split)
+                            counts['binaries', 'equal_in_another_split'] += first != split
+                            file.write(json.dumps(row).encode() + b'\n')
                     progress(split, done, len(parts[split]))
         report = {
             'settings': {
@@ -213,8 +223,10 @@ def prepare(
             why = next((texts[0] for texts in examples.values()), 'see its comments')
             raise UserError(f'no function under {root} makes a row, for one: {why}')
         (partial / 'report.json').write_text(json.dumps(report, indent=1) + '\n')
-        if not output.exists():
+        if not (output / 'report.json').is_file():
             os.replace(partial, output)
+    except OSError as error:
+        raise UserError(f'{output} cannot be written to: {error}') from error
     finally:
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(partial, ignore_errors=True)
