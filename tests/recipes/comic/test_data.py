@@ -118,6 +118,7 @@ def test_an_example_holds_each_panel_with_its_text_and_place(folder, tmp_path, t
         'modality': ((16, 3), 'bool'),
         'panels': ((16,), 'bool'),
         'boxes': ((16, 4), 'float32'),
+        'texts_cut': ((), 'int32'),
     }
     colours = example['images'][:2, 3:-3, 3:-3].reshape(2, -1, 3).astype(int)
     assert abs(colours - np.array([[[255, 0, 0]], [[0, 0, 255]]])).max() < 12

@@ -118,19 +118,11 @@ def test_a_cached_anchor_changes_no_output(bare, fresh):
     chex.assert_trees_all_close(*outputs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_cache_is_not_read_where_rules_of_the_user_thaw_the_anchor(cache, folder, fresh):
+def test_nothing_is_cached_where_rules_of_the_user_thaw_the_anchor(cache, folder):
     """The group `anchor` is frozen, but another one has its blocks."""
     rules = (('blocks', 'anchor/block_0/.*'),)
     built = build.run(tiny(cache, data__root=folder, rules=rules))
-    naive = built.stages[1]
-    wrong = cached_batch(built, fresh, naive)
-    wrong |= {name: np.zeros_like(wrong[name]) for name in ('cached_source', 'cached_comment')}
-    with jax.set_mesh(built.mesh):
-        outputs = [
-            forward(built, fresh.variables, batch, naive, jax.random.key(1))
-            for batch in (first_batch(built, naive), wrong)
-        ]
-    chex.assert_trees_all_equal(*outputs)
+    assert all(built.cached(stage) is None for stage in built.stages)
 
 
 def test_the_anchor_is_cached_where_the_option_says_so(cache, folder):

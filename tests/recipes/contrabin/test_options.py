@@ -34,7 +34,7 @@ def opened(cache, **changes):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (dict(precision='no'), "precision='no' is not one of 'float32', 'bfloat16', 'float16'"),
+        (dict(precision='half'), "precision='half' is not one of 'float32', 'bfloat16', 'float16'"),
         (dict(precision=False), "precision=False is not one of 'float32', 'bfloat16', 'float16'"),
         (dict(batch_size='many'), "batch_size='many' is not an integer at least 1"),
         (dict(evaluate_pool=1), 'evaluate_pool=1 is not an integer at least 2'),
