@@ -140,6 +140,9 @@ def main() -> None:
     start = time.monotonic()
     survivors = []
     total = 0
+    for path in {path.parent.name: path for path, _ in chosen[: options.count]}.values():
+        if caught(path, path.read_text(), options.timeout):
+            sys.exit(f'the tests of {path.parent.name} fail as they are: they can catch nothing')
     for path, at in chosen[: options.count]:
         source, text = mutant(path, at)
         total += 1
