@@ -296,14 +296,30 @@ def test_scores_are_those_of_a_hand_count(model, monkeypatch, final):
         assert dataset is data
         methods.append(method)
         for part in (order[5:], order[:5]):
-            ids, mask = task.tokenizer.encode([texts[row] for row in part], 40)
-            yield (ids, mask.sum(1)), {'row': part}
+            other = (part + 6) % 12  # of another image
+            if method == 'swaps':
+                moved = {'image': 0.5, 'question': 1.0, 'both': 0.2}
+                yield (
+                    {k: np.full(len(part), v) for k, v in moved.items()} | {'row': other},
+                    {'row': part},
+                )
+                continue
+            right = answers if method == 'answer_other_image' else texts
+            ids, mask = task.tokenizer.encode([right[row] for row in part], 40)
+            found = (ids, mask.sum(1))
+            yield (*found, other) if method == 'answer_other_image' else found, {'row': part}
 
     monkeypatch.setattr(scores.ReceiptScores, '_examples', lambda *_: {})
     results = results_of(order, predicted=classes[order])
     found = task.evaluators()['test'].run(predict, final=final, results=results)
     metrics = found.metrics
-    assert methods == ['answer_final' if final else 'answer_running']
+    swaps = ['swaps', 'answer_other_image']
+    assert methods == (['answer_final', *swaps] if final else ['answer_running'])
+    if final:
+        assert metrics['swap_cosine_image'] == 0.5 and metrics['swap_cosine_question'] == 1
+        assert metrics['modality_verdict'] == 'ignores_question'
+        assert metrics['questions_other_image'] == 12
+        assert metrics['content_accuracy_other_image'] == 1
     assert metrics['accuracy'] == 0.75 and metrics['exact_match'] == pytest.approx(8 / 12)
     assert metrics['content_accuracy'] == pytest.approx(8 / 12)
     assert metrics['perplexity'] == pytest.approx(np.exp(2.0))
