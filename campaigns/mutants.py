@@ -139,30 +139,29 @@ def main() -> None:
     chosen = [site for site in sites_of_all(options.seed) if options.recipe in site[0].parent.name]
     start = time.monotonic()
     survivors = []
-    total = 0
     for path in {path.parent.name: path for path, _ in chosen[: options.count]}.values():
         if caught(path, path.read_text(), options.timeout):
             sys.exit(f'the tests of {path.parent.name} fail as they are: they can catch nothing')
-    for path, at in chosen[: options.count]:
+    commit = subprocess.run(
+        ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    for total, (path, at) in enumerate(chosen[: options.count], start=1):
         source, text = mutant(path, at)
-        total += 1
         found = caught(path, source, options.timeout)
         print(f'{total}/{options.count} {"caught" if found else "SURVIVED"} {text}', flush=True)
         if not found:
             survivors.append(text)
-    commit = subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
-    )
-    result = {
-        'commit': commit.stdout.strip(),
-        'seed': options.seed,
-        'mutants': total,
-        'caught': total - len(survivors),
-        'survived': survivors,
-        'minutes': round((time.monotonic() - start) / 60, 1),
-    }
-    pathlib.Path(options.output).write_text(json.dumps(result, indent=1, ensure_ascii=False) + '\n')
-    print(json.dumps(result, indent=1, ensure_ascii=False))
+        result = {
+            'commit': commit,
+            'seed': options.seed,
+            'mutants': total,
+            'caught': total - len(survivors),
+            'survived': survivors,
+            'minutes': round((time.monotonic() - start) / 60, 1),
+        }
+        text = json.dumps(result, indent=1, ensure_ascii=False) + '\n'
+        pathlib.Path(options.output).write_text(text)
+    print(text)
 
 
 if __name__ == '__main__':

@@ -73,7 +73,7 @@ OVERRIDES = [
     (
         'stage3',
         {'stage.align.loss_weights.reconstruction': '.5'},
-        {'loss_weights': {'contrastive': 0.0, 'alignment': 1.0, 'reconstruction': 0.5}},
+        {'loss_weights': {'contrastive': 0.0, 'reconstruction': 0.5}},
     ),
     (
         'stage3',
