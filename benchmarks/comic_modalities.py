@@ -13,13 +13,13 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import subprocess
 import sys
 
 import jax
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from benchmarks.seeds import commit
 from mmjax.engine import build, config, evaluate, train
 from mmjax.evals import gallery, retrieval
 from mmjax.evals.probe import linear_probe
@@ -97,6 +97,8 @@ def probes(train: Panels, val: Panels) -> dict[str, dict[str, float]]:
 def measure(folder: pathlib.Path) -> dict:
     """Returns the scores, gains and probes of one run."""
     built = build.run(config.resolve(json.loads((folder / 'config.json').read_text())['config']))
+    if built.config.data.root:
+        sys.exit(f'{folder} is a run on your own pages: only built-in ones say what they show')
     with jax.set_mesh(built.mesh):
         variables, _ = train.weights_from(built, str(folder))
         predictor = evaluate.Predictor(built.task, variables, built.mesh)
@@ -136,10 +138,7 @@ def main():
             json.dumps({k: v for k, v in runs[-1].items() if k != 'scores'}, indent=1), flush=True
         )
     gains = [run['gain'] for run in runs]
-    commit = subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
-    )
-    result = {'commit': commit.stdout.strip(), 'runs': runs, 'mean_gain': float(np.mean(gains))}
+    result = {'commit': commit(), 'runs': runs, 'mean_gain': float(np.mean(gains))}
     if len(gains) > 1:
         result['gain_standard_error'] = float(np.std(gains, ddof=1) / len(gains) ** 0.5)
     pathlib.Path(options.output).write_text(json.dumps(result, indent=1) + '\n')

@@ -264,16 +264,3 @@ def test_no_stage_of_published_overrides_a_number_unseen(spec, numbers):
             if section in ('optimizer', 'early_stop'):
                 own = f'stage.{stage.name}.{key}'
                 assert getattr(getattr(stage, section), leaf) == numbers.get(own, value), own
-
-
-def test_the_groups_of_a_published_rate_exist():
-    """A rate for a group that no rule makes would change nothing."""
-    spec = config_lib.resolve(config_lib.load('receipts:published'))
-    for stage, _ in stages.parse(spec):
-        assert {group for group, _ in stage.learning_rates} <= {
-            'vision',
-            'vision_top',
-            'language',
-            'cross_attention',
-            'heads',
-        }

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from mmjax.evals.retrieval import unit
+
 BALANCED = 'balanced'
 UNKNOWN = 'unknown'  # too few examples, or values that are not finite
 
@@ -39,7 +41,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Args:
       a, b: float [n, d], of any length.
     """
-    return np.sum(_units(a) * _units(b), axis=1)
+    return np.sum(unit(np.asarray(a, np.float64)) * unit(np.asarray(b, np.float64)), axis=1)
 
 
 def twin_accuracy(
@@ -110,7 +112,7 @@ def tower_scores(
     swaps = {}
     for name, (rows, items) in embeddings.items():
         _, item = np.unique(items, return_inverse=True)
-        units = _units(rows)
+        units = unit(np.asarray(rows, np.float64))
         sums = np.zeros((item.max(initial=-1) + 1, units.shape[1]))
         np.add.at(sums, item, units)
         counts = np.bincount(item)
@@ -119,9 +121,3 @@ def tower_scores(
             swaps[name] = float((np.sum(sums.sum(0) ** 2) - np.sum(sums**2)) / pairs)
     out: dict[str, float | str] = {f'swap_cosine_{name}': value for name, value in swaps.items()}
     return out | ({'modality_verdict': verdict(swaps, 0.0, least=1e-3)} if swaps else {})
-
-
-def _units(rows: np.ndarray) -> np.ndarray:
-    rows = np.asarray(rows, np.float64)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)

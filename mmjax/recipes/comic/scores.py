@@ -75,7 +75,7 @@ class PageScores(Evaluator):
             panels = np.flatnonzero(queries[row])
             example = self.dataset.example(int(batch['row'][row]), np.random.default_rng(0), False)
             texts = self.dataset.record(int(batch['row'][row]))['texts']
-            v, t = (_unit(outputs[name][row][panels]) for name in ('vision', 'text'))
+            v, t = (retrieval.unit(outputs[name][row][panels]) for name in ('vision', 'text'))
             matches = np.argmax(v @ t.T, 1)
             for column, (panel, answer) in enumerate(zip(panels, matches, strict=True)):
                 axis, right = axes[line, column], answer == column
@@ -184,7 +184,7 @@ def modality_scores(fuse: Fuse, alone: np.ndarray, has: np.ndarray) -> dict[str,
     fused = fuse(x, present(*names))
     # Rows are in the order of pages: half of them further on is another page, of another book.
     other = np.roll(np.arange(len(x)), -max(largest, len(x) // 2))
-    units = fused / np.maximum(np.linalg.norm(fused, axis=1, keepdims=True), 1e-9)
+    units = retrieval.unit(fused)
     sums = np.zeros((len(alone), x.shape[-1]))
     np.add.at(sums, page, units)
     context = sums[page] - units  # zero for the only panel of its page
@@ -227,13 +227,9 @@ def _in_chunks(fuse: Fuse, alone: np.ndarray, present: np.ndarray, rows: int = 4
     return np.concatenate(parts)
 
 
-def _unit(x):
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
-
-
 def _similarity(fused, panels, pages=16):
     """Draws the cosines of the first pages' panels; a healthy model shows blocks."""
-    rows = _unit(fused[:pages][panels[:pages]])
+    rows = retrieval.unit(fused[:pages][panels[:pages]])
     figure = Figure(figsize=(6, 5), layout='constrained')
     figure.set_label('Cosines of fused panel embeddings; lines separate pages.')
     axis = figure.subplots()
